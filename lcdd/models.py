@@ -1,0 +1,213 @@
+"""Everything the project knows about transformers models; the only module that imports transformers.
+
+Qwen3, Llama and Mistral share one block: attention (q, k, v, o) and a gated MLP (gate, up, down), both
+reading from and writing to the residual stream. That block is all that LCDD masks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+ARCHITECTURES = ("qwen3", "llama", "mistral")
+
+# kind of projection -> where it sits inside a decoder layer
+PROJECTION_PATHS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model that the gates and the cost formulas need."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    vocab_size: int
+
+    def weight_shape(self, kind: str) -> tuple[int, int]:
+        """[out, in] of the projection `kind`."""
+        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return {
+            "q": (queries, self.d_model),
+            "k": (keys, self.d_model),
+            "v": (keys, self.d_model),
+            "o": (self.d_model, queries),
+            "gate": (self.d_ff, self.d_model),
+            "up": (self.d_ff, self.d_model),
+            "down": (self.d_model, self.d_ff),
+        }[kind]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """One masked linear of the model."""
+
+    name: str
+    kind: str
+    layer: int
+    linear: nn.Linear
+
+
+def shape_of(config: PretrainedConfig) -> ModelShape:
+    """Read the sizes off a transformers config.
+
+    Raises:
+        ValueError: the architecture is not one of `ARCHITECTURES`.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"model: expected one of the architectures {ARCHITECTURES}, got {config.model_type!r}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        d_ff=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
+
+
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a causal language model; safetensors only, no remote code.
+
+    Raises:
+        ValueError: `path` is not a usable checkpoint, or its architecture is not supported.
+    """
+    shape_of(_config(path))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except OSError as error:
+        raise ValueError(f"model_name_or_path: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
+    return model.to(device)
+
+
+def load_shape(path: str | Path) -> ModelShape:
+    """Sizes of the model at `path`, read from its config alone."""
+    return shape_of(_config(path))
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and make sure that it can pad (with the end-of-text token where it has no own pad token).
+
+    Raises:
+        ValueError: `path` has no tokenizer, or the tokenizer has neither a pad nor an end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path: expected a tokenizer in {str(path)!r}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer: expected a pad or an end-of-text token, {str(path)!r} has neither")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path) -> None:
+    """Save an ordinary checkpoint: safetensors weights under their own names, config, tokenizer."""
+    model.save_pretrained(path, safe_serialization=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def projections(model: PreTrainedModel) -> list[Projection]:
+    """The masked linears of `model`, layer by layer in the order q k v o gate up down.
+
+    Raises:
+        ValueError: the architecture is not supported, or a projection is not an nn.Linear of the expected shape.
+    """
+    shape = shape_of(model.config)
+    found = []
+    for layer, prefix, block in _named_layers(model):
+        for kind, path in PROJECTION_PATHS.items():
+            linear = block.get_submodule(path)
+            name = f"{prefix}.{path}"
+            if not isinstance(linear, nn.Linear):
+                raise ValueError(f"{name}: expected nn.Linear, got {type(linear).__name__}")
+            if tuple(linear.weight.shape) != shape.weight_shape(kind):
+                expected = shape.weight_shape(kind)
+                raise ValueError(f"{name}.weight: expected shape {expected}, got {tuple(linear.weight.shape)}")
+            found.append(Projection(name=name, kind=kind, layer=layer, linear=linear))
+    return found
+
+
+def unmasked_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Parameters that LCDD does not gate but the authors train: norms and biases (not embeddings, not the head)."""
+    masked = {id(p.linear.weight) for p in projections(model)}
+    fixed = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return {n: p for n, p in model.named_parameters() if id(p) not in masked and id(p) not in fixed}
+
+
+def check_same_architecture(base: PreTrainedModel, other: PreTrainedModel, *, names: tuple[str, str] = ("base", "sft")):
+    """Raise ValueError, naming the first difference, unless both models have the same parameters and shapes."""
+    ours, theirs = dict(base.named_parameters()), dict(other.named_parameters())
+    if base.config.model_type != other.config.model_type:
+        raise ValueError(
+            f"{names[1]}: expected architecture {base.config.model_type!r} as {names[0]} has, "
+            f"got {other.config.model_type!r}"
+        )
+    for name, parameter in ours.items():
+        if name not in theirs:
+            raise ValueError(f"{names[1]}: expected a parameter {name!r} as {names[0]} has, got none")
+        if parameter.shape != theirs[name].shape:
+            raise ValueError(
+                f"{names[1]}: expected {name!r} of shape {tuple(parameter.shape)} as {names[0]} has, "
+                f"got {tuple(theirs[name].shape)}"
+            )
+    if extra := sorted(set(theirs) - set(ours)):
+        raise ValueError(f"{names[1]}: got a parameter {extra[0]!r} that {names[0]} does not have")
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks; the output of block l is the residual stream h_l."""
+    return backbone(model).layers
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The transformer without its head: called, it gives `.last_hidden_state` [B, S, D] after the final norm."""
+    return model.get_decoder()
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """The head's weight [V, D]."""
+    return model.get_output_embeddings().weight
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """The token embedding module, weight [V, D]."""
+    return model.get_input_embeddings()
+
+
+def _config(path: str | Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path: expected a checkpoint directory or a hub name, got {str(path)!r}: {error}"
+        ) from error
+
+
+def _named_layers(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module]]:
+    prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
+    for index, block in enumerate(decoder_layers(model)):
+        yield index, f"{prefix}.{index}", block
