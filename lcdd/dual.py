@@ -49,8 +49,8 @@ class DualController:
             return None
         return max(self.baseline * (1 + self.loss_budget), self.baseline + self.loss_floor)
 
-    def update(self, loss: float) -> None:
-        """Account for one optimizer step's loss.
+    def update(self, loss: float, *, frozen: bool = False) -> None:
+        """Account for one optimizer step's loss; a `frozen` step moves the average but not λ.
 
         Raises:
             ValueError: `loss` is not finite; the controller is unchanged.
@@ -64,8 +64,11 @@ class DualController:
                 self.baseline = self.ema
             return
         epsilon = self.epsilon
+        assert epsilon is not None  # the baseline is set
         violation = (self.ema - epsilon) / epsilon
         self.violation = max(-self.violation_clip, min(self.violation_clip, violation))
+        if frozen:
+            return
         grows = self.violation < 0 or self.lr_shrink is None
         rate = self.lr if grows else self.lr_shrink
         moved = self.dual_lambda * math.exp(-rate * self.violation)
