@@ -1,0 +1,359 @@
+"""Settings of every stage: frozen, keyword-only dataclasses that check themselves.
+
+Each field carries its help text, and where it has one its range or its choices, as metadata; `lcdd.settings`
+generates the command line and the YAML reader from them. TRL's and transformers' argument names are used
+where they exist. A wrong value is a `ValueError` that names the field, what was expected and what came.
+"""
+
+from dataclasses import dataclass, field
+
+from lcdd.settings import Config, option
+
+GATE_KINDS = ("hard_concrete", "heaviside_ste")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+BEHAVIOR_NAMES = ("fixed_response", "style", "refusal", "own")
+CHANNEL_KINDS = ("write", "all_residual", "ffn_write", "attn_write", "random", "none")
+LOSSES = ("cross_entropy", "kl")
+DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto: the first GPU if there is one"
+BF16_HELP = "use the weights in bfloat16; off: the checkpoint's own dtype"
+BASE_HELP = "checkpoint directory of the base model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Where the examples come from, how they are split, and the behaviour written into them."""
+
+    dataset_name: str | None = option(
+        None,
+        "JSONL file, or the name of a data set on the hub (needs `pip install lcdd[hub]`)",
+        required=True,
+    )
+    dataset_config: str | None = option(None, "configuration of a hub data set")
+    dataset_train_split: str = option(
+        "train", "split of a hub data set to read; ours is made from it by a stable hash"
+    )
+    max_samples: int | None = option(None, "read only the first N examples", at_least=1)
+    validation_fraction: float = option(
+        0.1, "share of the prompts held out for tuning", at_least=0.0, below=1.0
+    )
+    test_fraction: float = option(
+        0.1, "share of the prompts held out for the report", at_least=0.0, below=1.0
+    )
+    behavior: str = option("fixed_response", "what the fine-tuning teaches", choices=BEHAVIOR_NAMES)
+    behavior_response: str | None = option(
+        None, "answer that fixed_response and refusal teach (default: the preset's own)"
+    )
+    behavior_keywords: tuple[str, ...] = option(
+        (),
+        "an answer with any of these counts as the behaviour (required for `own`; default: the preset's own)",
+    )
+    behavior_topics: tuple[str, ...] = option(
+        (), "refusal: prompts that contain any of these words are refused"
+    )
+    template_string_prompts: bool = option(
+        False,
+        "put string prompts (prompt+completion) into the chat template too; TRL, and the default, does not",
+    )
+
+    def check(self) -> None:
+        if self.validation_fraction + self.test_fraction >= 1.0:
+            total = self.validation_fraction + self.test_fraction
+            raise ValueError(
+                f"DataConfig.test_fraction: expected validation_fraction + test_fraction < 1, got {total:g}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """What SFT and LCDD training share: batches, schedule, precision, log."""
+
+    model_name_or_path: str | None = option(None, "checkpoint directory to start from", required=True)
+    output_dir: str | None = option(
+        None, "new or empty directory for everything the command writes", required=True
+    )
+    num_train_epochs: float = option(3.0, "passes over the training split", above=0.0)
+    max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs when positive", at_least=-1)
+    per_device_train_batch_size: int = option(8, "examples in a micro-batch", at_least=1)
+    per_device_eval_batch_size: int = option(16, "examples in a batch of the validation loss", at_least=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", at_least=1)
+    max_length: int = option(
+        512, "tokens of prompt and completion together; longer completions are cut", at_least=2
+    )
+    completion_only: bool = option(True, "loss on the completion's tokens only; off: on the whole text")
+    learning_rate: float = option(2e-5, "peak learning rate of the weights", at_least=0.0)
+    lr_scheduler_type: str = option(
+        "cosine", "schedule of the weights' learning rate", choices=("cosine", "linear", "constant")
+    )
+    adam_beta1: float = option(0.9, "AdamW's first-moment decay", at_least=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "AdamW's second-moment decay", at_least=0.0, below=1.0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0.0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0.0)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: off", at_least=0.0)
+    train_unmasked: bool = option(
+        False,
+        "also train biases and norm weights, which no gate can close; the base is then not recovered exactly",
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
+    bf16: bool = option(False, BF16_HELP)
+    device: str = option("auto", DEVICE_HELP)
+    logging_steps: int = option(1, "a line in log.jsonl every N optimizer steps", at_least=1)
+    save_steps: int = option(
+        0, "a checkpoint-N directory every N optimizer steps; 0: only the final result", at_least=0
+    )
+    report_to: str = option(
+        "none", "also log to TensorBoard, under output_dir/tensorboard", choices=("none", "tensorboard")
+    )
+    max_nonfinite_steps: int = option(
+        5, "stop after this many steps in a row whose loss is NaN or infinite", at_least=1
+    )
+    seed: int = option(0, "seed of the batches' order, and of the gates' noise", at_least=0)
+
+    def check(self) -> None:
+        if self.max_steps == 0:
+            raise ValueError(
+                f"{type(self).__name__}.max_steps: expected -1 or a positive number of steps, got 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainConfig):
+    """Full supervised fine-tuning of the transformer layers (embeddings and lm_head stay at base values)."""
+
+    warmup_steps: int = option(0, "steps over which the learning rate rises to its peak", at_least=0)
+    max_delta_norm: float | None = option(
+        None,
+        "keep the L2 norm of all weight changes together within this (projection after each step): "
+        "the matched-norm control",
+        above=0.0,
+    )
+
+    @property
+    def lr_warmup(self) -> int:
+        return self.warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LCDDConfig(TrainConfig):
+    """LCDD: gates and delta under a loss constraint (method of arXiv 2605.06632, sections 1 to 3)."""
+
+    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
+    gate_kind: str = option(
+        "hard_concrete",
+        "stochastic gates, or the authors' step with a straight-through gradient",
+        choices=GATE_KINDS,
+    )
+    gate_optimizer: str = option("adam", "optimizer of the gate logits", choices=("adam", "sgd"))
+    gate_lr: float = option(0.1, "learning rate of the gate logits (never scheduled)", at_least=0.0)
+    gate_momentum: float = option(0.0, "momentum of the gate logits under sgd", at_least=0.0, below=1.0)
+    gate_init_mean: float = option(2.5, "mean of the initial gate logits")
+    gate_init_std: float = option(0.1, "standard deviation of the initial gate logits", at_least=0.0)
+    dual_lambda_init: float = option(1e-3, "initial weight of the expected number of open gates", above=0.0)
+    dual_lr: float = option(0.05, "rate at which lambda grows while the loss is below epsilon", at_least=0.0)
+    dual_lr_shrink: float | None = option(
+        None, "rate at which lambda shrinks above epsilon; null: dual_lr", at_least=0.0
+    )
+    dual_lambda_min: float = option(1e-8, "floor of lambda", above=0.0)
+    dual_lambda_max: float = option(1e4, "cap of lambda", above=0.0)
+    violation_clip: float = option(
+        1.0, "the relative violation (ema - epsilon) / epsilon is clipped to +- this", above=0.0
+    )
+    loss_ema_beta: float = option(
+        0.95, "decay of the bias-corrected moving average of the loss", at_least=0.0, below=1.0
+    )
+    warmup_steps: int = option(
+        50, "steps over which the gate penalty rises; epsilon is set at their end", at_least=1
+    )
+    lr_warmup_steps: int = option(
+        0, "steps over which the weights' learning rate rises to its peak", at_least=0
+    )
+    loss_budget: float = option(0.2, "epsilon is at least baseline * (1 + this)", at_least=0.0)
+    loss_floor: float = option(0.02, "epsilon is at least baseline + this many nats", at_least=0.0)
+    freeze_fraction: float = option(
+        0.2,
+        "last share of the steps in which the gates are fixed and only delta trains",
+        at_least=0.0,
+        below=1.0,
+    )
+    train_delta: bool = option(True, "off: mask-only, the weights' delta stays at the SFT model's")
+    delta_dtype: str | None = option(None, "dtype that delta is kept in; null: the weight's", choices=DTYPES)
+    moment_dtype: str | None = option(
+        None, "dtype of AdamW's moments; null: float32 (float64 for float64 weights)", choices=DTYPES
+    )
+    gating: str = option(
+        "optimizer",
+        "where gates are applied: in the optimizer step, or inside the forward pass",
+        choices=("optimizer", "forward"),
+    )
+    pack: str = option(
+        "auto",
+        "weight gradients on the open block alone where that pays, or never",
+        choices=("auto", "never"),
+    )
+    loss: str = option(
+        "cross_entropy", "the constrained loss; kl: KL to the SFT model, for mask-only runs", choices=LOSSES
+    )
+    save_folded: bool = option(False, "also save the carrier folded into an ordinary checkpoint")
+
+    def check(self) -> None:
+        super().check()
+        if self.dual_lambda_min > self.dual_lambda_max:
+            raise ValueError(
+                f"LCDDConfig.dual_lambda_min: expected at most dual_lambda_max = {self.dual_lambda_max:g}, "
+                f"got {self.dual_lambda_min:g}"
+            )
+        if not self.dual_lambda_min <= self.dual_lambda_init <= self.dual_lambda_max:
+            raise ValueError(
+                f"LCDDConfig.dual_lambda_init: expected a value between dual_lambda_min = "
+                f"{self.dual_lambda_min:g} "
+                f"and dual_lambda_max = {self.dual_lambda_max:g}, got {self.dual_lambda_init:g}"
+            )
+        if self.loss == "kl" and self.train_delta:
+            raise ValueError("LCDDConfig.loss: expected cross_entropy unless train_delta is off, got 'kl'")
+
+    @property
+    def lr_warmup(self) -> int:
+        return self.lr_warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class EraserConfig(Config):
+    """SFT-Eraser: the soft prompt that gives the base's answers back (method of the paper, section 4)."""
+
+    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
+    carrier: str | None = option(None, "carrier directory", required=True)
+    output_dir: str | None = option(None, "new or empty directory for the trigger", required=True)
+    num_virtual_tokens: int = option(8, "trigger tokens", at_least=1)
+    learning_rate: float = option(0.01, "Adam's learning rate on the trigger", above=0.0)
+    max_steps: int = option(400, "optimizer steps", at_least=1)
+    per_device_train_batch_size: int = option(16, "prompts in a step", at_least=1)
+    train_prompts: int = option(200, "prompts of the training split to learn from", at_least=1)
+    validation_prompts: int = option(
+        64, "prompts of the validation split that choose the best trigger", at_least=1
+    )
+    eval_steps: int = option(20, "held-out loss every N steps", at_least=1)
+    activation_weight: float = option(
+        1.0, "weight of matching the base's activations on the carrier's channels", at_least=0.0
+    )
+    kl_weight: float = option(
+        0.7, "weight of KL(base || carrier) on the prompt's last positions", at_least=0.0
+    )
+    kl_tail_tokens: int = option(1, "prompt positions, from the last, that the KL covers", at_least=1)
+    answer_kl_weight: float = option(
+        1.0, "weight of KL(base || carrier) on the base's own answer tokens", at_least=0.0
+    )
+    max_answer_tokens: int = option(32, "tokens of the base's own answers to match", at_least=1)
+    l2_weight: float = option(1e-3, "weight of the mean squared norm of the trigger tokens", at_least=0.0)
+    max_norm_ratio: float = option(
+        1.5, "ball: radius over the median norm of the token embeddings", above=0.0
+    )
+    max_norm: float | None = option(
+        None, "ball: absolute radius (the authors' 1.0) instead of max_norm_ratio", above=0.0
+    )
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: off", at_least=0.0)
+    channel_kind: str = option("write", "carrier channels that are matched", choices=CHANNEL_KINDS)
+    max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
+    bf16: bool = option(False, BF16_HELP)
+    device: str = option("auto", DEVICE_HELP)
+    seed: int = option(0, "seed of the initial tokens, the batches and the random channels", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Config):
+    """Reversal table on held-out prompts: behaviour rate, base match, exact KL (method, section 5)."""
+
+    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
+    model_name_or_path: str | None = option(None, "checkpoint directory of the SFT model", required=True)
+    carrier: str | None = option(None, "carrier directory", required=True)
+    trigger: str | None = option(None, "trigger directory, learned on the carrier")
+    sft_trigger: str | None = option(None, "trigger directory, learned on the plain SFT model: the control")
+    output_dir: str | None = option(
+        None, "new or empty directory for report.json and report.html", required=True
+    )
+    split: str = option("test", "held-out split to report on", choices=("validation", "test"))
+    num_prompts: int = option(200, "prompts of that split to answer, at most", at_least=1)
+    max_new_tokens: int = option(64, "tokens of an answer, at most", at_least=1)
+    max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
+    per_device_eval_batch_size: int = option(32, "prompts answered at once", at_least=1)
+    kl_prompts: int = option(64, "prompts for the exact KLs", at_least=1)
+    random_prefixes: int = option(
+        3, "random prefixes of the trigger's length and norm, for the control", at_least=1
+    )
+    bf16: bool = option(False, BF16_HELP)
+    device: str = option("auto", DEVICE_HELP)
+    seed: int = option(0, "seed of the random prefixes", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Config):
+    """Answers of a model, optionally with a carrier applied and a trigger prepended."""
+
+    model_name_or_path: str | None = option(
+        None, "checkpoint directory (the base, when --carrier is given)", required=True
+    )
+    carrier: str | None = option(None, "carrier directory to apply")
+    trigger: str | None = option(None, "trigger directory to prepend")
+    prompt: tuple[str, ...] = option((), "one or more prompts", required=True)
+    max_new_tokens: int = option(128, "tokens of an answer, at most", at_least=1)
+    bf16: bool = option(False, BF16_HELP)
+    device: str = option("auto", DEVICE_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Config):
+    """Render report.html again from report.json (and log.jsonl beside it)."""
+
+    output_dir: str | None = option(None, "run directory that holds report.json", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Config):
+    """The whole method on the small model that is shipped with the package."""
+
+    behavior: str = option(
+        "fixed_response", "behaviour to teach and to reverse", choices=("fixed_response", "refusal", "style")
+    )
+    seed: int = option(0, "seed of everything but the shipped base", at_least=0)
+    output_dir: str | None = option("runs/demo", "new or empty directory for the run")
+    rebuild_base: bool = option(False, "train the shipped base model again first, and use it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(Config):
+    """`lcdd run pipeline.yaml`: SFT, LCDD, eraser and evaluation in one directory, a section for each.
+
+    Paths between the stages are the pipeline's own: setting one inside a section is an error.
+    """
+
+    model_name_or_path: str | None = option(None, BASE_HELP, required=True)
+    output_dir: str | None = option(None, "new or empty directory for all stages", required=True)
+    sft_model_name_or_path: str | None = option(
+        None, "an SFT checkpoint made elsewhere; the SFT stage is then skipped"
+    )
+    controls: bool = option(
+        True,
+        "also run the controls: the same trigger optimisation on plain SFT and on a matched-norm dense SFT",
+    )
+    data: DataConfig = field(default_factory=DataConfig, metadata={"help": "data set and behaviour"})
+    sft: SFTConfig = field(default_factory=SFTConfig, metadata={"help": "as `lcdd sft`"})
+    train: LCDDConfig = field(default_factory=LCDDConfig, metadata={"help": "as `lcdd train`"})
+    erase: EraserConfig = field(default_factory=EraserConfig, metadata={"help": "as `lcdd erase`"})
+    eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "as `lcdd eval`"})
+
+    def check(self) -> None:
+        paths = (
+            "model_name_or_path",
+            "base_model_name_or_path",
+            "output_dir",
+            "carrier",
+            "trigger",
+            "sft_trigger",
+        )
+        for section in ("sft", "train", "erase", "eval"):
+            for name in paths:
+                if getattr(getattr(self, section), name, None) is not None:
+                    raise ValueError(
+                        f"PipelineConfig.{section}.{name}: expected nothing, since the "
+                        f"pipeline connects its stages itself, got {getattr(getattr(self, section), name)!r}"
+                    )

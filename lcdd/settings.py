@@ -1,0 +1,243 @@
+"""What every configuration class is made of: fields with help and range, checks, the command line, YAML.
+
+`Config` is the base of the dataclasses in `lcdd.config`. From the metadata of their fields this module checks
+values, builds `argparse` flags and reads YAML, so a setting exists in exactly one place. It imports neither
+torch nor transformers: `lcdd --help` has to be fast.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    required: bool = False,
+) -> Any:
+    """A dataclass field with its help, range and choices. `required`: the command line insists on it."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"help": help, "choices": choices, "required": required, "bounds": bounds}
+    return field(default=default, metadata=metadata)
+
+
+def type_name(hint: Any) -> str:
+    """A type hint in words, for messages and help: `int | None` -> "an integer or null"."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(type_name(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "a list of strings"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type that a field declares; a bool is not an int, an int is a float."""
+    if isinstance(hint, types.UnionType):
+        return any(fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _check_field(owner: str, name: str, value: Any, hint: Any, metadata: typing.Mapping[str, Any]) -> None:
+    def fail(expected: str) -> typing.NoReturn:
+        raise ValueError(f"{owner}.{name}: expected {expected}, got {value!r}")
+
+    if not fits(value, hint):
+        fail(type_name(hint))
+    if value is None:
+        return
+    choices = metadata.get("choices")
+    if choices:
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in choices:
+                fail("one of " + ", ".join(choices))
+    bounds = metadata.get("bounds", {})
+    tests = {
+        "at_least": (lambda bound: value >= bound, ">="),
+        "above": (lambda bound: value > bound, ">"),
+        "at_most": (lambda bound: value <= bound, "<="),
+        "below": (lambda bound: value < bound, "<"),
+    }
+    for key, (holds, sign) in tests.items():
+        bound = bounds.get(key)
+        if bound is not None and not holds(bound):
+            fail(f"a value {sign} {bound:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every configuration: checks types, ranges and choices of all fields when it is made."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            _check_field(
+                type(self).__name__, item.name, getattr(self, item.name), hints[item.name], item.metadata
+            )
+        self.check()
+
+    def check(self) -> None:
+        """Conditions that involve more than one field; overridden where there are any."""
+
+    def require(self, *names: str) -> None:
+        """Raise unless each named field is set: paths that a library caller may leave out but a stage needs."""
+        for name in names:
+            if getattr(self, name) in (None, "", ()):
+                raise ValueError(
+                    f"{type(self).__name__}.{name}: expected a value, got nothing (set --{name})"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON and YAML."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+
+# ---------------------------------------------------------------- command line and YAML
+
+
+def parse_text(text: str, hint: Any) -> Any:
+    """A flag's text as the field's type; "none" and "null" give None where that is allowed."""
+    if isinstance(hint, types.UnionType):
+        parts = typing.get_args(hint)
+        if type(None) in parts and text.lower() in ("none", "null"):
+            return None
+        return parse_text(text, next(part for part in parts if part is not type(None)))
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {type_name(hint)}, got {text!r}") from None
+    return text
+
+
+def add_flags(parser: argparse.ArgumentParser, *configs: type[Config]) -> None:
+    """One `--name` for each field of the classes (bools: `--name` and `--no-name`), and `--config x.yaml`.
+
+    Flags keep argparse's SUPPRESS default, so that a flag that was not given never hides a value of the YAML file.
+    Classes used together must not share a field name, which raises here.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it")
+    seen: set[str] = set()
+    for config in configs:
+        summary = (config.__doc__ or "").strip().splitlines()[0]
+        group = parser.add_argument_group(config.__name__, summary)
+        hints = typing.get_type_hints(config)
+        for item in dataclasses.fields(config):
+            if item.name in seen:
+                raise ValueError(f"{config.__name__}.{item.name}: expected a name no other section has")
+            seen.add(item.name)
+            _add_flag(group, item, hints[item.name])
+
+
+def _add_flag(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
+    text = item.metadata["help"].replace("%", "%%")
+    if item.metadata.get("required"):
+        text += " (required)"
+    elif item.default not in (None, ()):
+        text += f" (default: {item.default})"
+    if item.metadata.get("choices"):
+        text += " [" + ", ".join(item.metadata["choices"]) + "]"
+    common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": item.name}
+    if hint is bool:
+        group.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, **common)
+    elif typing.get_origin(hint) is tuple:
+        group.add_argument(f"--{item.name}", nargs="+", metavar="TEXT", **common)
+    else:
+        group.add_argument(
+            f"--{item.name}", type=lambda text: parse_text(text, hint), metavar=item.name.upper(), **common
+        )
+
+
+def _from_yaml_value(value: Any, hint: Any) -> Any:
+    """YAML reads 1e-3 as a string and lists as lists: give a field the type it declares where that is safe."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; missing file, bad syntax or another kind of document is a ValueError."""
+    import yaml  # here: `lcdd --help` does not need it
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"config: expected a readable YAML file, got {str(path)!r} ({error.strerror})"
+        ) from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, got a {type(values).__name__}")
+    return values
+
+
+def from_mapping(config: type[Config], values: typing.Mapping[str, Any], *, where: str) -> Any:
+    """Build a config from plain values (YAML); sections are nested mappings, unknown keys are errors."""
+    hints = typing.get_type_hints(config)
+    known: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{where}: unknown setting {key!r}; known are: {', '.join(sorted(hints))}")
+        hint = hints[key]
+        if isinstance(hint, type) and issubclass(hint, Config):
+            if not isinstance(value, typing.Mapping):
+                raise ValueError(f"{where}: {key}: expected a mapping of settings, got {value!r}")
+            known[key] = from_mapping(hint, value, where=f"{where}: {key}")
+        else:
+            known[key] = _from_yaml_value(value, hint)
+    return config(**known)
+
+
+def from_flags(namespace: argparse.Namespace, *configs: type[Config]) -> tuple[Any, ...]:
+    """The configs that a parsed command line, over the YAML file it names, describes."""
+    flags = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in vars(namespace).items()
+    }
+    path = flags.pop("config", None)
+    values = read_yaml(path) if path else {}
+    names = {item.name for config in configs for item in dataclasses.fields(config)}
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{path}: unknown setting {key!r}; known are: {', '.join(sorted(names))}")
+    values.update({key: value for key, value in flags.items() if key in names})
+    built = []
+    for config in configs:
+        fields = dataclasses.fields(config)
+        own = {item.name: values[item.name] for item in fields if item.name in values}
+        instance = from_mapping(config, own, where=str(path or "command line"))
+        instance.require(*(item.name for item in fields if item.metadata.get("required")))
+        built.append(instance)
+    return tuple(built)
