@@ -1,0 +1,123 @@
+"""Crash-safe directories: complete or absent, damage found, fingerprints that tell things apart."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lcdd.checkpoint import (
+    file_sha256,
+    model_fingerprint,
+    read_manifest,
+    require_new_directory,
+    verify_directory,
+    write_directory,
+    write_json,
+)
+
+
+def test_written_directory_verifies_and_keeps_metadata(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "carrier"
+    metadata = {"format": 1}
+    with write_directory(target, manifest="carrier.json", metadata=metadata) as directory:
+        assert not target.exists()
+        (directory / "a.bin").write_bytes(b"abc")
+        (directory / "sub").mkdir()
+        (directory / "sub" / "b.bin").write_bytes(b"xyz")
+        metadata["late"] = "value"
+    content = verify_directory(target, manifest="carrier.json")
+    assert content["format"] == 1
+    assert content["late"] == "value"
+    assert set(content["sha256"]) == {"a.bin", "sub/b.bin"}
+    assert content["sha256"]["a.bin"] == file_sha256(target / "a.bin")
+    assert [entry.name for entry in target.parent.iterdir()] == ["carrier"]
+
+
+def test_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), write_directory(tmp_path / "x") as directory:
+        (directory / "a").write_text("half")
+        raise KeyError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_process_leaves_no_final_directory(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\nfrom lcdd.checkpoint import write_directory\n"
+        "with write_directory(sys.argv[1]) as d:\n    (d / 'a').write_text('half'); os._exit(9)\n"
+    )
+    target = tmp_path / "x"
+    assert subprocess.run([sys.executable, "-c", code, str(target)], cwd=Path(__file__).parents[2]).returncode == 9
+    assert not target.exists()
+    with write_directory(target) as directory:  # the debris of the killed process is no obstacle
+        (directory / "a").write_text("whole")
+    assert verify_directory(target)
+
+
+def test_flipped_bit_and_missing_file_are_found(tmp_path: Path) -> None:
+    with write_directory(tmp_path / "x") as directory:
+        (directory / "a").write_bytes(bytes(64))
+        (directory / "b").write_bytes(b"b")
+    (tmp_path / "x" / "a").write_bytes(bytes(63) + b"\x01")
+    with pytest.raises(ValueError, match="is damaged: expected SHA-256"):
+        verify_directory(tmp_path / "x")
+    os.remove(tmp_path / "x" / "a")
+    with pytest.raises(ValueError, match="found none"):
+        verify_directory(tmp_path / "x")
+
+
+def test_manifest_errors_name_the_argument(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="carrier: expected a directory"):
+        read_manifest(tmp_path / "no", name="carrier")
+    with pytest.raises(ValueError, match="carrier: expected manifest.json in"):
+        read_manifest(tmp_path, name="carrier")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="expected JSON"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="to list 'sha256'"):
+        read_manifest(tmp_path)
+
+
+def test_non_empty_output_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"output_dir: expected a new or empty directory, got .*'mine.txt'"):
+        require_new_directory(tmp_path)
+    with pytest.raises(ValueError, match="got the file"):
+        require_new_directory(tmp_path / "mine.txt")
+    with pytest.raises(ValueError, match="expected a new or empty directory"), write_directory(tmp_path):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="can be written"):
+        require_new_directory(tmp_path / "mine.txt" / "below")
+    assert require_new_directory(tmp_path / "new") == tmp_path / "new"
+
+
+def test_empty_directory_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with write_directory(tmp_path / "x") as directory:
+        (directory / "a").write_text("1")
+    assert verify_directory(tmp_path / "x")
+
+
+def test_write_json_replaces(tmp_path: Path) -> None:
+    write_json(tmp_path / "r.json", {"a": 1})
+    write_json(tmp_path / "r.json", {"a": "é"})
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == {"a": "é"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_model_fingerprint_sees_one_bit_and_the_dtype() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    before = model_fingerprint(model)
+    assert model_fingerprint(model) == before
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nextafter(model.weight[0, 0], torch.tensor(1e9))
+    changed = model_fingerprint(model)
+    assert changed != before
+    assert model_fingerprint(model.bfloat16()) != changed
