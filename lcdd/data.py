@@ -1,0 +1,391 @@
+"""Instruction data: TRL's formats in, token ids with completion-only labels out.
+
+    load_examples -> Example (prompt messages + completion) -> [behaviour rewrites it] -> split_examples
+                  -> encode -> Encoded (input_ids, labels) -> collate -> tensors [B, S]
+
+Every error names the file and the line it came from, and every check runs before any training. Labels are the
+completion's tokens, found by comparing the prompt's token ids with the whole text's, not by counting characters.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcdd.config import DataConfig
+
+IGNORE = -100
+FORMATS = ("messages", "prompt+completion", "text", "instruction+output")
+
+# Used where a tokenizer has no chat template of its own: no special tokens, one turn per block.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] + '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One prompt and its completion.
+
+    `messages` are the turns before the completion; `templated` says that they go through the chat template
+    (string prompts do not, as in TRL). Plain text has no messages. `source` is "file:line", for errors.
+    """
+
+    messages: tuple[Message, ...]
+    completion: str
+    templated: bool = True
+    source: str = field(default="", compare=False)
+
+    @property
+    def prompt_text(self) -> str:
+        """The turns' contents: what splits are hashed by and topics are searched in."""
+        return "\n".join(message["content"] for message in self.messages)
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the prompt (of the text itself where there is no prompt)."""
+        text = json.dumps([[m["role"], m["content"]] for m in self.messages] or self.completion, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Token ids of one example; `labels` is IGNORE on the prompt. `truncated`: the completion was cut."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    n_prompt: int
+    truncated: bool = False
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _messages(value: Any, where: str, name: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: {name}: expected a list of messages, got {type(value).__name__}")
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"{where}: {name}: expected messages with 'role' and 'content', got {message!r}")
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            raise ValueError(f"{where}: {name}: expected 'role' and 'content' to be strings, got {message!r}")
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+
+
+def _string(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key}: expected a string, got {type(value).__name__}")
+    return value
+
+
+def _answer(messages: tuple[Message, ...], where: str, name: str) -> str:
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: {name}: expected the last message to be the assistant's")
+    return messages[-1]["content"]
+
+
+def parse_row(row: Any, *, where: str, template_string_prompts: bool = False) -> Example:
+    """One record in any of FORMATS as an Example; of several assistant turns the last one is the completion.
+
+    Raises:
+        ValueError: the record is none of the formats, or a field has the wrong type; `where` is named.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+    if row.get("messages") is not None:
+        messages = _messages(row["messages"], where, "messages")
+        answer = _answer(messages, where, "messages")
+        if len(messages) < 2:
+            raise ValueError(f"{where}: messages: expected a turn before the assistant's, got none")
+        return Example(messages=messages[:-1], completion=answer, source=where)
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(completion, list):
+            completion = _answer(_messages(completion, where, "completion"), where, "completion")
+        elif not isinstance(completion, str):
+            raise ValueError(f"{where}: completion: expected a string or messages, got {type(completion).__name__}")
+        if isinstance(prompt, str):
+            turns: tuple[Message, ...] = ({"role": "user", "content": prompt},)
+            return Example(messages=turns, completion=completion, templated=template_string_prompts, source=where)
+        return Example(messages=_messages(prompt, where, "prompt"), completion=completion, source=where)
+    if row.get("instruction") is not None and row.get("output") is not None:
+        parts = [_string(row, "instruction", where)]
+        if row.get("input"):
+            parts.append(_string(row, "input", where))
+        turns = ({"role": "user", "content": "\n\n".join(parts)},)
+        return Example(messages=turns, completion=_string(row, "output", where), source=where)
+    if row.get("text") is not None:
+        return Example(messages=(), completion=_string(row, "text", where), templated=False, source=where)
+    raise ValueError(f"{where}: expected the fields of one of {', '.join(FORMATS)}; got {sorted(map(str, row))}")
+
+
+def _jsonl_rows(path: Path, limit: int | None) -> Iterable[tuple[str, Any]]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            count = 0
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                if limit is not None and count >= limit:
+                    return
+                where = f"{path}:{number}"
+                try:
+                    yield where, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: expected one JSON object a line, got {error.msg}") from None
+                count += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"dataset_name: expected a readable file, got {str(path)!r} ({error.strerror})") from None
+
+
+def _hub_rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
+    name = str(config.dataset_name)
+    try:
+        import datasets  # optional: pip install lcdd[hub]
+    except ImportError:
+        raise ValueError(
+            f"dataset_name: expected an existing JSONL file, got {name!r}; "
+            "for data sets of the hub, first run: pip install 'lcdd[hub]'"
+        ) from None
+    try:
+        data = datasets.load_dataset(name, config.dataset_config, split=config.dataset_train_split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"dataset_name: expected a JSONL file or a data set of the hub, got {name!r} ({error})"
+        ) from None
+    for number, row in enumerate(data):
+        if config.max_samples is not None and number >= config.max_samples:
+            return
+        yield f"{name}[{number}]", row
+
+
+def load_examples(config: DataConfig) -> list[Example]:
+    """All examples of the configured data set, in order.
+
+    Raises:
+        ValueError: no such file, no example in it, or a malformed line (file and line are named).
+    """
+    config.require("dataset_name")
+    path = Path(str(config.dataset_name))
+    if path.is_dir():
+        raise ValueError(f"dataset_name: expected a JSONL file, got the directory {str(path)!r}")
+    looks_local = path.exists() or path.suffix in (".jsonl", ".json") or path.is_absolute()
+    rows = _jsonl_rows(path, config.max_samples) if looks_local else _hub_rows(config)
+    examples = [
+        parse_row(row, where=where, template_string_prompts=config.template_string_prompts) for where, row in rows
+    ]
+    if not examples:
+        raise ValueError(f"dataset_name: expected at least one example, {str(config.dataset_name)!r} has none")
+    return examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Disjoint by prompt: the same prompt never lies on two sides."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def split_examples(examples: Sequence[Example], *, validation_fraction: float, test_fraction: float) -> Splits:
+    """Split by SHA-256 of the prompt: stable under reordering, additions, rewriting of completions and seeds.
+
+    Raises:
+        ValueError: no example falls into the training split.
+    """
+    splits = Splits(train=[], validation=[], test=[])
+    for example in examples:
+        position = int(example.key[:13], 16) / 16**13
+        if position < test_fraction:
+            splits.test.append(example)
+        elif position < test_fraction + validation_fraction:
+            splits.validation.append(example)
+        else:
+            splits.train.append(example)
+    if not splits.train:
+        raise ValueError(
+            f"dataset_name: expected examples in the training split, got none: {len(examples)} examples, "
+            f"validation_fraction {validation_fraction:g}, test_fraction {test_fraction:g}"
+        )
+    return splits
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """Messages as text by the tokenizer's chat template (PLAIN_TEMPLATE where it has none).
+
+    `enable_thinking=False` is passed to every template: those that know it (Qwen3's) then give the text of a
+    model that answers at once, in training as in generation; others ignore it.
+    """
+    template = None if getattr(tokenizer, "chat_template", None) else PLAIN_TEMPLATE
+    return tokenizer.apply_chat_template(
+        list(messages),
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=False,
+    )
+
+
+def prompt_string(tokenizer: Any, example: Example) -> str:
+    """The text that generation starts from."""
+    if not example.templated:
+        return example.prompt_text
+    return render(tokenizer, example.messages, add_generation_prompt=True)
+
+
+def _ids(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
+    # A chat template writes its own special tokens; plain text gets the tokenizer's (Llama's <s>).
+    return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+
+
+def encode_prompt(tokenizer: Any, example: Example, *, max_length: int | None = None) -> list[int]:
+    """Token ids that generation starts from.
+
+    Raises:
+        ValueError: no prompt (plain text data), or one of more than `max_length` tokens.
+    """
+    if not example.messages:
+        raise ValueError(f"{example.source}: expected a prompt, got plain text, which nothing can be asked of")
+    ids = _ids(tokenizer, prompt_string(tokenizer, example), templated=example.templated)
+    if not example.templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]  # tokenizers that close every text: the answer has to follow the prompt
+    if not ids:
+        raise ValueError(f"{example.source}: expected a prompt of at least one token, got {example.prompt_text!r}")
+    if max_length is not None and len(ids) > max_length:
+        raise ValueError(
+            f"{example.source}: expected a prompt of at most {max_length} tokens (the maximum length), got {len(ids)}"
+        )
+    return ids
+
+
+def _texts(tokenizer: Any, example: Example) -> tuple[str, str]:
+    """(prompt text, whole text) such that the whole begins with the prompt exactly as generation will see it."""
+    prompt = prompt_string(tokenizer, example)
+    if not example.templated:
+        return prompt, prompt + example.completion
+    turns = [*example.messages, {"role": "assistant", "content": example.completion}]
+    whole = render(tokenizer, turns, add_generation_prompt=False)
+    if whole.startswith(prompt):
+        return prompt, whole
+    # The template writes a finished turn differently from an open one (an empty thought, say). What generation
+    # will see counts: its prompt, then the completion and whatever the template writes after it.
+    for text in (example.completion, example.completion.strip()):
+        start = whole.rfind(text)
+        if text and start >= 0:
+            return prompt, prompt + whole[start:]
+    raise ValueError(f"{example.source}: expected the chat template to contain the completion, it does not")
+
+
+def _join(tokenizer: Any, prompt_ids: list[int], prompt: str, whole: str, *, templated: bool) -> tuple[list[int], int]:
+    """Ids of the whole text, and how many of them are the prompt's."""
+    ids = _ids(tokenizer, whole, templated=templated)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return ids, len(prompt_ids)
+    if not tokenizer.is_fast:  # no offsets: tokenise the two sides apart, as generation will
+        rest = list(tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
+        return prompt_ids + rest, len(prompt_ids)
+    # A token straddles the boundary. It holds characters of the completion, so it is trained on.
+    offsets = tokenizer(whole, add_special_tokens=not templated, return_offsets_mapping=True)["offset_mapping"]
+    n_prompt = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+    return ids, n_prompt
+
+
+def encode(tokenizer: Any, example: Example, *, max_length: int, completion_only: bool = True) -> Encoded:
+    """Token ids and labels of one example; the completion ends with the end-of-text token unless it is cut.
+
+    Args:
+        max_length: tokens in all; a longer completion is cut and `truncated` set.
+        completion_only: False puts the loss on the prompt too (the first token has none to predict it from).
+
+    Raises:
+        ValueError: the prompt leaves no room for the completion, or the completion tokenises to nothing.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("tokenizer: expected an end-of-text token (eos_token), got none")
+    if example.messages:
+        prompt_ids = encode_prompt(tokenizer, example, max_length=max_length - 1)
+        prompt, whole = _texts(tokenizer, example)
+        ids, n_prompt = _join(tokenizer, prompt_ids, prompt, whole, templated=example.templated)
+    else:
+        ids, n_prompt = _ids(tokenizer, example.completion, templated=False), 0
+    if not tokenizer.decode(ids[n_prompt:], skip_special_tokens=True).strip() or not example.completion.strip():
+        raise ValueError(
+            f"{example.source}: expected a completion, got {example.completion!r}, which tokenises to nothing"
+        )
+    tail = ids[n_prompt:]
+    # What a template writes after the end of the turn is never generated: the last end-of-text token closes.
+    ids = ids[: len(ids) - tail[::-1].index(eos)] if eos in tail else [*ids, eos]
+    truncated = len(ids) > max_length
+    ids = ids[:max_length]
+    first = n_prompt if completion_only else 0
+    labels = [IGNORE] * first + ids[first:]
+    return Encoded(input_ids=tuple(ids), labels=tuple(labels), n_prompt=n_prompt, truncated=truncated)
+
+
+def encode_all(
+    tokenizer: Any, examples: Iterable[Example], *, max_length: int, completion_only: bool = True
+) -> list[Encoded]:
+    """`encode` every example; all errors (the first three spelled out) are raised together.
+
+    Raises:
+        ValueError: any example cannot be encoded.
+    """
+    encoded, errors = [], []
+    for example in examples:
+        try:
+            encoded.append(encode(tokenizer, example, max_length=max_length, completion_only=completion_only))
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        more = f"; and {len(errors) - 3} more like this" if len(errors) > 3 else ""
+        raise ValueError("; ".join(errors[:3]) + more)
+    return encoded
+
+
+def collate(batch: Sequence[Encoded], *, pad_token_id: int) -> dict[str, Tensor]:
+    """Right-padded int64 tensors [B, S]: input_ids, attention_mask (1 on real tokens), labels (IGNORE on padding)."""
+    width = max(len(item.input_ids) for item in batch)
+
+    def pad(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (width - len(values))]
+
+    return {
+        "input_ids": torch.tensor([pad(item.input_ids, pad_token_id) for item in batch]),
+        "attention_mask": torch.tensor([pad([1] * len(item.input_ids), 0) for item in batch]),
+        "labels": torch.tensor([pad(item.labels, IGNORE) for item in batch]),
+    }
+
+
+def label_audit(tokenizer: Any, item: Encoded) -> str:
+    """One encoded example for the eye: the tokens without loss as text, those with loss one by one."""
+    silent = [token for token, label in zip(item.input_ids, item.labels, strict=True) if label == IGNORE]
+    trained = [token for token, label in zip(item.input_ids, item.labels, strict=True) if label != IGNORE]
+    pieces = "|".join(re.sub(r"\n", "\\\\n", tokenizer.decode([token])) for token in trained)
+    cut = " (cut at the maximum length)" if item.truncated else ""
+    return (
+        f"First example, as the model sees it\n"
+        f"  no loss, {len(silent)} tokens: {tokenizer.decode(silent)!r}\n"
+        f"  loss,    {len(trained)} tokens{cut}: |{pieces}|"
+    )
+
+
+def with_completion(example: Example, completion: str) -> Example:
+    """The example with another completion."""
+    return replace(example, completion=completion)
