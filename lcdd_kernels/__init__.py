@@ -1,6 +1,7 @@
 """Fused kernels of loss-constrained dual descent: gates, masked deltas, packed gradients and losses.
 
-Tensors only: this package knows nothing of models. Importing it touches no GPU and imports neither Triton nor a library.
+Tensors only: this package knows nothing of models. Importing it touches no GPU and imports neither Triton nor a
+library.
 """
 
 from lcdd_kernels import functional

@@ -4,16 +4,18 @@ An op is declared once, in its `ops/X.py`, by name, stem and the backends that i
 
     declare("weight_eff_", stem="delta_step", backends=("reference", "triton", "native"))
 
-and an implementation is found by name, at first use, so that importing this package imports neither Triton nor a library:
+and an implementation is found by name, at first use, so that importing this package imports neither Triton nor a
+library:
 
     reference  lcdd_kernels.reference.delta_step:weight_eff_ref
     triton     lcdd_kernels.triton_kernels.delta_step:weight_eff_triton
     native     lcdd_kernels.native:weight_eff_native
     cuda       lcdd_kernels.cuda:weight_eff_cuda
 
-All implementations of an op have the reference's parameters, keyword-only ones included. An implementation that cannot be had
-raises `BackendUnavailable` (or `ImportError`) when its module is imported or when its `require(op)` (optional, in the same
-module) is called. Without `use_backend`: float64 -> reference; CUDA -> triton; CPU -> native, else reference.
+All implementations of an op have the reference's parameters, keyword-only ones included. An implementation that
+cannot be had raises `BackendUnavailable` (or `ImportError`) when its module is imported or when its `require(op)`
+(optional, in the same module) is called. Without `use_backend`: float64 -> reference; CUDA -> triton; CPU -> native,
+else reference.
 """
 
 import importlib
@@ -69,7 +71,9 @@ _ops: dict[str, Op] = {}
 _loaded: dict[tuple[str, str], Callable[..., Any] | str] = {}  # (op, backend) -> implementation, or why there is none
 _verdicts: dict[tuple[str, str, str], str | None] = {}  # (op, backend, device) -> None (passed) or why it is disabled
 _automatic: dict[tuple[str, str], Callable[..., Any]] = {}  # (op, device) -> what serves it by default
-_requested: list[str] = []  # stack of use_backend; process-wide, because autograd runs CUDA backwards in threads of its own
+_requested: list[
+    str
+] = []  # stack of use_backend; process-wide, because autograd runs CUDA backwards in threads of its own
 _lock = threading.RLock()
 
 
@@ -93,7 +97,9 @@ def implementation_name(op: str, backend: str) -> str:
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The implementation itself, imported at first call and not self-tested. Raises `BackendUnavailable` with the reason."""
+    """The implementation itself, imported at first call and not self-tested. Raises `BackendUnavailable` with the
+    reason.
+    """
     found = _load(op, backend)
     if isinstance(found, str):
         raise BackendUnavailable(f"backend {backend!r} cannot serve {op!r}: {found}")
@@ -136,7 +142,9 @@ def _mismatch(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
     if backend == "cuda" and device.type != "cuda":
         return f"it computes on CUDA, the tensors are on {device}"
     if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device}; Triton needs CUDA, or its interpreter (TRITON_INTERPRET=1 before the import)"
+        return (
+            f"the tensors are on {device}; Triton needs CUDA, or its interpreter (TRITON_INTERPRET=1 before the import)"
+        )
     return None
 
 
@@ -167,9 +175,8 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
 def _self_test(op: str, backend: str, device: torch.device) -> str | None:
     from lcdd_kernels import testing  # imports this module
 
-    failures: tuple[type[BaseException], ...] = (
-        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError
-    )  # fmt: skip
+    failures: tuple[type[BaseException], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
+    failures += (LookupError, OSError, RuntimeError, TypeError, ValueError)
     if "triton.errors" in sys.modules:  # compilation errors and "out of resources" have a base class of their own
         failures += (sys.modules["triton.errors"].TritonError,)
     try:
@@ -209,7 +216,8 @@ def _pick(op: str, device: torch.device, dtype: torch.dtype) -> str:
         reason = _obstacle(op, backend, device, dtype)
         if reason is None:
             return backend
-        # A CPU without the native library is an ordinary installation (`lcdd kernels` shows it); a GPU without its kernels is not.
+        # A CPU without the native library is an ordinary installation (`lcdd kernels` shows it); a GPU without its
+        # kernels is not.
         if device.type == "cuda" and (op, backend, str(device)) not in _verdicts:
             warnings.warn(
                 f"lcdd_kernels: no {backend!r} kernel for {op} on {device} ({reason}); the reference serves instead",
@@ -221,7 +229,9 @@ def _pick(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every op called inside is served by backend `name`, or raises `BackendUnavailable` with the reason. Process-wide, nestable."""
+    """Every op called inside is served by backend `name`, or raises `BackendUnavailable` with the reason.
+    Process-wide, nestable.
+    """
     if name not in BACKENDS:
         raise ValueError(f"name: expected one of {BACKENDS}, got {name!r}")
     with _lock:
@@ -234,7 +244,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def available(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
-    """For every backend: None where it can serve `op` on that device and dtype, else why it cannot. May run the self-test."""
+    """For every backend: None where it can serve `op` on that device and dtype, else why it cannot. May run the
+    self-test.
+    """
     declared()
     device = _with_index(torch.device(device))
     return {backend: _obstacle(op, backend, device, dtype) for backend in BACKENDS}

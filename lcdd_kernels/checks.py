@@ -1,7 +1,9 @@
-"""Argument checks of the public functions: each raises `ValueError` naming the argument, what was expected and what came.
+"""Argument checks of the public functions: each raises `ValueError` naming the argument, what was expected and what
+came.
 
-They run in `functional.py`, before any op is called, so that nothing is written on bad input. They read shapes, dtypes and
-pointers only; `check_no_nan` is the one that reads values, and it does so on the CPU alone (on a GPU it would make the host wait).
+They run in `functional.py`, before any op is called, so that nothing is written on bad input. They read shapes,
+dtypes and pointers only; `check_no_nan` is the one that reads values, and it does so on the CPU alone (on a GPU it
+would make the host wait).
 """
 
 from collections.abc import Collection, Sequence
@@ -26,7 +28,7 @@ def check_tensor(name: str, value: object) -> Tensor:
 def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
     """Shape check; `None` stands for any size."""
     check_tensor(name, value)
-    ok = value.dim() == len(shape) and all(s is None or s == v for s, v in zip(shape, value.shape))
+    ok = value.dim() == len(shape) and all(s is None or s == v for s, v in zip(shape, value.shape, strict=True))
     if not ok:
         want = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
         raise fail(name, f"shape {want}", f"shape {list(value.shape)}")

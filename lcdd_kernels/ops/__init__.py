@@ -5,7 +5,8 @@ The pattern, for an op `f` of stem X (see `ops/gates.py` for it in full):
     declare("f", stem="X", backends=("reference", "triton"))           # the names that backends.choose may look up
 
     @torch.library.custom_op("lcdd::f", mutates_args=())               # one coarse op per call: 15-30 us each
-    def f(x: Tensor, kind: str) -> Tensor:                             # schema types only; no defaults, no validation here
+    def f(x: Tensor, kind: str) -> Tensor:                             # schema types only; no defaults, no validation
+    here
         return choose("f", x)(x, kind=kind)                            # f_ref, f_triton, f_native: same parameters
 
     @f.register_fake

@@ -1,4 +1,5 @@
-"""`lcdd::weight_eff_`, `lcdd::delta_grad_stats` (pass A) and `lcdd::delta_adamw_` (pass B); see `reference/delta_step.py`.
+"""`lcdd::weight_eff_`, `lcdd::delta_grad_stats` (pass A) and `lcdd::delta_adamw_` (pass B); see
+`reference/delta_step.py`.
 
 One call each for all matrices of a model. They are steps of an optimizer and have no autograd formula.
 """
@@ -52,9 +53,7 @@ def _(
     return torch.empty_like(gate), gate.new_empty(())
 
 
-@torch.library.custom_op(
-    "lcdd::delta_adamw_", mutates_args=("weights", "deltas", "exp_avgs", "exp_avg_sqs")
-)
+@torch.library.custom_op("lcdd::delta_adamw_", mutates_args=("weights", "deltas", "exp_avgs", "exp_avg_sqs"))
 def delta_adamw_(
     weights: list[Tensor],
     bases: list[Tensor],

@@ -1,4 +1,6 @@
-"""`lcdd::gate_values`, `lcdd::gate_logits_grad` (its backward) and `lcdd::open_indices`. Shapes as in `reference/gates.py`."""
+"""`lcdd::gate_values`, `lcdd::gate_logits_grad` (its backward) and `lcdd::open_indices`. Shapes as in
+`reference/gates.py`.
+"""
 
 from typing import Any
 
@@ -14,12 +16,8 @@ declare("open_indices", stem="gates", backends=_ALL)
 
 
 @torch.library.custom_op("lcdd::gate_values", mutates_args=())
-def gate_values(
-    logits: Tensor, kind: str, seed: int, step: int, training: bool, offset: int
-) -> tuple[Tensor, Tensor]:
-    return choose("gate_values", logits)(
-        logits, kind=kind, seed=seed, step=step, training=training, offset=offset
-    )
+def gate_values(logits: Tensor, kind: str, seed: int, step: int, training: bool, offset: int) -> tuple[Tensor, Tensor]:
+    return choose("gate_values", logits)(logits, kind=kind, seed=seed, step=step, training=training, offset=offset)
 
 
 @gate_values.register_fake
@@ -86,5 +84,4 @@ def open_indices(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]
 @open_indices.register_fake
 def _(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, groups = gate.shape[0], offsets.shape[0] - 1
-    new = torch.empty_like
-    return new(gate, dtype=torch.int32), gate.new_empty(groups, dtype=torch.int32), gate.new_empty(n, dtype=torch.int32)
+    return tuple(gate.new_empty(size, dtype=torch.int32) for size in (n, groups, n))

@@ -1,24 +1,26 @@
-"""LCDD's optimizer step over every matrix of a model, in plain PyTorch (method section 1): the signatures all backends share.
+"""LCDD's optimizer step over every matrix of a model, in plain PyTorch: the signatures that all backends share.
 
-M matrices `[out, in]`; N gates. With r_i, c_j the gates of row i and column j (found through `gate_maps`) and p_ij = r_i*c_j:
+M matrices `[out, in]`; N gates (method section 1). Row i and column j of a matrix find their gates r_i and c_j through
+`gate_maps`; p_ij = r_i*c_j, "o" is elementwise:
 
-    W_eff = W_base + p o Delta                       weight_eff_ref
-    d_r_i = sum_j c_j Delta_ij G_ij,   d_c_j = sum_i r_i Delta_ij G_ij,   sum (p_ij G_ij)^2      delta_grad_stats_ref  (pass A)
-    AdamW on Delta with the gradient grad_scale*p o G, then W_eff with the new gates             delta_adamw_ref       (pass B)
+    weight_eff_ref                   W_eff = W_base + p o Delta
+    delta_grad_stats_ref  (pass A)   d_r_i = sum_j c_j Delta_ij G_ij,  d_c_j = sum_i r_i Delta_ij G_ij,  sum (p_ij G_ij)^2
+    delta_adamw_ref       (pass B)   AdamW on Delta with the gradient grad_scale*p o G, then W_eff from the new gates
 
-Arithmetic is in the gate's dtype: float32, or float64 (the reference alone); matrices are float32, float16 or bfloat16 (float64
-with float64 gates), moments bfloat16, float32 or float64, each on its own.
+Arithmetic is in the gate's dtype: float32, or float64 (the reference alone). Matrices are float32, float16 or bfloat16
+(float64 with float64 gates), and so are the moments, each tensor on its own.
 
 gate_maps: int64 CPU tensor [M, 4], rows (row_start, col_start, head_dim, repeat); see `functional.GateMap`.
 A row shard (FSDP2) passes its own rows, and a row_start moved by its row offset.
 
-layouts: one int per matrix, how its gradient is packed; `rank` (of `open_indices`) then says where, else it may be None:
-    DENSE  grads[m] is [out, in]
-    BLOCK  grads[m] is [nR, nC]: open rows x open columns. Closed gates then get a zero gradient (hard_concrete: it is zero)
-    PANELS grads[m] is the rows panel [nR, in] (open rows, all columns); the columns panel [out, nC] (all rows, open columns)
-           is the next entry of `col_panels`, which has one entry per PANELS matrix, in the order of the matrices
-Packed row i is at rank[row gate]. Packed column j is at copy*n_open + rank[col gate], copy = (j // head_dim) % repeat and
-n_open = nC / repeat: copy-major, and simply the rank where repeat is 1. Packed layouts need whole matrices, not row shards.
+layouts: one int per matrix, how its gradient is packed; `rank` (of `open_indices`) says where, else it may be None:
+    DENSE   grads[m] is [out, in]
+    BLOCK   grads[m] is [nR, nC]: open rows x open columns. Closed gates then get no gradient (hard_concrete has none)
+    PANELS  grads[m] is [nR, in]: open rows, all columns. The matrix's [out, nC] (all rows, open columns) is the next
+            entry of `col_panels`, which has one entry per PANELS matrix, in the order of the matrices
+Packed row i is at rank[row gate]. Packed column j is at copy*n_open + rank[col gate], copy = (j // head_dim) % repeat
+and n_open = nC / repeat: copy-major, and simply the rank where repeat is 1. Packed layouts need whole matrices, not row
+shards.
 """
 
 import functools
@@ -52,10 +54,10 @@ def partial_sum_layout(shapes: Sequence[tuple[int, int]]) -> list[int]:
 def _gather_index(
     maps: tuple[tuple[int, ...], ...], shapes: tuple[tuple[int, int], ...], n_gates: int, device: torch.device
 ) -> Tensor:
-    """int32 [K, N]: the (at most K) places in the flat buffer of partial sums that belong to each gate, in the order of the
-    matrices, padded with the zero slot. Built once per layout."""
+    """int32 [K, N]: the (at most K) places in the flat buffer of partial sums that belong to each gate, in the order
+    of the matrices, padded with the zero slot. Built once per layout."""
     targets = []
-    for (row_start, col_start, head_dim, repeat), (n_out, n_in) in zip(maps, shapes):
+    for (row_start, col_start, head_dim, repeat), (n_out, n_in) in zip(maps, shapes, strict=True):
         targets.append(torch.arange(row_start, row_start + n_out))
         targets.append(col_gate_index(n_in, col_start, head_dim, repeat, torch.device("cpu")))
     target = torch.cat(targets) if targets else torch.empty(0, dtype=torch.int64)
@@ -70,9 +72,7 @@ def _gather_index(
     return index.to(device)
 
 
-def gather_partial_sums(
-    partials: Tensor, gate_maps: Tensor, shapes: Sequence[tuple[int, int]], n_gates: int
-) -> Tensor:
+def gather_partial_sums(partials: Tensor, gate_maps: Tensor, shapes: Sequence[tuple[int, int]], n_gates: int) -> Tensor:
     """d_gate[N] from the flat buffer of row and column sums (`partial_sum_layout`, plus one last slot that holds zero).
 
     One gather and one sum for the whole model, in a fixed order: deterministic, no atomics, no launch per matrix.
@@ -112,7 +112,7 @@ def _unpack(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Per matrix, G `[out, in]` as known for column gates and as known for row gates; zero where it was not packed."""
     panels = iter(col_panels)
-    for grad, delta, row, layout in zip(grads, deltas, gate_maps.tolist(), layouts):
+    for grad, delta, row, layout in zip(grads, deltas, gate_maps.tolist(), layouts, strict=True):
         if layout == DENSE:
             yield grad, grad
             continue
@@ -140,10 +140,10 @@ def weight_eff_ref(
 ) -> None:
     """weights[m] := bases[m] + (r x c) o deltas[m], in place. Bit-identical on every backend.
 
-    p = r*c rounded, q = p*delta rounded, s = base + q rounded, then round-to-nearest-even to the weight's dtype; no fused
-    multiply-add. Where p == 0 the base's bits are copied: a closed weight is the base, -0.0 included.
+    p = r*c rounded, q = p*delta rounded, s = base + q rounded, then round-to-nearest-even to the weight's dtype; no
+    fused multiply-add. Where p == 0 the base's bits are copied: a closed weight is the base, -0.0 included.
     """
-    for weight, base, delta, row in zip(weights, bases, deltas, gate_maps.tolist()):
+    for weight, base, delta, row in zip(weights, bases, deltas, gate_maps.tolist(), strict=True):
         r, c = _gates_of(gate, row, weight.shape)
         for rows in _row_chunks(*weight.shape):
             weight[rows] = _masked_sum(base[rows], delta[rows], r[rows, None] * c)
@@ -161,14 +161,15 @@ def delta_grad_stats_ref(
     """Pass A: (d_gate[N], sq_norm[]), in the gate's dtype; deterministic.
 
     d_gate[n] sums the row and column formulas over every row and column, of any matrix, that uses gate n.
-    sq_norm = sum over matrices of ||(r x c) o G||^2. Nothing is masked here, so a NaN anywhere in a dense G reaches sq_norm.
+    sq_norm = sum over matrices of ||(r x c) o G||^2. Nothing is masked here, so a NaN anywhere in a dense G reaches
+    sq_norm.
     """
     shapes = [tuple(d.shape) for d in deltas]
     starts = partial_sum_layout(shapes)
     partials = gate.new_zeros(starts[-1] + 1)
     squares = [torch.zeros((), dtype=torch.float64, device=gate.device)]
     unpacked = _unpack(grads, col_panels, deltas, gate_maps, layouts, rank)
-    for start, delta, row, (by_row, by_col) in zip(starts, deltas, gate_maps.tolist(), unpacked):
+    for start, delta, row, (by_row, by_col) in zip(starts[:-1], deltas, gate_maps.tolist(), unpacked, strict=True):
         n_out, n_in = delta.shape
         r, c = _gates_of(gate, row, delta.shape)
         d_row = partials[start : start + n_out]
@@ -205,7 +206,8 @@ def delta_adamw_ref(
     step: int,
     grad_scale: float,
 ) -> None:
-    """Pass B, in place on weights, deltas, exp_avgs and exp_avg_sqs; `step` counts from 1. Packed entries missing from G are 0.
+    """Pass B, in place on weights, deltas, exp_avgs and exp_avg_sqs; `step` counts from 1. Packed entries missing
+    from G are 0.
 
         g     = (grad_scale * (r_old*c_old)) * G
         delta = delta * (1 - lr*weight_decay)
@@ -213,12 +215,13 @@ def delta_adamw_ref(
         delta = delta - lr/(1 - beta1^step) * m / (sqrt(v)/sqrt(1 - beta2^step) + eps)        (torch.optim.AdamW)
         W     = base + (r_new*c_new) * delta               as `weight_eff_ref`, from the *stored* delta
 
-    The update uses m and v before they are rounded to their storage dtype; factors of the scalars alone are formed in float64.
+    The update uses m and v before they are rounded to their storage dtype; factors of the scalars alone are formed in
+    float64.
     """
     step_size = lr / (1 - beta1**step)
     v_scale = math.sqrt(1 - beta2**step)
     unpacked = _unpack(grads, col_panels, deltas, gate_maps, layouts, rank)
-    matrices = zip(weights, bases, deltas, exp_avgs, exp_avg_sqs, gate_maps.tolist(), unpacked)
+    matrices = zip(weights, bases, deltas, exp_avgs, exp_avg_sqs, gate_maps.tolist(), unpacked, strict=True)
     for weight, base, delta, exp_avg, exp_avg_sq, row, (grad, _) in matrices:
         r_old, c_old = _gates_of(gate_old, row, weight.shape)
         r_new, c_new = _gates_of(gate_new, row, weight.shape)

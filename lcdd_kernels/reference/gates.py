@@ -7,8 +7,8 @@ Noise (hard_concrete in training), the same bits on every backend: Philox4x32-10
     counter = (n & 0xffffffff, n >> 32, step & 0xffffffff, step >> 32)      n = offset + position of the gate
     x       = first output word (uint32)
     u       = (float(x >> 9) + 0.5) * 2**-23
-Of x, 23 bits are kept: then u has 24 significant bits, so u *and* 1 - u are exact in float32 and strictly inside (0, 1).
-(With 24 bits, x >> 8, float32 rounds the largest value to u = 1.)
+Of x, 23 bits are kept: then u has 24 significant bits, so u *and* 1 - u are exact in float32 and strictly inside (0,
+1). (With 24 bits, x >> 8, float32 rounds the largest value to u = 1.)
 """
 
 import math
@@ -33,7 +33,9 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox_ref(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011) over int64 tensors that hold uint32 words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -46,7 +48,9 @@ def philox_ref(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def gate_noise_ref(n: int, *, seed: int, step: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """u[n] in (0, 1): the noise of gates offset .. offset + n - 1. Exact in float32, so the same numbers in every dtype."""
+    """u[n] in (0, 1): the noise of gates offset .. offset + n - 1. Exact in float32, so the same numbers in every
+    dtype.
+    """
     i = torch.arange(offset, offset + n, dtype=torch.int64, device=device)
     word2, word3 = torch.full_like(i, step & _MASK), torch.full_like(i, step >> 32)
     x, *_ = philox_ref((i & _MASK, i >> 32, word2, word3), (seed & _MASK, seed >> 32))
@@ -91,7 +95,8 @@ def gate_logits_grad_ref(
 ) -> Tensor:
     """d_logits[N] = d_gate * dz/dtheta + l0_weight * dE[L0]/dtheta, in the dtype of logits; the noise is recomputed.
 
-    heaviside_ste: dz/dtheta := sigmoid'(theta), straight through. hard_concrete: exactly zero where the gate is clamped.
+    heaviside_ste: dz/dtheta := sigmoid'(theta), straight through. hard_concrete: exactly zero where the gate is
+    clamped.
     """
     if kind == "heaviside_ste":
         slope = torch.sigmoid(logits) * torch.sigmoid(-logits)
@@ -105,10 +110,12 @@ def gate_logits_grad_ref(
 
 
 def open_indices_ref(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gate[N], offsets[G+1] (int64, CPU, from 0 to N, ascending) -> (indices[N], counts[G], rank[N]), all int32 on gate's device.
+    """gate[N], offsets[G+1] (int64, CPU, from 0 to N, ascending) -> (indices[N], counts[G], rank[N]), all int32 on
+    gate's device.
 
-    indices[offsets[g] : offsets[g] + counts[g]] are the local positions of group g's open gates (gate != 0), ascending; the
-    rest of the group's slice is -1. rank[n] is the place of gate n in its group's list, -1 where it is closed.
+    indices[offsets[g] : offsets[g] + counts[g]] are the local positions of group g's open gates (gate != 0),
+    ascending; the rest of the group's slice is -1. rank[n] is the place of gate n in its group's list, -1 where it is
+    closed.
     """
     n = gate.numel()
     bounds = offsets.to(gate.device)
