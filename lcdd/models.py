@@ -4,9 +4,10 @@ Qwen3, Llama and Mistral share one block: attention (q, k, v, o) and a gated MLP
 reading from and writing to the residual stream. That block is all that LCDD masks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             raise ValueError(f"tokenizer: expected a pad or an end-of-text token, {str(path)!r} has neither")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def new_model(settings: Mapping[str, Any], *, seed: int) -> PreTrainedModel:
+    """A randomly initialised model from the entries of a config.json (`model_type` and sizes); float32, on the CPU.
+
+    Raises:
+        ValueError: the architecture is not supported.
+    """
+    config = AutoConfig.for_model(**settings)
+    shape_of(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path) -> None:
