@@ -1,0 +1,96 @@
+"""A run's log: one JSON line per step in log.jsonl and, on request, TensorBoard scalars of the same numbers."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+
+def finite_or_null(value: Any) -> Any:
+    """The value with NaN and infinities, which JSON does not have, replaced by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(item) for item in value]
+    return value
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """All lines of a log.jsonl; a half-written last line (the run was killed) is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").split("\n"):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class RunLog:
+    """Writes the log of a run; a context manager.
+
+    Every line has `stage` and the seconds since the log was opened. Without a directory the lines are only kept
+    in `lines`, which they always are.
+    """
+
+    def __init__(self, directory: str | Path | None, *, stage: str, report_to: str = "none") -> None:
+        self.stage = stage
+        self.lines: list[dict[str, Any]] = []
+        self._start = time.perf_counter()
+        self._file: IO[str] | None = None
+        self._board: Any = None
+        if directory is None:
+            return
+        if report_to == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "report_to: expected tensorboard to be installed: pip install 'lcdd[tensorboard]'"
+                ) from None
+            self._board = SummaryWriter(str(Path(directory) / "tensorboard"))
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._file = open(Path(directory) / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line, flushed at once."""
+        seconds = round(time.perf_counter() - self._start, 4)
+        line = finite_or_null({"stage": self.stage, "seconds": seconds, **line})
+        self.lines.append(line)
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            self._write_scalars(line)
+
+    def _write_scalars(self, line: Mapping[str, Any]) -> None:
+        step = int(line.get("step", 0))
+        for key, value in line.items():
+            if key in ("step", "stage", "seconds"):
+                continue
+            for name, number in value.items() if isinstance(value, dict) else [(None, value)]:
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    tag = f"{self.stage}/{key}" if name is None else f"{self.stage}/{key}/{name}"
+                    self._board.add_scalar(tag, number, step)
+
+    def close(self) -> None:
+        """Close the files; safe to call twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
