@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
 from lcdd.dual import DualController
 from lcdd.gates import GateLayout, Gates
@@ -27,8 +28,6 @@ from lcdd.packed import PackedGradLinear, PackPlan
 from lcdd_kernels import delta_adamw_, delta_grad_stats, weight_eff_
 
 logger = logging.getLogger(__name__)
-
-MASKED_STATE = ("delta", "exp_avg", "exp_avg_sq")
 
 
 class LCDDOptimizer(torch.optim.Optimizer):
@@ -49,6 +48,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
     Attributes:
         gates: θ and the gates in force.
         dual: the constraint's controller.
+        model, base: the model in training, and the one it is held against.
         names: the masked linears, in the order of `param_groups[0]`.
         skipped_steps, skipped_in_a_row: steps not taken because the loss or a gradient was not finite.
     """
@@ -255,10 +255,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._in_eval = False
         self._write(training=not self.gates_frozen)
 
-    def carrier(self) -> "Carrier":
+    def carrier(self) -> Carrier:
         """The open gates and their part of Δ, as a patch for the base."""
-        from lcdd.carrier import Carrier  # a carrier is made of an optimizer's parts; this is the only way back
-
         return Carrier.from_training(self)
 
     def fold(self) -> PreTrainedModel:
