@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lcdd_kernels import checks
 from lcdd_kernels.checks import fail
+from lcdd_kernels.matching import channel_match, last_token_index
 from lcdd_kernels.matrix_checks import (
     MAX_INT,
     GateMap,
@@ -24,14 +25,26 @@ from lcdd_kernels.matrix_checks import (
 )
 from lcdd_kernels.ops import delta_step as delta_ops
 from lcdd_kernels.ops import gates as gate_ops
+from lcdd_kernels.pack_plan import PackCrossover, default_crossover, measure_crossover, pack_layout, packed_multiple
+from lcdd_kernels.packed import expand_columns, pack_columns, packed_weight_grad
 
 __all__ = [
     "GateMap",
+    "PackCrossover",
+    "channel_match",
+    "default_crossover",
     "delta_adamw_",
     "delta_grad_stats",
+    "expand_columns",
     "gate_logits_grad",
     "gate_values",
+    "last_token_index",
+    "measure_crossover",
     "open_indices",
+    "pack_columns",
+    "pack_layout",
+    "packed_multiple",
+    "packed_weight_grad",
     "weight_eff_",
 ]
 

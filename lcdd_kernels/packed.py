@@ -1,0 +1,141 @@
+"""Packed weight gradients: the open rows and columns of G = dYᵀX and nothing else (method.md, section 1).
+
+Shapes: T tokens, K in_features, O out_features, R open rows, C open columns, P = C rounded up to `packed_multiple`.
+The library does the products; `pack_columns` gathers their operands. Public through `lcdd_kernels.functional`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lcdd_kernels import checks
+from lcdd_kernels.checks import FLOATS, fail
+from lcdd_kernels.ops import packed_grad as ops
+from lcdd_kernels.pack_plan import packed_multiple
+
+__all__ = ["expand_columns", "pack_columns", "packed_weight_grad"]
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_index_list(name: str, index: Tensor, size: int, device: torch.device) -> None:
+    """An int32 or int64 vector with values in [0, size). Values are read on the CPU only: on a GPU the host would wait, and
+    the kernels answer an index out of range with NaN."""
+    checks.check_shape(name, index, (None,))
+    checks.check_dtype(name, index, _INDEX_DTYPES)
+    checks.check_device(name, index, device)
+    if index.numel() and index.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(index)
+        if low < 0 or high >= size:
+            raise fail(name, f"indices in [0, {size})", f"indices in [{int(low)}, {int(high)}]")
+
+
+def expand_columns(open_gates: Tensor, *, head_dim: int, repeat: int) -> Tensor:
+    """Open gates of a group -> open columns of the matrix they gate, int64, in packed order (copy-major).
+
+    open_gates: int[n] local positions. With grouped-query attention (`repeat` query heads per KV head) gate g = kv·head_dim + d
+    serves columns (kv·repeat + copy)·head_dim + d: all open columns of copy 0 come first, then those of copy 1, and so on.
+    With repeat = 1 the columns are the gates.
+    """
+    checks.check_shape("open_gates", open_gates, (None,))
+    checks.check_dtype("open_gates", open_gates, _INDEX_DTYPES)
+    checks.check_int("head_dim", head_dim, 1)
+    checks.check_int("repeat", repeat, 1)
+    gates = open_gates.long()
+    if repeat == 1:
+        return gates
+    first = gates // head_dim * (repeat * head_dim) + gates % head_dim
+    copies = torch.arange(repeat, device=gates.device) * head_dim
+    return (copies[:, None] + first[None, :]).reshape(-1)
+
+
+def pack_columns(x: Tensor, cols: Tensor, *, multiple: int = 1) -> Tensor:
+    """x[T, K], cols int[C] -> x[:, cols], contiguous [T, P], zero-padded to a `multiple` of columns. Differentiable in x.
+
+    x: float32, float16, bfloat16 or float64, any strides. cols: int32 or int64, distinct (an open list).
+    """
+    checks.check_shape("x", x, (None, None))
+    checks.check_dtype("x", x, FLOATS)
+    check_index_list("cols", cols, x.shape[1], x.device)
+    checks.check_int("multiple", multiple, 1)
+    return ops.pack_columns(x, cols, multiple)
+
+
+def packed_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    layout: str,
+    out: Tensor | Sequence[Tensor] | None = None,
+    x_open: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The open part of dYᵀX, for x[T, K], dy[T, O], rows int[R], cols int[C] of a linear weight [O, K].
+
+    layout "block":  -> G[R, C]
+    layout "panels": -> (G[R, :] as [R, K], G[:, C] as [O, C])
+    out: accumulate into it and return it (micro-batches): same shapes, contiguous; the dtype of x, or float32. The product is
+         rounded to x's dtype before it is added, as autograd does before it adds to `weight.grad`.
+    x_open: `pack_columns(x, cols, multiple=packed_multiple(x.device))` from an earlier call, where several matrices read one
+         input (q, k, v; gate, up).
+    Nothing open gives an empty result. Columns of a GQA o_proj: `expand_columns`.
+    """
+    _check_operands(x, dy, rows, cols, layout, x_open)
+    shapes = _result_shapes(x, dy, rows, cols, layout)
+    targets = _check_out(out, shapes, x)
+    multiple = packed_multiple(x.device)
+    dy_open = ops.pack_columns(dy, rows, multiple)
+    if x_open is None:
+        x_open = ops.pack_columns(x, cols, multiple)
+    pairs = [(dy_open, x_open)] if layout == "block" else [(dy_open, x), (dy, x_open)]
+    results = [_product(a, b, shape, target) for (a, b), shape, target in zip(pairs, shapes, targets, strict=True)]
+    return results[0] if layout == "block" else (results[0], results[1])
+
+
+def _product(a: Tensor, b: Tensor, shape: tuple[int, int], out: Tensor | None) -> Tensor:
+    """aᵀb without the padding of the operands, contiguous, or added to `out`."""
+    padded = (a.shape[1], b.shape[1]) != shape
+    if out is None:
+        return torch.mm(a.t(), b)[: shape[0], : shape[1]].contiguous()
+    if padded or out.dtype != a.dtype:
+        return out.add_(torch.mm(a.t(), b)[: shape[0], : shape[1]])
+    return torch.addmm(out, a.t(), b, out=out)
+
+
+def _result_shapes(x: Tensor, dy: Tensor, rows: Tensor, cols: Tensor, layout: str) -> list[tuple[int, int]]:
+    if layout == "block":
+        return [(rows.shape[0], cols.shape[0])]
+    return [(rows.shape[0], x.shape[1]), (dy.shape[1], cols.shape[0])]
+
+
+def _check_operands(x: Tensor, dy: Tensor, rows: Tensor, cols: Tensor, layout: str, x_open: Tensor | None) -> None:
+    checks.check_choice("layout", layout, ("block", "panels"))
+    checks.check_shape("x", x, (None, None))
+    checks.check_dtype("x", x, FLOATS)
+    checks.check_shape("dy", dy, (x.shape[0], None))
+    checks.check_dtype("dy", dy, (x.dtype,))
+    checks.check_device("dy", dy, x.device)
+    check_index_list("rows", rows, dy.shape[1], x.device)
+    check_index_list("cols", cols, x.shape[1], x.device)
+    if x_open is not None:
+        multiple = packed_multiple(x.device)
+        checks.check_shape("x_open", x_open, (x.shape[0], -(-cols.shape[0] // multiple) * multiple))
+        checks.check_dtype("x_open", x_open, (x.dtype,))
+        checks.check_device("x_open", x_open, x.device)
+
+
+def _check_out(
+    out: Tensor | Sequence[Tensor] | None, shapes: list[tuple[int, int]], x: Tensor
+) -> Sequence[Tensor] | list[None]:
+    if out is None:
+        return [None] * len(shapes)
+    targets = [out] if isinstance(out, Tensor) else list(out)
+    checks.check_length("out", targets, len(shapes))
+    for target, shape in zip(targets, shapes, strict=True):
+        checks.check_shape("out", target, shape)
+        checks.check_dtype("out", target, (x.dtype, torch.float32))
+        checks.check_device("out", target, x.device)
+        checks.check_contiguous("out", target)
+    return targets

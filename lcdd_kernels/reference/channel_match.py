@@ -1,0 +1,77 @@
+"""Activation matching in plain PyTorch (method.md, section 4; the first term of SFT-Eraser's loss).
+
+Shapes: L layers, B prompts, S positions, D model width, n_l channels of layer l, N = Σ n_l.
+
+    loss = (1/L') Σ_l (1/n_l) Σ_{c ∈ C_l} ( (1/B) Σ_b h_l[b, last_b, c] − target_l[c] )²        L' = layers with channels
+
+    residual[c]            = (mean − target) / (L' n_l)      so that loss = Σ residual · (mean − target)
+    dloss/dh_l[b, last_b, c] = 2 residual[c] / B             zero everywhere else
+
+The residual (N numbers) is all that the backward needs. Low-precision inputs are accumulated in float32, float64 in float64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["channel_match_backward_ref", "channel_match_ref"]
+
+
+def _layer_weights(offsets: torch.Tensor) -> list[float]:
+    """offsets int64[L+1] (CPU) -> 1/(L' n_l) of each layer; 0 for a layer without channels, which is left out of the mean."""
+    counts = offsets.diff().tolist()
+    n_layers = sum(count > 0 for count in counts)
+    return [1.0 / (n_layers * count) if count else 0.0 for count in counts]
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def channel_match_ref(
+    hidden: Sequence[torch.Tensor],
+    last_index: torch.Tensor,
+    channels: torch.Tensor,
+    offsets: torch.Tensor,
+    target_mean: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden L × [B, S, D], last_index int64[B], channels int32[N], offsets int64[L+1] CPU, target_mean[N] -> (loss[], residual[N]).
+
+    loss and residual are float32, or float64 for float64 `hidden`.
+    """
+    dtype = _accumulation_dtype(hidden[0].dtype)
+    prompts = torch.arange(hidden[0].shape[0], device=hidden[0].device)
+    bounds = offsets.tolist()
+    residual = torch.empty(bounds[-1], dtype=dtype, device=hidden[0].device)
+    loss = torch.zeros((), dtype=dtype, device=hidden[0].device)
+    for layer, (h, weight) in enumerate(zip(hidden, _layer_weights(offsets), strict=True)):
+        part = slice(bounds[layer], bounds[layer + 1])
+        mean = h[prompts, last_index].to(dtype).mean(dim=0)[channels[part].long()]
+        difference = mean - target_mean[part].to(dtype)
+        residual[part] = weight * difference
+        loss = loss + (residual[part] * difference).sum()
+    return loss, residual
+
+
+def channel_match_backward_ref(
+    d_loss: torch.Tensor,
+    residual: torch.Tensor,
+    last_index: torch.Tensor,
+    channels: torch.Tensor,
+    offsets: torch.Tensor,
+    n_positions: int,
+    n_features: int,
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """-> d_hidden, L × [B, S, D] in `dtype`, zero outside the last tokens' channels. Channels of a layer are distinct."""
+    n_prompts = last_index.shape[0]
+    prompts = torch.arange(n_prompts, device=residual.device)
+    bounds = offsets.tolist()
+    d_channel = residual * (d_loss.to(residual.dtype) * (2.0 / n_prompts))
+    d_hidden = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        row = residual.new_zeros(n_features).index_add_(0, channels[start:stop].long(), d_channel[start:stop])
+        d_h = torch.zeros(n_prompts, n_positions, n_features, dtype=dtype, device=residual.device)
+        d_h[prompts, last_index] = row.to(dtype)
+        d_hidden.append(d_h)
+    return d_hidden
