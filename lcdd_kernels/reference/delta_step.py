@@ -4,7 +4,7 @@ M matrices `[out, in]`; N gates (method section 1). Row i and column j of a matr
 `gate_maps`; p_ij = r_i*c_j, "o" is elementwise:
 
     weight_eff_ref                   W_eff = W_base + p o Delta
-    delta_grad_stats_ref  (pass A)   d_r_i = sum_j c_j Delta_ij G_ij,  d_c_j = sum_i r_i Delta_ij G_ij,  sum (p_ij G_ij)^2
+    delta_grad_stats_ref  (pass A)   d_r_i = sum_j c_j Delta_ij G_ij, d_c_j = sum_i r_i Delta_ij G_ij, sum (p_ij G_ij)^2
     delta_adamw_ref       (pass B)   AdamW on Delta with the gradient grad_scale*p o G, then W_eff from the new gates
 
 Arithmetic is in the gate's dtype: float32, or float64 (the reference alone). Matrices are float32, float16 or bfloat16

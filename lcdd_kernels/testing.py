@@ -1,0 +1,281 @@
+"""Sample inputs, and comparison with the float64 reference: one place for tests, self-test, benchmarks and report card.
+
+Every op has a `Case` in `cases/X.py` (X: its stem): inputs for its implementation functions, and the *same-dtype
+PyTorch expression*, which is what a user would write in eager PyTorch without this package. A backend is judged by
+its distance to the float64 reference, against that expression's distance: tolerances calibrate themselves.
+
+Adding an op: write its `Case`, put it in its module's `CASES`, and it is in the self-test, `compare` and the report
+card.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from lcdd_kernels import backends
+
+Inputs = dict[str, Any]
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """How one op is sampled and judged.
+
+    make(dtype, device, seed, size): keyword arguments of the implementation functions; size >= 1 scales the shapes.
+    Values are
+        drawn on the CPU, so that they are the same on every device. What is purely written must start as NaN.
+    expression: same parameters and results as the implementation, in ordinary eager PyTorch of the same dtype.
+    outputs: names of the results, in order; for an in-place op, of the arguments that it writes.
+    exact: outputs that must equal the reference of the same dtype bit for bit.
+    depth: for outputs that are sums of n terms, about log2(n): the roundings that the best fixed order of summation
+    makes one
+        after another. It widens the floor, because one lucky sum of the expression says nothing about the next order.
+    dtypes: storage dtypes that the op takes (float64 apart: every op's reference takes it).
+    """
+
+    make: Callable[[torch.dtype, torch.device, int, int], Inputs]
+    expression: Callable[..., Any]
+    outputs: tuple[str, ...]
+    in_place: bool = False
+    exact: frozenset[str] = frozenset()
+    depth: Mapping[str, int] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output's error to float64, of a backend and of the same-dtype expression (absolute; p99: 99th percentile).
+
+    `floor_*` is half an ulp, in the output's dtype, at the largest (99th percentile) magnitude of the exact result:
+    what rounding a perfect result to storage costs; times 1 + depth for a sum. The expression can be exact by luck; a
+    correctly rounded kernel must not fail for that.
+    """
+
+    op: str
+    backend: str
+    dtype: str
+    output: str
+    error_max: float
+    error_p99: float
+    expression_max: float
+    expression_p99: float
+    floor_max: float
+    floor_p99: float
+    exact: bool | None  # equal to the same-dtype reference bit for bit; None where that is not asked
+
+    @property
+    def ratio_max(self) -> float:
+        """Error over the larger of the expression's error and the floor: 1 is as good as PyTorch, 2 is the limit."""
+        return self.error_max / max(self.expression_max, self.floor_max, 1e-300)
+
+    @property
+    def ratio_p99(self) -> float:
+        return self.error_p99 / max(self.expression_p99, self.floor_p99, 1e-300)
+
+    @property
+    def ok(self) -> bool:
+        within = (
+            self.error_max <= 2 * self.expression_max + self.floor_max
+            and self.error_p99 <= 2 * self.expression_p99 + self.floor_p99
+        )
+        return within and self.exact is not False
+
+
+def case_of(op: str) -> Case:
+    """The op's `Case`; `ValueError` where it is not declared or has none."""
+    found = {declared.name: declared for declared in backends.declared()}
+    if op not in found:
+        raise ValueError(f"op: expected one of {sorted(found)}, got {op!r}")
+    module = importlib.import_module(f"lcdd_kernels.cases.{found[op].stem}")
+    if op not in module.CASES:
+        raise ValueError(f"op: {module.__name__}.CASES has no case for {op!r}, only {sorted(module.CASES)}")
+    return module.CASES[op]
+
+
+def make_inputs(
+    op: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    size: int = 1,
+) -> Inputs:
+    """Keyword arguments for `backends.implementation(op, ...)`, equal for equal (dtype, seed, size) on every device."""
+    return case_of(op).make(dtype, torch.device(device), seed, size)
+
+
+def clone(value: Any) -> Any:
+    """A copy of inputs: tensors, and lists, tuples and dicts of them."""
+    return _map(value, lambda t: t.clone())
+
+
+def upcast(value: Any) -> Any:
+    """Inputs with every floating-point tensor in float64, on the CPU."""
+    return _map(value, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu())
+
+
+def _map(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_map(v, f) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _map(v, f) for k, v in value.items()}
+    return value
+
+
+def run(case: Case, function: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
+    """Runs an implementation on a copy of the inputs; every output flattened, lists concatenated, on the CPU."""
+    inputs = clone(inputs)
+    with torch.no_grad():
+        result = function(**inputs)
+    if case.in_place:
+        values = [inputs[name] for name in case.outputs]
+    else:
+        values = list(result) if isinstance(result, list | tuple) and len(case.outputs) > 1 else [result]
+    if len(values) != len(case.outputs):
+        raise AssertionError(f"expected outputs {case.outputs}, got {len(values)} results")
+    return {name: _flat(value) for name, value in zip(case.outputs, values, strict=True)}
+
+
+def _flat(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().reshape(-1).cpu()
+    return torch.cat([_flat(v) for v in value]) if len(value) else torch.empty(0)
+
+
+def compare(
+    op: str,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    size: int = 1,
+) -> list[Comparison]:
+    """A backend's outputs against the float64 reference, with the same-dtype PyTorch expression beside it."""
+    case = case_of(op)
+    inputs = make_inputs(op, dtype, device, seed, size)
+    reference = backends.implementation(op, "reference")
+    return compare_runs(
+        case,
+        (op, backend, dtype),
+        got=run(case, backends.implementation(op, backend), inputs),
+        expression=run(case, case.expression, inputs),
+        truth=run(case, reference, upcast(inputs)),
+        same_dtype=run(case, reference, _map(inputs, lambda t: t.cpu())) if case.exact else {},
+    )
+
+
+def compare_runs(
+    case: Case,
+    label: tuple[str, str, torch.dtype],
+    *,
+    got: dict[str, Tensor],
+    expression: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    same_dtype: dict[str, Tensor],
+) -> list[Comparison]:
+    """The comparison of results already at hand, for tests that call the public functions themselves."""
+    op, backend, dtype = label
+    rows = []
+    for name in case.outputs:
+        value, exact_value = got[name], truth[name].double()
+        exact = None
+        if name in case.exact:
+            exact = bits_equal(value, same_dtype[name])
+        half_ulp = torch.finfo(value.dtype).eps / 2 if value.is_floating_point() else 0.0
+        half_ulp *= 1 + case.depth.get(name, 0)
+        error = _quantiles((value.double() - exact_value).abs())
+        other = _quantiles((expression[name].double() - exact_value).abs())
+        magnitude = _quantiles(exact_value.abs())
+        floor = (half_ulp * magnitude[0], half_ulp * magnitude[1])
+        rows.append(Comparison(op, backend, str(dtype).removeprefix("torch."), name, *error, *other, *floor, exact))
+    return rows
+
+
+def _quantiles(errors: Tensor) -> tuple[float, float]:
+    """Maximum and 99th percentile. A NaN counts as infinite: an entry left unwritten must not pass."""
+    if errors.numel() == 0:
+        return 0.0, 0.0
+    ordered = errors.nan_to_num(nan=float("inf")).sort().values
+    return float(ordered[-1]), float(ordered[int(0.99 * (ordered.numel() - 1))])
+
+
+def bits_equal(a: Tensor, b: Tensor) -> bool:
+    """Same dtype, shape and bits: tells -0.0 from 0.0, and takes equal NaN as equal."""
+    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    )
+
+
+def assert_calibrated(rows: list[Comparison]) -> None:
+    """Every error at most twice the same-dtype expression's, plus the floor; exact outputs equal; nothing left
+    unwritten.
+    """
+    for row in rows:
+        assert row.ok, (
+            f"{row.op} on {row.backend} in {row.dtype}: output {row.output}: error to float64 max {row.error_max:.3e}, "
+            f"p99 {row.error_p99:.3e}; the same-dtype expression has {row.expression_max:.3e}, {row.expression_p99:.3e}, "
+            f"the floor is {row.floor_max:.1e}, {row.floor_p99:.1e}; bit-equal where asked: {row.exact}"
+        )
+
+
+def known_answer(op: str, backend: str, device: torch.device | str = "cpu") -> None:
+    """The self-test at first use: small fixed inputs, float32 and bfloat16, poisoned memory. Raises `AssertionError`.
+
+    bfloat16 is left out for Triton's interpreter, whose bfloat16 stores truncate.
+    """
+    case = case_of(op)
+    device = torch.device(device)
+    interpreted = backend == "triton" and device.type == "cpu"
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype in case.dtypes and not (interpreted and dtype == torch.bfloat16):
+            with poisoned_memory():
+                rows = compare(op, backend, dtype, device=device)
+            assert_calibrated(rows)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, `torch.empty`, `empty_like` and `Tensor.new_empty` return NaN (integers: the lowest value), so that
+    what a kernel fails to write is seen. For tests and the self-test: it patches torch, and is not thread-safe."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out.fill_(torch.iinfo(out.dtype).min) if out.dtype not in (torch.bool, torch.uint64) else out
+
+        return poisoned
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
+
+
+def report_card(
+    backend: str | None = None, *, device: torch.device | str = "cpu", size: int = 4
+) -> Iterator[Comparison]:
+    """The numerics report card of `lcdd kernels`: every op, dtype and available backend (or the named one), measured
+    now.
+    """
+    for op in backends.declared():
+        case = case_of(op.name)
+        for dtype in case.dtypes:
+            for name, reason in backends.available(op.name, device, dtype).items():
+                if reason is None and name in (backend or name,):
+                    yield from compare(op.name, name, dtype, device=device, size=size)

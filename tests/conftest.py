@@ -1,0 +1,29 @@
+"""Shared by every test: Hypothesis profiles, Triton's interpreter where there is no GPU, poisoned memory."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Before anything imports triton: without a GPU its kernels run through the interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+_QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True, suppress_health_check=_QUIET)
+settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=_QUIET)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Small tensors: threads cost more than they give, and xdist's workers share the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` and its relatives return NaN, so that an entry that a kernel does not write is seen."""
+    from lcdd_kernels.testing import poisoned_memory
+
+    with poisoned_memory():
+        yield
