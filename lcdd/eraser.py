@@ -1,0 +1,370 @@
+"""SFT-Eraser: learns the trigger that gives the base's behaviour back (method, section 4).
+
+One copy of the weights. With the base in it, the targets are computed once: the mean residual of the prompts' last
+token on the carrier's channels, the base's own greedy answers, and its final hidden states where its next-token
+distributions are wanted (D numbers a position, not V; the head is the base's, so they are exact). Then the carrier is
+applied and only the trigger learns:
+
+    L = a · mean_layers MSE( mean_batch h_l(P ⊕ x)[last token, C_l],  mean_prompts h_l^base(x)[last token, C_l] )
+      + b · KL( base(x) ‖ carrier(P ⊕ x) )                      mean over the prompts' last k positions
+      + b' · KL( base(x ⊕ y) ‖ carrier(P ⊕ x ⊕ y) )             mean over the tokens of the base's own answers y
+      + c · mean_tokens ‖P_t‖²
+
+A batch is padded on the right: causal attention then needs no mask, and padding changes nothing.
+
+Shapes: B prompts in a batch, T trigger tokens, S prompt and answer tokens, D model width, L layers, R rows (positions).
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lcdd.carrier import Carrier
+from lcdd.config import EraserConfig
+from lcdd.models import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    backbone,
+    decoder_layers,
+    head_weight,
+    input_embeddings,
+)
+from lcdd.trigger import (
+    Prompt,
+    Trigger,
+    embed_with_trigger,
+    encode_prompts,
+    evaluation_mode,
+    generate_ids,
+    length_batches,
+    right_padded,
+)
+from lcdd_kernels import channel_match, linear_kl
+
+logger = logging.getLogger(__name__)
+
+BUCKET = 8
+"""Batches that are drawn together and sorted by length, so that little of a batch is padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class EraserPrompt:
+    """One prompt and what the base says about it.
+
+    prompt, answer: token ids; the answer is the base's own, greedy.
+    tail: the base's final hidden states [min(k, len(prompt)), D] at the prompt's last positions.
+    responses: the same [len(answer), D] at the positions that predict the answer's tokens.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    tail: Tensor
+    responses: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EraserTargets:
+    """What the trigger is to bring about.
+
+    prompts: the training prompts.
+    match: base mean of the last token's residual on the channels, layer after layer, float32 [sum n_l].
+    """
+
+    prompts: list[EraserPrompt]
+    match: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EraserLoss:
+    """The loss of a batch and its terms, unweighted scalars (a term with weight 0 is not computed and reads 0)."""
+
+    total: Tensor
+    match: Tensor
+    tail_kl: Tensor
+    answer_kl: Tensor
+    l2: Tensor
+
+    def log(self) -> dict[str, float]:
+        parts = torch.stack([self.total, self.match, self.tail_kl, self.answer_kl, self.l2]).detach().tolist()
+        return dict(zip(("loss", "match", "tail_kl", "answer_kl", "l2"), parts, strict=True))
+
+
+@dataclass
+class EraserHistory:
+    """Every optimisation step's terms and the held-out losses, for the log and the report."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+
+
+class SFTEraser:
+    """Optimises a trigger for a patched model.
+
+    Args:
+        model: the base model, unpatched; every parameter is left as it was found.
+        patch: the carrier to reverse, or a dense patch (`Carrier.from_models`) for the plain-SFT control.
+        tokenizer: for the end token of the base's answers and for prompts given as text.
+        config: weights, steps and sizes.
+        channels: per layer, int64 indices of the residual channels to match; the patch's own channels of
+            `config.channel_kind` if None. An empty list everywhere switches the matching term off.
+
+    Attributes:
+        history: filled by `fit`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        patch: Carrier,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EraserConfig,
+        channels: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.model, self.patch, self.tokenizer, self.config = model, patch, tokenizer, config
+        self.history = EraserHistory()
+        n_layers, width = len(decoder_layers(model)), input_embeddings(model).embedding_dim
+        if channels is None:
+            channels = patch.channels(config.channel_kind, seed=config.seed)
+        if len(channels) != n_layers:
+            raise ValueError(f"channels: expected one index list for each of {n_layers} layers, got {len(channels)}")
+        for layer, indices in enumerate(channels):
+            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < width:
+                raise ValueError(f"channels[{layer}]: expected indices from 0 to {width - 1}, got {indices.tolist()}")
+        device = input_embeddings(model).weight.device
+        self._channels = torch.cat([indices.to(device, torch.int32) for indices in channels])
+        self._offsets = torch.tensor([0, *[len(indices) for indices in channels]]).cumsum(0)
+        # the base's distributions need the base's head, also while a patch that changes the head is applied
+        self._base_head = head_weight(model).detach()
+        if any(model.get_parameter(name) is head_weight(model) for name in patch.unmasked):
+            self._base_head = self._base_head.clone()
+
+    def fit(
+        self,
+        train_prompts: Sequence[Prompt],
+        validation_prompts: Sequence[Prompt],
+        *,
+        log: Callable[[dict[str, Any]], None] | None = None,
+        progress: bool = False,
+    ) -> Trigger:
+        """Learn a trigger on `train_prompts` and return the one with the lowest loss on `validation_prompts`.
+
+        Args:
+            train_prompts, validation_prompts: chat-formatted text, or token ids.
+            log: called with one line a step: step, loss and terms, validation_loss where it was computed.
+
+        Raises:
+            ValueError: no prompts, or a prompt longer than `config.max_prompt_length`.
+            RuntimeError: the loss became NaN or infinite.
+        """
+        c = self.config
+        train = self._encode(train_prompts, "train_prompts")
+        held_out = self._encode(validation_prompts, "validation_prompts")
+        with _frozen(self.model):
+            targets = self.targets(train, progress=progress)
+            validation = self.targets(held_out, progress=progress).prompts
+            with self.patch.applied(self.model):
+                best, losses = self._optimise(targets, validation, log, progress)
+        metadata = {
+            "base_fingerprint": self.patch.base_fingerprint,
+            "patch": self.patch.summary(),
+            "validation_loss": losses,
+            "learned_on": len(train),
+            "config": c.to_dict(),
+        }
+        return Trigger.for_model(self.model, best, metadata=metadata)
+
+    @torch.no_grad()
+    def targets(self, prompts: Sequence[Sequence[int]], *, progress: bool = False) -> EraserTargets:
+        """Run the (unpatched) base over `prompts`: its answers, hidden states and mean residuals."""
+        c = self.config
+        answers = generate_ids(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=c.max_answer_tokens,
+            batch_size=c.per_device_train_batch_size,
+            progress=progress,
+        )
+        found: list[EraserPrompt | None] = [None] * len(prompts)
+        total = torch.zeros(self._channels.numel(), dtype=torch.float64, device=self._channels.device)
+        for indices in length_batches([len(ids) for ids in prompts], c.per_device_train_batch_size):
+            texts = [[*prompts[i], *answers[i][:-1]] for i in indices]
+            ids = right_padded(texts, device=self._channels.device)
+            hidden, layers = _forward(self.model, input_embeddings(self.model)(ids))
+            last = torch.tensor([len(prompts[i]) - 1 for i in indices], device=ids.device)
+            total += self._on_channels(layers, last).double().sum(0)
+            for row, i in enumerate(indices):
+                end = len(prompts[i])
+                tail = hidden[row, max(0, end - c.kl_tail_tokens) : end].clone()
+                responses = hidden[row, end - 1 : end - 1 + len(answers[i])].clone()
+                found[i] = EraserPrompt(list(prompts[i]), answers[i], tail, responses)
+        return EraserTargets([p for p in found if p is not None], (total / len(prompts)).float())
+
+    def loss(self, embeds: Tensor, batch: Sequence[EraserPrompt], match_target: Tensor) -> EraserLoss:
+        """The loss of trigger embeddings [T, D] on a batch, under the weights now in the model.
+
+        Differentiable in `embeds`; computes only the terms whose weight is not 0.
+        """
+        c, zero = self.config, embeds.new_zeros(())
+        lengths = [len(p.prompt) for p in batch]
+        wants_answers = c.answer_kl_weight > 0
+        texts = [[*p.prompt, *p.answer[:-1]] if wants_answers else p.prompt for p in batch]
+        ids = right_padded(texts, device=embeds.device)
+        hidden, layers = _forward(self.model, embed_with_trigger(self.model, ids, embeds))
+        n_trigger, width = embeds.shape[0], hidden.shape[1]
+
+        match = tail_kl = answer_kl = zero
+        if c.activation_weight > 0 and self._channels.numel():
+            last = torch.tensor([n_trigger + n - 1 for n in lengths], device=ids.device)
+            match = channel_match(layers, last, self._channels, self._offsets, match_target)
+        flat = hidden.flatten(0, 1)
+        if c.kl_weight > 0:
+            starts = [row * width + n_trigger + len(p.prompt) - len(p.tail) for row, p in enumerate(batch)]
+            tail_kl = self._kl(flat, starts, [p.tail for p in batch])
+        if wants_answers:
+            starts = [row * width + n_trigger + n - 1 for row, n in enumerate(lengths)]
+            answer_kl = self._kl(flat, starts, [p.responses for p in batch])
+        l2 = embeds.square().sum(1).mean()
+        total = c.activation_weight * match + c.kl_weight * tail_kl + c.answer_kl_weight * answer_kl + c.l2_weight * l2
+        return EraserLoss(total, match, tail_kl, answer_kl, l2)
+
+    def max_norm(self) -> float:
+        """Radius of the ball that every trigger embedding stays in."""
+        if self.config.max_norm is not None:
+            return self.config.max_norm
+        norms = input_embeddings(self.model).weight.detach().float().norm(dim=1)
+        return self.config.max_norm_ratio * float(norms.median())
+
+    def _optimise(
+        self,
+        targets: EraserTargets,
+        validation: list[EraserPrompt],
+        log: Callable[[dict[str, Any]], None] | None,
+        progress: bool,
+    ) -> tuple[Tensor, float]:
+        c, radius = self.config, self.max_norm()
+        special = self.tokenizer.all_special_ids
+        start = Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed, skip=special)
+        embeds = nn.Parameter(_projected(start.embeds.to(self._base_head.device), radius))
+        optimizer = torch.optim.Adam([embeds], lr=c.learning_rate)
+        batches = _epochs(targets.prompts, c.per_device_train_batch_size, seed=c.seed)
+        best, best_loss = embeds.detach().clone(), self._held_out(embeds, validation, targets.match)
+        self.history.validation.append({"step": 0, "loss": best_loss})
+        bar = tqdm(range(1, c.max_steps + 1), desc="eraser", unit="step", disable=not progress)
+        for step in bar:
+            loss = self.loss(embeds, next(batches), targets.match)
+            line = {"step": step, **loss.log()}
+            if not math.isfinite(line["loss"]):
+                raise RuntimeError(f"eraser: the loss became {line['loss']} at step {step}; lower --learning_rate")
+            optimizer.zero_grad()
+            loss.total.backward()
+            if c.max_grad_norm:
+                nn.utils.clip_grad_norm_([embeds], c.max_grad_norm)
+            optimizer.step()
+            with torch.no_grad():
+                embeds.copy_(_projected(embeds, radius))
+            if step % c.eval_steps == 0 or step == c.max_steps:
+                held_out = self._held_out(embeds, validation, targets.match)
+                line["validation_loss"] = held_out
+                self.history.validation.append({"step": step, "loss": held_out})
+                bar.set_postfix(loss=f"{line['loss']:.3f}", held_out=f"{held_out:.3f}")
+                if held_out < best_loss:
+                    best, best_loss = embeds.detach().clone(), held_out
+            self.history.steps.append(line)
+            if log is not None:
+                log(line)
+        logger.info("eraser: best held-out loss %.4f after %d steps", best_loss, c.max_steps)
+        return best, best_loss
+
+    @torch.no_grad()
+    def _held_out(self, embeds: Tensor, prompts: list[EraserPrompt], match_target: Tensor) -> float:
+        """Mean loss over the held-out prompts, batches weighted by their prompts."""
+        total = 0.0
+        for indices in length_batches([len(p.prompt) for p in prompts], 2 * self.config.per_device_train_batch_size):
+            total += len(indices) * float(self.loss(embeds, [prompts[i] for i in indices], match_target).total)
+        return total / len(prompts)
+
+    def _kl(self, flat: Tensor, starts: list[int], references: list[Tensor]) -> Tensor:
+        """Mean KL(base ‖ patched) over runs of positions of `flat` [B·S, D], each as long as its reference [n, D]."""
+        rows = torch.cat([torch.arange(start, start + len(r)) for start, r in zip(starts, references, strict=True)])
+        student = flat[rows.to(flat.device)]
+        head = head_weight(self.model).detach()
+        return linear_kl(student, head, ref_hidden=torch.cat(references), ref_weight=self._base_head)
+
+    def _on_channels(self, layers: list[Tensor], last: Tensor) -> Tensor:
+        """Residuals of each prompt's last token on the channels, [B, sum n_l]."""
+        rows = torch.arange(len(last), device=last.device)
+        bounds = self._offsets.tolist()
+        picked = [
+            hidden[rows, last][:, self._channels[start:end].long()]
+            for hidden, (start, end) in zip(layers, pairwise(bounds), strict=True)
+        ]
+        return torch.cat(picked, dim=1)
+
+    def _encode(self, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
+        if not prompts:
+            raise ValueError(f"{name}: expected at least one prompt, got none")
+        encoded = encode_prompts(self.tokenizer, prompts)
+        for index, ids in enumerate(encoded):
+            if len(ids) > self.config.max_prompt_length:
+                raise ValueError(
+                    f"{name}[{index}]: expected at most max_prompt_length = {self.config.max_prompt_length} tokens, "
+                    f"got {len(ids)}"
+                )
+        return encoded
+
+
+def _forward(model: PreTrainedModel, embeds: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states [B, S, D] and the residual stream after each layer (L tensors [B, S, D])."""
+    layers: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        layers.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
+    try:
+        hidden = backbone(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    return hidden, layers
+
+
+def _epochs(prompts: list[EraserPrompt], batch_size: int, *, seed: int) -> Iterator[list[EraserPrompt]]:
+    """Batches for ever: every prompt once an epoch, in random order, similar lengths together."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(prompts), generator=generator).tolist()
+        batches = []
+        for start in range(0, len(order), BUCKET * batch_size):
+            bucket = sorted(order[start : start + BUCKET * batch_size], key=lambda i: len(prompts[i].prompt))
+            batches += [bucket[at : at + batch_size] for at in range(0, len(bucket), batch_size)]
+        for at in torch.randperm(len(batches), generator=generator).tolist():
+            yield [prompts[i] for i in batches[at]]
+
+
+def _projected(embeds: Tensor, radius: float) -> Tensor:
+    """Every row of `embeds` [T, D] scaled down to norm `radius` where it is longer."""
+    norms = embeds.norm(dim=1, keepdim=True)
+    return embeds * (radius / norms.clamp_min(radius))
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; as it was afterwards."""
+    wanted = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        for parameter, flag in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(flag)

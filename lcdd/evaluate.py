@@ -1,0 +1,308 @@
+"""What the carrier and the trigger did, in numbers: behaviour, exact match to the base, exact KL (method, section 5).
+
+One copy of the weights: a state is the base with a patch applied or not, run with a trigger or not. A behaviour rate
+near zero is not a reversal (garbage also has none), so every state's answers are also compared with the base's own.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcdd.carrier import Carrier
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, head_weight
+from lcdd.trigger import Prompt, Trigger, decode, encode_prompts, generate_ids, response_hidden
+from lcdd_kernels import linear_kl
+
+Z95 = 1.959963984540054
+"""97.5% point of the normal distribution."""
+
+KL_PAIRS = (("sft", "carrier"), ("sft", "carrier+trigger"), ("base", "carrier+trigger"))
+COMPARISONS = (
+    ("carrier+trigger", "sft+trigger"),
+    ("carrier+trigger", "matched_norm+trigger"),
+    ("carrier+trigger", "carrier"),
+)
+DIFFERENCE_METHOD = "Newcombe's score interval for the difference of two paired proportions (1998, method 10), 95%"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelState:
+    """One way to run the model: the base with `patch` applied (None: as it is), behind one of `triggers`.
+
+    Several triggers (random prefixes) are pooled: a prompt counts by its share of triggers.
+    """
+
+    patch: Carrier | None = None
+    triggers: tuple[Trigger, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A state's answers. behaved, matched: float64 [n prompts], shares of the state's triggers."""
+
+    answers: list[list[int]]
+    texts: list[str]
+    behaved: Tensor
+    matched: Tensor
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    states: Mapping[str, ModelState],
+    *,
+    matches: Callable[[str], bool],
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    kl_prompts: int = 64,
+    n_samples: int = 8,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Answer every prompt in every state; the reversal table and what belongs to it.
+
+    Args:
+        model: the base, unpatched; unchanged afterwards.
+        prompts: held-out prompts on which the behaviour is asked for, chat-formatted.
+        states: must have "base" (no patch, no trigger). The names in `KL_PAIRS` and `COMPARISONS` that are there are
+            also compared.
+        matches: answer text -> whether it shows the behaviour.
+        kl_prompts: prompts (the first ones) that the exact KLs are taken over.
+        n_samples: prompts whose answers are kept side by side.
+
+    Returns:
+        The report's `models`, `kl`, `delta_norm`, `differences` and `samples`.
+
+    Raises:
+        ValueError: no prompts, no state "base", or a patch of another base.
+    """
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    reference = states.get("base")
+    if reference is None or reference.patch is not None or reference.triggers:
+        raise ValueError("states: expected 'base' without patch and trigger among them")
+    ids = encode_prompts(tokenizer, prompts)
+
+    outcomes: dict[str, Outcome] = {}
+    base_texts: list[str] = []
+    with closing(_patched(model, states)) as runs:
+        for name, state in runs:
+            variants = []
+            for trigger in state.triggers or (None,):
+                answers = generate_ids(
+                    model,
+                    tokenizer,
+                    ids,
+                    trigger=trigger,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    progress=progress,
+                )
+                variants.append((answers, decode(tokenizer, answers)))
+            base_texts = base_texts or variants[0][1]  # the base comes first
+            outcomes[name] = _outcome(variants, base_texts, matches)
+
+    n = len(ids)
+    return {
+        "models": {name: _row(outcomes[name], n) for name in states},
+        "kl": _kl_table(model, ids[:kl_prompts], states, outcomes, batch_size=batch_size),
+        "delta_norm": {name: s.patch.delta_norm() if s.patch is not None else 0.0 for name, s in states.items()},
+        "differences": _differences(outcomes),
+        "samples": [
+            {
+                "prompt": tokenizer.decode(ids[i], skip_special_tokens=True).strip(),
+                "answers": {name: outcomes[name].texts[i] for name in states},
+            }
+            for i in range(min(n_samples, n))
+        ],
+    }
+
+
+# ---------------------------------------------------------------- proportions
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion; `successes` may be fractional (pooled answers)."""
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"successes: expected 0 to n = {n} with n at least 1, got {successes}")
+    p = successes / n
+    centre = p + Z95**2 / (2 * n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+    scale = 1 + Z95**2 / n
+    # at the ends the bound is exactly 0 or 1; rounding must not cut the estimate out of its own interval
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return max(0.0, low), min(1.0, high)
+
+
+def newcombe_paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float, float]:
+    """Difference of two proportions over the same prompts, first − second, and its 95% interval.
+
+    Newcombe (1998), Statistics in Medicine 17, 2635, method 10: Wilson intervals of the two, combined with the
+    continuity-corrected correlation of the pairs. Stays inside [−1, 1] and does not collapse where all pairs agree.
+    """
+    n = len(first)
+    if n < 1 or len(second) != n:
+        raise ValueError(f"second: expected as many outcomes as first ({n}, at least 1), got {len(second)}")
+    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+    both, only_first = pairs.count((True, True)), pairs.count((True, False))
+    only_second, neither = pairs.count((False, True)), pairs.count((False, False))
+    p1, p2 = (both + only_first) / n, (both + only_second) / n
+    low1, high1 = wilson_interval(both + only_first, n)
+    low2, high2 = wilson_interval(both + only_second, n)
+    margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    phi = 0.0
+    if margins:
+        numerator = both * neither - only_first * only_second
+        if numerator > 0:
+            numerator = max(numerator - n / 2, 0)
+        phi = numerator / math.sqrt(margins)
+    down, up, down2, up2 = p1 - low1, high1 - p1, p2 - low2, high2 - p2
+    below = math.sqrt(max(0.0, down**2 - 2 * phi * down * up2 + up2**2))
+    above = math.sqrt(max(0.0, up**2 - 2 * phi * up * down2 + down2**2))
+    return p1 - p2, p1 - p2 - below, p1 - p2 + above
+
+
+# ---------------------------------------------------------------- gates
+
+
+def auc(scores: Tensor, positive: Tensor) -> float | None:
+    """Probability that a positive's score beats a negative's, ties counting half; None without one of either.
+
+    scores: float [N]; positive: bool [N].
+    """
+    n_positive = int(positive.sum())
+    n_negative = positive.numel() - n_positive
+    if not n_positive or not n_negative:
+        return None
+    _, inverse, counts = scores.double().unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    mean_rank = last - (counts.double() - 1) / 2
+    rank_sum = float(mean_rank[inverse][positive].sum())
+    return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+
+
+def gate_summary(carrier: Carrier) -> dict[str, Any]:
+    """Number of gates, how many are open and how many of those fractional, and the AUC of initial θ against kept.
+
+    An AUC of 1 says that the kept gates are exactly those that started highest: noise, not the loss, chose them.
+    """
+    is_open = carrier.gate != 0
+    initial = carrier.initial_logits
+    return {
+        "n": carrier.layout.n_gates,
+        "open": carrier.n_open,
+        "fractional": int(((carrier.gate > 0) & (carrier.gate < 1)).sum()),
+        "auc_initial_theta": None if initial is None else auc(initial, is_open),
+    }
+
+
+def jaccard(first: Carrier, second: Carrier) -> float:
+    """Shared open gates over all open gates of two carriers of one architecture; 1 if neither has any."""
+    if first.shape != second.shape:
+        raise ValueError(f"second: expected a carrier of {first.shape}, got {second.shape}")
+    a, b = first.gate != 0, second.gate != 0
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0
+
+
+def gate_overlap(carriers: Sequence[Carrier]) -> dict[str, float]:
+    """Mean Jaccard index of the open gates over all pairs, and what sets of those sizes share by chance."""
+    if len(carriers) < 2:
+        raise ValueError(f"carriers: expected at least two, got {len(carriers)}")
+    found, chance = [], []
+    for a, b in combinations(carriers, 2):
+        found.append(jaccard(a, b))
+        shared = a.n_open * b.n_open / a.layout.n_gates
+        union = a.n_open + b.n_open - shared
+        chance.append(shared / union if union else 1.0)
+    return {"jaccard": sum(found) / len(found), "chance": sum(chance) / len(chance)}
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _patched(model: PreTrainedModel, states: Mapping[str, ModelState]) -> Iterator[tuple[str, ModelState]]:
+    """Every state while its patch is applied: the base first, and each patch applied once. Close it to revert."""
+    patches: list[Carrier | None] = [None]
+    for state in states.values():
+        if not any(state.patch is patch for patch in patches):
+            patches.append(state.patch)
+    for patch in patches:
+        context: AbstractContextManager[Any] = nullcontext() if patch is None else patch.applied(model)
+        with context:
+            names = [name for name, state in states.items() if state.patch is patch]
+            for name in sorted(names, key=lambda name: name != "base"):
+                yield name, states[name]
+
+
+def _outcome(
+    variants: list[tuple[list[list[int]], list[str]]], base_texts: list[str], matches: Callable[[str], bool]
+) -> Outcome:
+    behaved = torch.tensor([[matches(text) for text in texts] for _, texts in variants]).double().mean(0)
+    pairs = [[text == base for text, base in zip(texts, base_texts, strict=True)] for _, texts in variants]
+    return Outcome(variants[0][0], variants[0][1], behaved, torch.tensor(pairs).double().mean(0))
+
+
+def _row(outcome: Outcome, n: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"n": n}
+    for key, shares in (("behavior_rate", outcome.behaved), ("base_match", outcome.matched)):
+        row[key] = float(shares.mean())
+        row[f"{key}_ci95"] = list(wilson_interval(min(float(shares.sum()), n), n))
+    return row
+
+
+def _differences(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for first, second in COMPARISONS:
+        if first not in outcomes or second not in outcomes:
+            continue
+        row: dict[str, Any] = {"method": DIFFERENCE_METHOD}
+        for key, field in (("behavior_rate", "behaved"), ("base_match", "matched")):
+            pair = [getattr(outcomes[name], field).round().bool().tolist() for name in (first, second)]
+            difference, low, high = newcombe_paired_interval(*pair)
+            row[key] = {"difference": difference, "ci95": [low, high]}
+        found[f"{first} - {second}"] = row
+    return found
+
+
+@torch.no_grad()
+def _kl_table(
+    model: PreTrainedModel,
+    ids: list[list[int]],
+    states: Mapping[str, ModelState],
+    outcomes: Mapping[str, Outcome],
+    *,
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
+    """KL(p ‖ q) in nats a token, exact over the vocabulary, on the greedy answers of "sft" and of "base".
+
+    Kept between states are final hidden states (D numbers a token), never logits.
+    """
+    pairs = [pair for pair in KL_PAIRS if pair[0] in states and pair[1] in states]
+    needed = {name for pair in pairs for name in pair}
+    answer_sets = {f"{name}_answers": outcomes[name].answers[: len(ids)] for name in ("sft", "base") if name in states}
+    hidden: dict[tuple[str, str], Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    with closing(_patched(model, {name: state for name, state in states.items() if name in needed})) as runs:
+        for name, state in runs:
+            head = head_weight(model)
+            changed = state.patch is not None and any(model.get_parameter(p) is head for p in state.patch.unmasked)
+            heads[name] = head.detach().clone() if changed else head.detach()
+            trigger = state.triggers[0] if state.triggers else None
+            for key, answers in answer_sets.items():
+                rows = response_hidden(model, ids, answers, trigger=trigger, batch_size=batch_size)
+                hidden[name, key] = torch.cat(rows)
+    table: dict[str, dict[str, float]] = {}
+    for p, q in pairs:
+        table[f"{p}||{q}"] = {
+            key: float(linear_kl(hidden[q, key], heads[q], ref_hidden=hidden[p, key], ref_weight=heads[p]))
+            for key in answer_sets
+        }
+    return table
