@@ -4,14 +4,15 @@ Importing this package does not import triton; importing one of its modules does
 
 The convention, for every module `triton_kernels/X.py`:
 
-1. The docstring holds the formulas; kernels are `X_..._kernel`, launch configurations are frozen dataclasses derived from
-   `LaunchConfig`, chosen by rules that do not look at the GPU (shape, dtype and layout only).
-2. Every launch goes through `launch(kernel, grid, config, **arguments)`. Integers are named in `do_not_specialize` (no hidden
-   variants: one AOT signature is one compiled kernel); divisibility is told by a constexpr and `tl.multiple_of` inside.
-   `enable_fp_fusion` is always passed, because Triton releases differ in its default.
-3. `aot_signatures() -> Iterator[AotSignature]` yields every (kernel, configuration) that the launchers of the module can choose.
-   `lcdd_kernels.aot` compiles them all for named GPU targets without a GPU. `tests/kernels/test_aot.py` records real launches
-   (through the interpreter) and checks that each one is in that list.
+1. The docstring holds the formulas; kernels are `X_..._kernel`, launch configurations are frozen dataclasses derived
+   from `LaunchConfig`, chosen by rules that do not look at the GPU (shape, dtype and layout only).
+2. Every launch goes through `launch(kernel, grid, config, **arguments)`. Integers are named in `do_not_specialize` (no
+   hidden variants: one AOT signature is one compiled kernel) and annotated with their type (`n: tl.int32`); divisibility
+   is told by a constexpr and `tl.multiple_of` inside. `enable_fp_fusion` is always passed: Triton releases differ in its
+   default.
+3. `aot_signatures() -> Iterator[AotSignature]` yields every (kernel, configuration) that the launchers of the module can
+   choose. `lcdd_kernels.aot` compiles them all for named GPU targets without a GPU, and `tests/kernels/test_aot.py`
+   records real launches (through the interpreter) and checks that each one is in that list.
 
 Adding a kernel: write it, launch it through `launch`, yield its signatures, add the module's stem to `MODULES`.
 """
@@ -24,7 +25,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["MODULES", "AotSignature", "LaunchConfig", "aot_signatures", "interpreting", "launch", "observe_launches", "triton_dtype"]
+__all__ = [
+    "MODULES",
+    "AotSignature",
+    "LaunchConfig",
+    "aot_signatures",
+    "interpreting",
+    "launch",
+    "observe_launches",
+    "triton_dtype",
+]
 
 # Stems whose module exposes aot_signatures(); aot.py and the tests go through this list.
 MODULES: tuple[str, ...] = ("gates", "delta_step", "gated_linear", "packed_grad", "channel_match", "linear_loss")
@@ -58,7 +68,7 @@ class LaunchConfig:
 
     num_warps: int = 4
     num_stages: int = 1
-    # True lets ptxas and LLVM contract a*b+c. Off wherever bits must agree with other backends (everything that writes W_eff).
+    # True lets ptxas and LLVM contract a*b+c. Off wherever bits must agree with other backends: whatever writes W_eff.
     enable_fp_fusion: bool = True
 
 
@@ -67,7 +77,7 @@ class AotSignature:
     """One kernel in one configuration, as the launcher would compile it.
 
     signature: every runtime (not constexpr) argument -> "*bf16" | "*fp32" | "*i64" | "i64" | "i32" | "fp32" ...
-    constexprs: every constexpr argument -> value (torch dtypes are passed as triton names through `tl` dtypes by the module).
+    constexprs: every constexpr argument -> value (a dtype is a `tl` dtype), and None for a pointer that is not passed.
     divisible_by_16: names of arguments (pointers, mostly) that the launcher guarantees to be divisible by 16.
     label: what distinguishes this configuration, for the table ("bf16 delta bf16 moments fp32 dense aligned").
     wgmma: tensor-core instructions of Hopper are expected on sm_90.

@@ -1,0 +1,308 @@
+"""Pass A, pass B and the refresh of W_eff over all matrices of a model: a few table-driven launches.
+
+M matrices W[out, in] with base, delta D, gradient G = dL/dW_eff, row gates r[out] and column gates c[in] found in one
+flat gate vector by (row_start, col_start, head_dim, repeat): see `lcdd_kernels.functional.GateMap`.
+
+    refresh    W_ij = base_ij + (r_i c_j) D_ij, every operation rounded; where r_i c_j = 0, the bits of base_ij
+    pass A     d_gate[row i] = sum_j c_j D_ij G_ij,  d_gate[col j] = sum_i r_i D_ij G_ij,  sq_norm = sum ((r_i c_j) G_ij)^2
+    pass B     AdamW on D with gradient grad_scale (r_i c_j) G_ij, old gates; then the refresh, new gates and stored D
+
+Matrices of one shape, dtype, layout and alignment form a group: one launch per group and pass (5 for a Qwen3 model),
+with an entry per matrix in a table on the device (pointers, gate map, places of its partial sums). Pass A writes partial
+sums per tile, and one launch for all groups gathers them per gate in a fixed order: no atomics, the same bits always.
+
+Signatures, layouts of G (dense, block, panels) and the meaning of `rank`: `lcdd_kernels.reference.delta_step`.
+Arithmetic is float32. W is float32, float16 or bfloat16; D and the moments are that, float32 or bfloat16; G is that or
+float32. Kernels that write W_eff run without floating-point fusion, so that its bits agree with every other backend.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lcdd_kernels.matrix_checks import LAYOUTS
+from lcdd_kernels.reference.delta_step import DENSE
+from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch
+from lcdd_kernels.triton_kernels import delta_step_kernels as kernels
+from lcdd_kernels.triton_kernels.delta_step_tables import TileConfig, partial_sums, plan
+from lcdd_kernels.triton_kernels.gates import sum_partials
+
+REFRESH = TileConfig(block_m=8, rows=32, enable_fp_fusion=False)
+PASS_A = TileConfig(block_m=8, rows=128)
+PASS_B = TileConfig(block_m=4, rows=32, enable_fp_fusion=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherConfig(LaunchConfig):
+    """Gates per program, and partial sums read at a time for each of them."""
+
+    block_gates: int = 128
+    block_tiles: int = 16
+
+
+GATHER = GatherConfig()
+
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _dtype(
+    name: str, tensor: Tensor, weight: torch.dtype | None = None, also: Sequence[torch.dtype] = tuple(_DTYPES)
+) -> Any:
+    """Triton's dtype of a matrix. Beside that of its weight only `also` is served, so that what can be compiled is what
+    `aot_signatures` lists."""
+    if tensor.dtype != weight and tensor.dtype not in also:
+        allowed = sorted({str(d) for d in (weight, *also) if d is not None})
+        raise ValueError(f"{name}: expected {' or '.join(allowed)} (triton backend), got {tensor.dtype}")
+    return _DTYPES[tensor.dtype]
+
+
+_DELTA_ALSO = _MOMENT_ALSO = (torch.float32, torch.bfloat16)
+_GRAD_ALSO = (torch.float32,)
+
+
+def weight_eff_triton(
+    weights: Sequence[Tensor], bases: Sequence[Tensor], deltas: Sequence[Tensor], gate: Tensor, gate_maps: Tensor
+) -> None:
+    """weights[m] := bases[m] + (r x c) o deltas[m], in place: one launch per group of matrices."""
+    constexprs = [
+        {"WEIGHT": _dtype("weights", weight), "DELTA": _dtype("deltas", delta)}
+        for weight, delta in zip(weights, deltas, strict=True)
+    ]
+    tensors = {kernels.WEIGHT_PTR: weights, kernels.BASE_PTR: bases, kernels.DELTA_PTR: deltas}
+    table, groups = plan(gate_maps, gate.device, tensors, constexprs)
+    for group in groups:
+        launch(
+            kernels.weight_eff_fwd_kernel,
+            group.grid(REFRESH),
+            REFRESH,
+            table_ptr=table[group.first :],
+            gate_ptr=gate,
+            **group.constexprs,
+            **REFRESH.constexprs(),
+        )
+
+
+def delta_grad_stats_triton(
+    grads: Sequence[Tensor],
+    col_panels: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    gate: Tensor,
+    gate_maps: Tensor,
+    layouts: Sequence[int],
+    rank: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Pass A: (d_gate[N], sq_norm[]) float32, by one launch per group, one gather and one sum."""
+    shapes = tuple(tuple(delta.shape) for delta in deltas)
+    maps = tuple(map(tuple, gate_maps.tolist()))
+    partials = partial_sums(shapes, maps, gate.numel(), gate.device, PASS_A, GATHER.block_gates)
+    arena = torch.empty(partials.total, dtype=torch.float32, device=gate.device)
+    squares = torch.empty(partials.total_sq, dtype=torch.float32, device=gate.device)
+    constexprs = [
+        {"DELTA": _dtype("deltas", delta), "GRAD": _dtype("grads", grad), "LAYOUT": layout}
+        for delta, grad, layout in zip(deltas, grads, layouts, strict=True)
+    ]
+    table, groups = plan(
+        gate_maps,
+        gate.device,
+        {kernels.DELTA_PTR: deltas, kernels.GRAD_PTR: grads},
+        constexprs,
+        layouts=layouts,
+        col_panels=col_panels,
+        places=partials.places,
+    )
+    for group in groups:
+        launch(
+            kernels.delta_grad_stats_kernel,
+            group.grid(PASS_A),
+            PASS_A,
+            table_ptr=table[group.first :],
+            gate_ptr=gate,
+            rank_ptr=None if group.constexprs["LAYOUT"] == DENSE else rank,
+            partial_ptr=arena,
+            sq_partial_ptr=squares,
+            **group.constexprs,
+            **PASS_A.constexprs(),
+        )
+    d_gate = torch.empty(gate.numel(), dtype=torch.float32, device=gate.device)
+    launch(
+        kernels.gate_gather_kernel,
+        (partials.blocks.shape[0],),
+        GATHER,
+        blocks_ptr=partials.blocks,
+        uses_ptr=partials.uses,
+        partial_ptr=arena,
+        d_gate_ptr=d_gate,
+        BLOCK_GATES=GATHER.block_gates,
+        BLOCK_TILES=GATHER.block_tiles,
+    )
+    return d_gate, sum_partials(squares)
+
+
+def delta_adamw_triton(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    col_panels: Sequence[Tensor],
+    gate_old: Tensor,
+    gate_new: Tensor,
+    gate_maps: Tensor,
+    layouts: Sequence[int],
+    rank: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+) -> None:
+    """Pass B, in place on weights, deltas, exp_avgs and exp_avg_sqs; `step` counts from 1. One launch per group."""
+    constexprs = [
+        {
+            "WEIGHT": _dtype("weights", weight),
+            "DELTA": _dtype("deltas", delta, weight.dtype, _DELTA_ALSO),
+            "MOMENT": _dtype("exp_avgs", avg, weight.dtype, _MOMENT_ALSO),
+            "GRAD": _dtype("grads", grad, weight.dtype, _GRAD_ALSO),
+            "LAYOUT": layout,
+        }
+        for weight, delta, avg, grad, layout in zip(weights, deltas, exp_avgs, grads, layouts, strict=True)
+    ]
+    for avg, avg_sq in zip(exp_avgs, exp_avg_sqs, strict=True):
+        if avg.dtype != avg_sq.dtype:
+            raise ValueError(f"exp_avg_sqs: expected the dtype of exp_avgs, {avg.dtype}, got {avg_sq.dtype}")
+    tensors = {
+        kernels.WEIGHT_PTR: weights,
+        kernels.BASE_PTR: bases,
+        kernels.DELTA_PTR: deltas,
+        kernels.AVG_PTR: exp_avgs,
+        kernels.AVG_SQ_PTR: exp_avg_sqs,
+        kernels.GRAD_PTR: grads,
+    }
+    table, groups = plan(gate_maps, gate_old.device, tensors, constexprs, layouts=layouts, col_panels=col_panels)
+    for group in groups:
+        launch(
+            kernels.delta_adamw_kernel,
+            group.grid(PASS_B),
+            PASS_B,
+            table_ptr=table[group.first :],
+            gate_old_ptr=gate_old,
+            gate_new_ptr=gate_new,
+            rank_ptr=None if group.constexprs["LAYOUT"] == DENSE else rank,
+            decay=1 - lr * weight_decay,
+            one_minus_beta1=1 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1 - beta2,
+            step_size=lr / (1 - beta1**step),
+            root_bias2=math.sqrt(1 - beta2**step),
+            eps=eps,
+            scale=float(grad_scale),
+            **group.constexprs,
+            **PASS_B.constexprs(),
+        )
+
+
+# ---------------------------------------------------------------- ahead of time
+# (weight and base, delta, moments, gradient): what LCDD chooses by itself for a model in that dtype, and its options.
+_CORE = (
+    (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
+    (torch.float16, torch.float16, torch.float32, torch.float16),
+    (torch.float32, torch.float32, torch.float32, torch.float32),
+)
+
+
+def _mixes() -> list[tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]]:
+    """Every (weight, delta, moments, gradient) that pass B takes, the core ones first."""
+    served = [
+        (weight, delta, moment, grad)
+        for weight in _DTYPES
+        for delta in {weight: 0, **dict.fromkeys(_DELTA_ALSO)}
+        for moment in {weight: 0, **dict.fromkeys(_MOMENT_ALSO)}
+        for grad in {weight: 0, **dict.fromkeys(_GRAD_ALSO)}
+    ]
+    return [*_CORE, *(mix for mix in served if mix not in _CORE)]
+
+
+def aot_signatures() -> Iterator[AotSignature]:
+    """Every configuration that the launchers above choose: dtypes x layouts x alignment."""
+    places = [(layout, aligned) for layout in range(len(LAYOUTS)) for aligned in (True, False)]
+    for delta, (layout, aligned) in itertools.product(_DTYPES, places):
+        where = f"{LAYOUTS[layout]} {'aligned' if aligned else 'unaligned'}"
+        for grad in _DTYPES:
+            yield _signature(
+                kernels.delta_grad_stats_kernel,
+                PASS_A,
+                f"D {_DTYPES[delta]} G {_DTYPES[grad]} {where}",
+                {"gate_ptr": "*fp32", "partial_ptr": "*fp32", "sq_partial_ptr": "*fp32"},
+                {"DELTA": _DTYPES[delta], "GRAD": _DTYPES[grad], "LAYOUT": layout, "ALIGNED": aligned},
+                any((delta, grad) == (mix[1], mix[3]) for mix in _CORE),
+            )
+        if layout == DENSE:
+            for weight in _DTYPES:
+                yield _signature(
+                    kernels.weight_eff_fwd_kernel,
+                    REFRESH,
+                    f"W {_DTYPES[weight]} D {_DTYPES[delta]} {where}",
+                    {"gate_ptr": "*fp32"},
+                    {"WEIGHT": _DTYPES[weight], "DELTA": _DTYPES[delta], "ALIGNED": aligned},
+                    any((weight, delta) == mix[:2] for mix in _CORE),
+                )
+    floats = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "root_bias2", "eps", "scale")
+    pass_b = {"gate_old_ptr": "*fp32", "gate_new_ptr": "*fp32", **dict.fromkeys(floats, "fp32")}
+    for mix, (layout, aligned) in itertools.product(_mixes(), places):
+        weight, delta, moment, grad = (_DTYPES[dtype] for dtype in mix)
+        yield _signature(
+            kernels.delta_adamw_kernel,
+            PASS_B,
+            f"W {weight} D {delta} m {moment} G {grad} {LAYOUTS[layout]} {'aligned' if aligned else 'unaligned'}",
+            pass_b,
+            {"WEIGHT": weight, "DELTA": delta, "MOMENT": moment, "GRAD": grad, "LAYOUT": layout, "ALIGNED": aligned},
+            mix in _CORE,
+        )
+    tables = {"blocks_ptr": "*i64", "uses_ptr": "*i64", "partial_ptr": "*fp32", "d_gate_ptr": "*fp32"}
+    yield AotSignature(
+        kernel=kernels.gate_gather_kernel,
+        label=f"{GATHER.block_gates} gates",
+        config=GATHER,
+        signature=tables,
+        constexprs={"BLOCK_GATES": GATHER.block_gates, "BLOCK_TILES": GATHER.block_tiles},
+        divisible_by_16=tuple(tables),
+    )
+
+
+def _signature(
+    kernel: Any,
+    config: TileConfig,
+    label: str,
+    arguments: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    core: bool,
+) -> AotSignature:
+    """`rank_ptr` is there for packed gradients, None for dense ones, and no argument of the refresh."""
+    signature = {"table_ptr": "*i64", **arguments}
+    constexprs = {**constexprs, **config.constexprs()}
+    if "LAYOUT" in constexprs:
+        if constexprs["LAYOUT"] == DENSE:
+            constexprs["rank_ptr"] = None
+        else:
+            signature["rank_ptr"] = "*i32"
+    return AotSignature(
+        kernel=kernel,
+        label=label,
+        config=config,
+        signature=signature,
+        constexprs=constexprs,
+        divisible_by_16=tuple(name for name, type_ in signature.items() if type_.startswith("*")),
+        core=core,
+    )

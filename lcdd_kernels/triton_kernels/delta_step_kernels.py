@@ -1,0 +1,328 @@
+"""Device code of passes A and B and of the refresh; formulas in `delta_step`, which launches it.
+
+A matrix is an entry of a table: pointers and geometry as int64, in the columns named here.
+"""
+
+import triton
+import triton.language as tl
+
+from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS
+
+# Columns of the matrix table. Globals that kernels read must be constexpr; the host uses their `.value`.
+WEIGHT_PTR: tl.constexpr = tl.constexpr(0)
+BASE_PTR: tl.constexpr = tl.constexpr(1)
+DELTA_PTR: tl.constexpr = tl.constexpr(2)
+AVG_PTR: tl.constexpr = tl.constexpr(3)
+AVG_SQ_PTR: tl.constexpr = tl.constexpr(4)
+GRAD_PTR: tl.constexpr = tl.constexpr(5)  # dense gradient, packed block, or rows panel
+GRAD_COLS_PTR: tl.constexpr = tl.constexpr(6)  # columns panel
+N_ROWS: tl.constexpr = tl.constexpr(7)
+N_COLS: tl.constexpr = tl.constexpr(8)
+ROW_START: tl.constexpr = tl.constexpr(9)
+COL_START: tl.constexpr = tl.constexpr(10)
+HEAD_DIM: tl.constexpr = tl.constexpr(11)
+REPEAT: tl.constexpr = tl.constexpr(12)
+OPEN_PER_COPY: tl.constexpr = tl.constexpr(13)  # packed columns / REPEAT
+ROW_PARTIALS: tl.constexpr = tl.constexpr(14)  # places in the arenas of partial sums
+COL_PARTIALS: tl.constexpr = tl.constexpr(15)
+SQ_PARTIALS: tl.constexpr = tl.constexpr(16)
+FIELDS: tl.constexpr = tl.constexpr(18)  # even: every entry starts on 16 bytes
+
+_DENSE: tl.constexpr = tl.constexpr(DENSE)
+_BLOCK: tl.constexpr = tl.constexpr(BLOCK)
+_PANELS: tl.constexpr = tl.constexpr(PANELS)
+
+
+# ---------------------------------------------------------------- device functions
+@triton.jit
+def _field(entry, FIELD: tl.constexpr):
+    return tl.load(entry + FIELD)
+
+
+@triton.jit
+def _matrix(entry, TENSOR: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to one tensor of the matrix; ALIGNED: a multiple of 16 bytes."""
+    pointer = tl.load(entry + TENSOR).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _n_cols(entry, ALIGNED: tl.constexpr):
+    n_cols = tl.load(entry + N_COLS).to(tl.int32)
+    if ALIGNED:
+        n_cols = tl.multiple_of(n_cols, 16)
+    return n_cols
+
+
+@triton.jit
+def _col_gate_index(entry, cols):
+    """Position of each column's gate in the model's gate vector (int64)."""
+    head_dim = _field(entry, HEAD_DIM).to(tl.int32)
+    repeat = _field(entry, REPEAT).to(tl.int32)
+    local = (cols // (repeat * head_dim)) * head_dim + cols % head_dim
+    return _field(entry, COL_START) + local
+
+
+@triton.jit
+def _packed_col(entry, cols, rank):
+    """Position of an open column in the packed order: copy-major for GQA."""
+    head_dim = _field(entry, HEAD_DIM).to(tl.int32)
+    repeat = _field(entry, REPEAT).to(tl.int32)
+    copy = (cols // head_dim) % repeat
+    return copy.to(tl.int64) * _field(entry, OPEN_PER_COPY) + rank
+
+
+@triton.jit
+def _weight_eff(base, delta, gates):
+    """base + gates*delta in base's dtype, every operation rounded; base's own bits where `gates` (r*c) is zero."""
+    total = base.to(tl.float32) + gates * delta.to(tl.float32)
+    return tl.where(gates == 0.0, base, total.to(base.dtype))
+
+
+# ---------------------------------------------------------------- kernels
+@triton.jit
+def weight_eff_fwd_kernel(
+    table_ptr,
+    gate_ptr,
+    WEIGHT: tl.constexpr,
+    DELTA: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Refresh of W_eff. Grid (tiles of a matrix, matrices of the group)."""
+    entry = table_ptr + tl.program_id(1) * FIELDS
+    n_rows = _field(entry, N_ROWS).to(tl.int32)
+    n_cols = _n_cols(entry, ALIGNED)
+    tiles_n = tl.cdiv(n_cols, BLOCK_N)
+    first_row = (tl.program_id(0) // tiles_n) * ROWS
+    cols = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_in = cols < n_cols
+    col_gate = tl.load(gate_ptr + _col_gate_index(entry, cols), mask=col_in, other=0.0)
+    weight_ptr = _matrix(entry, WEIGHT_PTR, WEIGHT, ALIGNED)
+    base_ptr = _matrix(entry, BASE_PTR, WEIGHT, ALIGNED)
+    delta_ptr = _matrix(entry, DELTA_PTR, DELTA, ALIGNED)
+    row_gate_ptr = gate_ptr + _field(entry, ROW_START)
+    for start in range(first_row, min(first_row + ROWS, n_rows), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        row_in = rows < n_rows
+        row64 = rows.to(tl.int64)[:, None]
+        inside = row_in[:, None] & col_in[None, :]
+        row_gate = tl.load(row_gate_ptr + rows, mask=row_in, other=0.0)
+        base = tl.load(base_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
+        delta = tl.load(delta_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
+        weight = _weight_eff(base, delta, row_gate[:, None] * col_gate[None, :])
+        tl.store(weight_ptr + row64 * n_cols + cols[None, :], weight, mask=inside)
+
+
+@triton.jit
+def delta_grad_stats_kernel(
+    table_ptr,
+    gate_ptr,
+    rank_ptr,
+    partial_ptr,
+    sq_partial_ptr,
+    DELTA: tl.constexpr,
+    GRAD: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pass A, first stage: per tile, one partial sum for each of its rows and columns, and one of the squared norm."""
+    entry = table_ptr + tl.program_id(1) * FIELDS
+    n_rows = _field(entry, N_ROWS).to(tl.int32)
+    n_cols = _n_cols(entry, ALIGNED)
+    tiles_n = tl.cdiv(n_cols, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_n
+    tile_n = tl.program_id(0) % tiles_n
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_in = cols < n_cols
+    col_gate_index = _col_gate_index(entry, cols)
+    col_gate = tl.load(gate_ptr + col_gate_index, mask=col_in, other=0.0)
+    delta_ptr = _matrix(entry, DELTA_PTR, DELTA, ALIGNED)
+    # A packed gradient is gathered: its own alignment says nothing.
+    grad_ptr = _matrix(entry, GRAD_PTR, GRAD, ALIGNED and LAYOUT != _BLOCK)
+    row_start = _field(entry, ROW_START)
+    if LAYOUT != _DENSE:
+        col_rank = tl.load(rank_ptr + col_gate_index, mask=col_in, other=-1)
+        packed_col = _packed_col(entry, cols, col_rank)
+        n_packed = _field(entry, OPEN_PER_COPY) * _field(entry, REPEAT)
+        col_open = col_rank >= 0
+    if LAYOUT == _PANELS:
+        grad_cols_ptr = _matrix(entry, GRAD_COLS_PTR, GRAD, False)
+    row_partial_ptr = partial_ptr + _field(entry, ROW_PARTIALS) + tile_n.to(tl.int64) * n_rows
+    col_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sq_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    first_row = tile_m * ROWS
+    for start in range(first_row, min(first_row + ROWS, n_rows), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        row_in = rows < n_rows
+        row64 = rows.to(tl.int64)[:, None]
+        inside = row_in[:, None] & col_in[None, :]
+        row_gate = tl.load(gate_ptr + row_start + rows, mask=row_in, other=0.0)
+        if LAYOUT == _DENSE:
+            grad = tl.load(grad_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            for_rows = grad
+            needed = inside
+        else:
+            row_rank = tl.load(rank_ptr + row_start + rows, mask=row_in, other=-1)
+            packed_row = row_rank.to(tl.int64)[:, None]
+            row_open = (row_rank >= 0)[:, None]
+            if LAYOUT == _BLOCK:
+                needed = inside & row_open & col_open[None, :]
+                grad = tl.load(grad_ptr + packed_row * n_packed + packed_col[None, :], mask=needed, other=0.0).to(
+                    tl.float32
+                )
+                for_rows = grad
+            else:
+                needed = inside & (row_open | col_open[None, :])
+                grad = tl.load(grad_ptr + packed_row * n_cols + cols[None, :], mask=inside & row_open, other=0.0).to(
+                    tl.float32
+                )
+                for_rows = tl.load(
+                    grad_cols_ptr + row64 * n_packed + packed_col[None, :], mask=inside & col_open[None, :], other=0.0
+                ).to(tl.float32)
+        delta = tl.load(delta_ptr + row64 * n_cols + cols[None, :], mask=needed, other=0.0).to(tl.float32)
+        row_sum = tl.sum(col_gate[None, :] * (delta * for_rows), axis=1)
+        tl.store(row_partial_ptr + rows, row_sum, mask=row_in)
+        col_sum += row_gate[:, None] * (delta * grad)
+        d_delta = (row_gate[:, None] * col_gate[None, :]) * grad
+        sq_sum += d_delta * d_delta
+    col_partial_ptr = partial_ptr + _field(entry, COL_PARTIALS) + tile_m.to(tl.int64) * n_cols
+    tl.store(col_partial_ptr + cols, tl.sum(col_sum, axis=0), mask=col_in)
+    sq = tl.sum(tl.sum(sq_sum, axis=1), axis=0)
+    tl.store(sq_partial_ptr + _field(entry, SQ_PARTIALS) + tl.program_id(0), sq)
+
+
+@triton.jit
+def gate_gather_kernel(
+    blocks_ptr, uses_ptr, partial_ptr, d_gate_ptr, BLOCK_GATES: tl.constexpr, BLOCK_TILES: tl.constexpr
+):
+    """Pass A, second stage: d_gate of BLOCK_GATES gates, over every matrix side that uses them, in a fixed order.
+
+    blocks [n, 4]: first gate, end gate, first use, end use.
+    uses [u, 6]: offset of the partial sums, how many, the distance between two of them, the gate of the side's first row
+    or column, head_dim, repeat (1 for rows).
+    """
+    block = blocks_ptr + tl.program_id(0) * 4
+    gates = tl.load(block) + tl.arange(0, BLOCK_GATES)
+    inside = gates < tl.load(block + 1)
+    total = tl.zeros([BLOCK_GATES], tl.float32)
+    for use in range(tl.load(block + 2), tl.load(block + 3)):
+        entry = uses_ptr + use * 6
+        base = tl.load(entry)
+        n_tiles = tl.load(entry + 1).to(tl.int32)
+        distance = tl.load(entry + 2)
+        local = gates - tl.load(entry + 3)
+        head_dim = tl.load(entry + 4)
+        repeat = tl.load(entry + 5)
+        first = (local // head_dim) * (head_dim * repeat) + local % head_dim
+        for copy in range(repeat.to(tl.int32)):
+            place = base + first + copy * head_dim
+            for start in range(0, n_tiles, BLOCK_TILES):
+                tiles = start + tl.arange(0, BLOCK_TILES)
+                pointers = partial_ptr + tiles.to(tl.int64)[:, None] * distance + place[None, :]
+                some = (tiles < n_tiles)[:, None] & inside[None, :]
+                total += tl.sum(tl.load(pointers, mask=some, other=0.0), axis=0)
+    tl.store(d_gate_ptr + gates, total, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "decay",
+        "one_minus_beta1",
+        "beta2",
+        "one_minus_beta2",
+        "step_size",
+        "root_bias2",
+        "eps",
+        "scale",
+    ]
+)
+def delta_adamw_kernel(
+    table_ptr,
+    gate_old_ptr,
+    gate_new_ptr,
+    rank_ptr,
+    decay: tl.float32,
+    one_minus_beta1: tl.float32,
+    beta2: tl.float32,
+    one_minus_beta2: tl.float32,
+    step_size: tl.float32,
+    root_bias2: tl.float32,
+    eps: tl.float32,
+    scale: tl.float32,
+    WEIGHT: tl.constexpr,
+    DELTA: tl.constexpr,
+    MOMENT: tl.constexpr,
+    GRAD: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pass B: AdamW on delta, gradient formed on the fly, and the next W_eff. Grid (tiles, matrices of the group)."""
+    entry = table_ptr + tl.program_id(1) * FIELDS
+    n_rows = _field(entry, N_ROWS).to(tl.int32)
+    n_cols = _n_cols(entry, ALIGNED)
+    tiles_n = tl.cdiv(n_cols, BLOCK_N)
+    first_row = (tl.program_id(0) // tiles_n) * ROWS
+    cols = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_in = cols < n_cols
+    col_gate_index = _col_gate_index(entry, cols)
+    col_old = tl.load(gate_old_ptr + col_gate_index, mask=col_in, other=0.0)
+    col_new = tl.load(gate_new_ptr + col_gate_index, mask=col_in, other=0.0)
+    weight_ptr = _matrix(entry, WEIGHT_PTR, WEIGHT, ALIGNED)
+    base_ptr = _matrix(entry, BASE_PTR, WEIGHT, ALIGNED)
+    delta_ptr = _matrix(entry, DELTA_PTR, DELTA, ALIGNED)
+    avg_ptr = _matrix(entry, AVG_PTR, MOMENT, ALIGNED)
+    sq_ptr = _matrix(entry, AVG_SQ_PTR, MOMENT, ALIGNED)
+    grad_ptr = _matrix(entry, GRAD_PTR, GRAD, ALIGNED and LAYOUT != _BLOCK)
+    row_start = _field(entry, ROW_START)
+    if LAYOUT != _DENSE:
+        col_rank = tl.load(rank_ptr + col_gate_index, mask=col_in, other=-1)
+        packed_col = _packed_col(entry, cols, col_rank)
+        n_packed = _field(entry, OPEN_PER_COPY) * _field(entry, REPEAT)
+    for start in range(first_row, min(first_row + ROWS, n_rows), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        row_in = rows < n_rows
+        row64 = rows.to(tl.int64)[:, None]
+        inside = row_in[:, None] & col_in[None, :]
+        row_old = tl.load(gate_old_ptr + row_start + rows, mask=row_in, other=0.0)
+        row_new = tl.load(gate_new_ptr + row_start + rows, mask=row_in, other=0.0)
+        if LAYOUT == _DENSE:
+            grad = tl.load(grad_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
+        else:
+            row_rank = tl.load(rank_ptr + row_start + rows, mask=row_in, other=-1)
+            needed = inside & (row_rank >= 0)[:, None] & (col_rank >= 0)[None, :]
+            packed_row = row_rank.to(tl.int64)[:, None]
+            if LAYOUT == _BLOCK:
+                grad = tl.load(grad_ptr + packed_row * n_packed + packed_col[None, :], mask=needed, other=0.0)
+            else:
+                grad = tl.load(grad_ptr + packed_row * n_cols + cols[None, :], mask=needed, other=0.0)
+        gradient = ((row_old[:, None] * col_old[None, :]) * scale) * grad.to(tl.float32)
+
+        delta_at = delta_ptr + row64 * n_cols + cols[None, :]
+        avg_at = avg_ptr + row64 * n_cols + cols[None, :]
+        sq_at = sq_ptr + row64 * n_cols + cols[None, :]
+        delta = tl.load(delta_at, mask=inside, other=0.0).to(tl.float32)
+        avg = tl.load(avg_at, mask=inside, other=0.0).to(tl.float32)
+        sq = tl.load(sq_at, mask=inside, other=0.0).to(tl.float32)
+        avg = avg + (gradient - avg) * one_minus_beta1
+        sq = sq * beta2 + (one_minus_beta2 * gradient) * gradient
+        denominator = tl.div_rn(tl.sqrt_rn(sq), tl.zeros_like(sq) + root_bias2) + eps
+        delta = decay * delta - step_size * tl.div_rn(avg, denominator)
+        stored = delta.to(DELTA)
+        tl.store(avg_at, avg.to(MOMENT), mask=inside)
+        tl.store(sq_at, sq.to(MOMENT), mask=inside)
+        tl.store(delta_at, stored, mask=inside)
+
+        base = tl.load(base_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
+        weight = _weight_eff(base, stored, row_new[:, None] * col_new[None, :])
+        tl.store(weight_ptr + row64 * n_cols + cols[None, :], weight, mask=inside)
