@@ -30,21 +30,23 @@ PACKED_LAYOUT = {"hard_concrete": "block", "heaviside_ste": "panels"}
 class PackCrossover:
     """gather: multiply-adds one gathered element costs. crossover: pack where the predicted cost ratio is below it.
 
-    source says where the figures come from: a measurement (on what) or a prediction.
+    min_elements: smaller matrices stay dense whatever is open: there the fixed cost of more calls outweighs the product.
+    source: where the figures come from, a measurement (on what) or a prediction.
     """
 
     gather: float
     crossover: float
+    min_elements: int
     source: str
 
 
 # Predicted for CUDA: a gathered bf16 element moves about 6 elements of memory traffic at 20% density, i.e. 3e-12 s at 4 TB/s,
 # against 3e14 multiply-adds a second. To be replaced by `measure_crossover("cuda", ...)` on the GPU in question.
 DEFAULT_CROSSOVER: dict[tuple[str, torch.dtype], PackCrossover] = {
-    ("cpu", torch.float32): PackCrossover(gather=16.0, crossover=0.85, source="measured: AMD EPYC (AVX-512), 1 thread"),
-    ("cpu", torch.bfloat16): PackCrossover(gather=120.0, crossover=0.85, source="measured: AMD EPYC (AVX-512), 1 thread"),
-    ("cuda", torch.float32): PackCrossover(gather=150.0, crossover=0.8, source="predicted for an H200, not measured"),
-    ("cuda", torch.bfloat16): PackCrossover(gather=900.0, crossover=0.8, source="predicted for an H200, not measured"),
+    ("cpu", torch.float32): PackCrossover(gather=16.0, crossover=0.77, min_elements=2**16, source="measured: AMD EPYC (AVX-512), 1 thread"),
+    ("cpu", torch.bfloat16): PackCrossover(gather=60.0, crossover=0.87, min_elements=2**18, source="measured: AMD EPYC (AVX-512), 1 thread"),
+    ("cuda", torch.float32): PackCrossover(gather=150.0, crossover=0.8, min_elements=2**20, source="predicted for an H200, not measured"),
+    ("cuda", torch.bfloat16): PackCrossover(gather=900.0, crossover=0.8, min_elements=2**22, source="predicted for an H200, not measured"),
 }
 
 
@@ -71,11 +73,14 @@ def pack_layout(
 ) -> str:
     """"dense", or the gate kind's packed layout ("block" for hard_concrete, "panels" for heaviside_ste) where that is cheaper.
 
-    n_rows, n_cols: open rows and columns of the matrix (GQA columns counted once for each query head). Nothing open: packed.
+    n_rows, n_cols: open rows and columns of the matrix (GQA columns counted once for each query head). Nothing open: packed
+    (and empty), unless the matrix is small.
     """
     check_choice("gate_kind", gate_kind, tuple(PACKED_LAYOUT))
     check_int("n_rows", n_rows, 0, out_features + 1)
     check_int("n_cols", n_cols, 0, in_features + 1)
+    if out_features * in_features < crossover.min_elements:
+        return "dense"
     layout = PACKED_LAYOUT[gate_kind]
     cost = pack_cost(
         layout, out_features=out_features, in_features=in_features, n_rows=n_rows, n_cols=n_cols, gather=crossover.gather
@@ -95,7 +100,7 @@ def measure_crossover(
     """Measures `gather` and `crossover` here and now (about a second; on a quiet machine, or the figures are of the noise).
 
     The crossover is the smallest 0.95 · predicted/measured ratio over densities 0.2 to 0.8, so packing is chosen only where
-    it was measured to pay, and at most 0.95.
+    it was measured to pay, and at most 0.95. `min_elements` is about Python and launches: the device's default is kept.
     """
     check_int("tokens", tokens, 1)
     check_real("repeats", repeats, 1, 1e6)
@@ -121,7 +126,10 @@ def measure_crossover(
         ratios.append((predicted * dense + packing) / (product + packing))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     return PackCrossover(
-        gather=max(gathers), crossover=min(0.95, 0.95 * min(ratios)), source=f"measured: {name}, {dtype}, {tokens} tokens"
+        gather=max(gathers),
+        crossover=min(0.95, 0.95 * min(ratios)),
+        min_elements=default_crossover(device, dtype).min_elements,
+        source=f"measured: {name}, {dtype}, {tokens} tokens",
     )
 
 

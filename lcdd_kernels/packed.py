@@ -76,8 +76,8 @@ def packed_weight_grad(
 
     layout "block":  -> G[R, C]
     layout "panels": -> (G[R, :] as [R, K], G[:, C] as [O, C])
-    out: accumulate into it and return it (micro-batches): same shapes, contiguous; the dtype of x, or float32. The product is
-         rounded to x's dtype before it is added, as autograd does before it adds to `weight.grad`.
+    out: accumulate into it and return it (micro-batches): same shapes, contiguous, any float dtype. A product whose dtype
+         is not out's is rounded to x's dtype before it is added, as autograd does before it adds to `weight.grad`.
     x_open: `pack_columns(x, cols, multiple=packed_multiple(x.device))` from an earlier call, where several matrices read one
          input (q, k, v; gate, up).
     Nothing open gives an empty result. Columns of a GQA o_proj: `expand_columns`.
@@ -135,7 +135,7 @@ def _check_out(
     checks.check_length("out", targets, len(shapes))
     for target, shape in zip(targets, shapes, strict=True):
         checks.check_shape("out", target, shape)
-        checks.check_dtype("out", target, (x.dtype, torch.float32))
+        checks.check_dtype("out", target, FLOATS)
         checks.check_device("out", target, x.device)
         checks.check_contiguous("out", target)
     return targets

@@ -66,6 +66,8 @@ def channel_match_backward_ref(
     """-> d_hidden, L × [B, S, D] in `dtype`, zero outside the last tokens' channels. Channels of a layer are distinct."""
     n_prompts = last_index.shape[0]
     prompts = torch.arange(n_prompts, device=residual.device)
+    if residual.dtype == torch.float64:  # only float64 hidden states have float64 residuals
+        dtype = torch.float64
     bounds = offsets.tolist()
     d_channel = residual * (d_loss.to(residual.dtype) * (2.0 / n_prompts))
     d_hidden = []
