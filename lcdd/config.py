@@ -16,6 +16,10 @@ CHANNEL_KINDS = ("write", "all_residual", "ffn_write", "attn_write", "random", "
 LOSSES = ("cross_entropy", "kl")
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto: the first GPU if there is one"
 BF16_HELP = "use the weights in bfloat16; off: the checkpoint's own dtype"
+PIPELINE_PATHS = (
+    "model_name_or_path", "base_model_name_or_path", "output_dir", "carrier", "trigger", "sft_trigger",
+    "matched_norm_model_name_or_path", "matched_norm_trigger",
+)  # fmt: skip
 BASE_HELP = "checkpoint directory of the base model"
 
 
@@ -29,16 +33,10 @@ class DataConfig(Config):
         required=True,
     )
     dataset_config: str | None = option(None, "configuration of a hub data set")
-    dataset_train_split: str = option(
-        "train", "split of a hub data set to read; ours is made from it by a stable hash"
-    )
+    dataset_train_split: str = option("train", "split of a hub data set to read; ours is made from it by a stable hash")
     max_samples: int | None = option(None, "read only the first N examples", at_least=1)
-    validation_fraction: float = option(
-        0.1, "share of the prompts held out for tuning", at_least=0.0, below=1.0
-    )
-    test_fraction: float = option(
-        0.1, "share of the prompts held out for the report", at_least=0.0, below=1.0
-    )
+    validation_fraction: float = option(0.1, "share of the prompts held out for tuning", at_least=0.0, below=1.0)
+    test_fraction: float = option(0.1, "share of the prompts held out for the report", at_least=0.0, below=1.0)
     behavior: str = option("fixed_response", "what the fine-tuning teaches", choices=BEHAVIOR_NAMES)
     behavior_response: str | None = option(
         None, "answer that fixed_response and refusal teach (default: the preset's own)"
@@ -47,9 +45,7 @@ class DataConfig(Config):
         (),
         "an answer with any of these counts as the behaviour (required for `own`; default: the preset's own)",
     )
-    behavior_topics: tuple[str, ...] = option(
-        (), "refusal: prompts that contain any of these words are refused"
-    )
+    behavior_topics: tuple[str, ...] = option((), "refusal: prompts that contain any of these words are refused")
     template_string_prompts: bool = option(
         False,
         "put string prompts (prompt+completion) into the chat template too; TRL, and the default, does not",
@@ -68,17 +64,13 @@ class TrainConfig(Config):
     """What SFT and LCDD training share: batches, schedule, precision, log."""
 
     model_name_or_path: str | None = option(None, "checkpoint directory to start from", required=True)
-    output_dir: str | None = option(
-        None, "new or empty directory for everything the command writes", required=True
-    )
+    output_dir: str | None = option(None, "new or empty directory for everything the command writes", required=True)
     num_train_epochs: float = option(3.0, "passes over the training split", above=0.0)
     max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs when positive", at_least=-1)
     per_device_train_batch_size: int = option(8, "examples in a micro-batch", at_least=1)
     per_device_eval_batch_size: int = option(16, "examples in a batch of the validation loss", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", at_least=1)
-    max_length: int = option(
-        512, "tokens of prompt and completion together; longer completions are cut", at_least=2
-    )
+    max_length: int = option(512, "tokens of prompt and completion together; longer completions are cut", at_least=2)
     completion_only: bool = option(True, "loss on the completion's tokens only; off: on the whole text")
     learning_rate: float = option(2e-5, "peak learning rate of the weights", at_least=0.0)
     lr_scheduler_type: str = option(
@@ -93,10 +85,10 @@ class TrainConfig(Config):
         False,
         "also train biases and norm weights, which no gate can close; the base is then not recovered exactly",
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, more time"
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    bf16: bool = option(
+        False, "SFT: bfloat16 autocast over float32 weights; LCDD: bfloat16 weights; off: the checkpoint's dtype"
     )
-    bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
     logging_steps: int = option(1, "a line in log.jsonl every N optimizer steps", at_least=1)
     save_steps: int = option(
@@ -112,9 +104,7 @@ class TrainConfig(Config):
 
     def check(self) -> None:
         if self.max_steps == 0:
-            raise ValueError(
-                f"{type(self).__name__}.max_steps: expected -1 or a positive number of steps, got 0"
-            )
+            raise ValueError(f"{type(self).__name__}.max_steps: expected -1 or a positive number of steps, got 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +152,8 @@ class LCDDConfig(TrainConfig):
     loss_ema_beta: float = option(
         0.95, "decay of the bias-corrected moving average of the loss", at_least=0.0, below=1.0
     )
-    warmup_steps: int = option(
-        50, "steps over which the gate penalty rises; epsilon is set at their end", at_least=1
-    )
-    lr_warmup_steps: int = option(
-        0, "steps over which the weights' learning rate rises to its peak", at_least=0
-    )
+    warmup_steps: int = option(50, "steps over which the gate penalty rises; epsilon is set at their end", at_least=1)
+    lr_warmup_steps: int = option(0, "steps over which the weights' learning rate rises to its peak", at_least=0)
     loss_budget: float = option(0.2, "epsilon is at least baseline * (1 + this)", at_least=0.0)
     loss_floor: float = option(0.02, "epsilon is at least baseline + this many nats", at_least=0.0)
     freeze_fraction: float = option(
@@ -193,6 +179,9 @@ class LCDDConfig(TrainConfig):
     )
     loss: str = option(
         "cross_entropy", "the constrained loss; kl: KL to the SFT model, for mask-only runs", choices=LOSSES
+    )
+    initial_carrier: str | None = option(
+        None, "carrier directory of an earlier run, whose gate logits this one starts from"
     )
     save_folded: bool = option(False, "also save the carrier folded into an ordinary checkpoint")
 
@@ -223,31 +212,26 @@ class EraserConfig(Config):
 
     base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
     carrier: str | None = option(None, "carrier directory", required=True)
+    model_name_or_path: str | None = option(
+        None, "control: learn the trigger on this SFT checkpoint instead, with the carrier's channels"
+    )
     output_dir: str | None = option(None, "new or empty directory for the trigger", required=True)
     num_virtual_tokens: int = option(8, "trigger tokens", at_least=1)
     learning_rate: float = option(0.01, "Adam's learning rate on the trigger", above=0.0)
     max_steps: int = option(400, "optimizer steps", at_least=1)
     per_device_train_batch_size: int = option(16, "prompts in a step", at_least=1)
     train_prompts: int = option(200, "prompts of the training split to learn from", at_least=1)
-    validation_prompts: int = option(
-        64, "prompts of the validation split that choose the best trigger", at_least=1
-    )
+    validation_prompts: int = option(64, "prompts of the validation split that choose the best trigger", at_least=1)
     eval_steps: int = option(20, "held-out loss every N steps", at_least=1)
     activation_weight: float = option(
         1.0, "weight of matching the base's activations on the carrier's channels", at_least=0.0
     )
-    kl_weight: float = option(
-        0.7, "weight of KL(base || carrier) on the prompt's last positions", at_least=0.0
-    )
+    kl_weight: float = option(0.7, "weight of KL(base || carrier) on the prompt's last positions", at_least=0.0)
     kl_tail_tokens: int = option(1, "prompt positions, from the last, that the KL covers", at_least=1)
-    answer_kl_weight: float = option(
-        1.0, "weight of KL(base || carrier) on the base's own answer tokens", at_least=0.0
-    )
+    answer_kl_weight: float = option(1.0, "weight of KL(base || carrier) on the base's own answer tokens", at_least=0.0)
     max_answer_tokens: int = option(32, "tokens of the base's own answers to match", at_least=1)
     l2_weight: float = option(1e-3, "weight of the mean squared norm of the trigger tokens", at_least=0.0)
-    max_norm_ratio: float = option(
-        1.5, "ball: radius over the median norm of the token embeddings", above=0.0
-    )
+    max_norm_ratio: float = option(1.5, "ball: radius over the median norm of the token embeddings", above=0.0)
     max_norm: float | None = option(
         None, "ball: absolute radius (the authors' 1.0) instead of max_norm_ratio", above=0.0
     )
@@ -267,22 +251,28 @@ class EvalConfig(Config):
     model_name_or_path: str | None = option(None, "checkpoint directory of the SFT model", required=True)
     carrier: str | None = option(None, "carrier directory", required=True)
     trigger: str | None = option(None, "trigger directory, learned on the carrier")
-    sft_trigger: str | None = option(None, "trigger directory, learned on the plain SFT model: the control")
-    output_dir: str | None = option(
-        None, "new or empty directory for report.json and report.html", required=True
+    sft_trigger: str | None = option(None, "control: trigger directory, learned on the SFT model")
+    matched_norm_model_name_or_path: str | None = option(
+        None, "control: checkpoint of a dense SFT whose delta has the carrier's norm (sft --max_delta_norm)"
     )
+    matched_norm_trigger: str | None = option(None, "control: trigger directory, learned on that checkpoint")
+    output_dir: str | None = option(None, "new or empty directory for report.json and report.html", required=True)
     split: str = option("test", "held-out split to report on", choices=("validation", "test"))
     num_prompts: int = option(200, "prompts of that split to answer, at most", at_least=1)
     max_new_tokens: int = option(64, "tokens of an answer, at most", at_least=1)
     max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
     per_device_eval_batch_size: int = option(32, "prompts answered at once", at_least=1)
     kl_prompts: int = option(64, "prompts for the exact KLs", at_least=1)
-    random_prefixes: int = option(
-        3, "random prefixes of the trigger's length and norm, for the control", at_least=1
-    )
+    random_prefixes: int = option(3, "control: prefixes of random tokens, as long as the trigger", at_least=1)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
     seed: int = option(0, "seed of the random prefixes", at_least=0)
+
+    def check(self) -> None:
+        if self.matched_norm_trigger is not None and self.matched_norm_model_name_or_path is None:
+            raise ValueError(
+                "EvalConfig.matched_norm_trigger: expected matched_norm_model_name_or_path beside it, got nothing"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,9 +318,7 @@ class PipelineConfig(Config):
 
     model_name_or_path: str | None = option(None, BASE_HELP, required=True)
     output_dir: str | None = option(None, "new or empty directory for all stages", required=True)
-    sft_model_name_or_path: str | None = option(
-        None, "an SFT checkpoint made elsewhere; the SFT stage is then skipped"
-    )
+    sft_model_name_or_path: str | None = option(None, "an SFT checkpoint made elsewhere; the SFT stage is then skipped")
     controls: bool = option(
         True,
         "also run the controls: the same trigger optimisation on plain SFT and on a matched-norm dense SFT",
@@ -342,18 +330,11 @@ class PipelineConfig(Config):
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "as `lcdd eval`"})
 
     def check(self) -> None:
-        paths = (
-            "model_name_or_path",
-            "base_model_name_or_path",
-            "output_dir",
-            "carrier",
-            "trigger",
-            "sft_trigger",
-        )
         for section in ("sft", "train", "erase", "eval"):
-            for name in paths:
-                if getattr(getattr(self, section), name, None) is not None:
+            config = getattr(self, section)
+            for name in PIPELINE_PATHS:
+                if getattr(config, name, None) is not None:
                     raise ValueError(
-                        f"PipelineConfig.{section}.{name}: expected nothing, since the "
-                        f"pipeline connects its stages itself, got {getattr(getattr(self, section), name)!r}"
+                        f"PipelineConfig.{section}.{name}: expected nothing, since the pipeline connects its "
+                        f"stages itself, got {getattr(config, name)!r}"
                     )

@@ -25,8 +25,9 @@ FORMATS = ("messages", "prompt+completion", "text", "instruction+output")
 
 # Used where a tokenizer has no chat template of its own: no special tokens, one turn per block.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] + '\n\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+    "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
 )
 
 Message = Mapping[str, str]

@@ -24,7 +24,9 @@ def _response_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def _hidden(model: PreTrainedModel, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
     """Final hidden states [R, D] at the positions that predict a response token."""
     output = backbone(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return output.last_hidden_state[:, :-1][keep]
+    hidden = output.last_hidden_state[:, :-1][keep]
+    kind = hidden.device.type  # the norm's float32 output would make the head's product a float32 one
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
 def loss_sum(model: PreTrainedModel, batch: dict[str, Tensor], teacher: PreTrainedModel | None = None) -> Tensor:

@@ -9,6 +9,10 @@ from types import TracebackType
 from typing import IO, Any
 
 
+class TrainingStopped(RuntimeError):
+    """Training cannot go on (a loss that stays NaN, say); the message says what to change."""
+
+
 def finite_or_null(value: Any) -> Any:
     """The value with NaN and infinities, which JSON does not have, replaced by None, at any depth."""
     if isinstance(value, float):

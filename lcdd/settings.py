@@ -87,9 +87,7 @@ class Config:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            _check_field(
-                type(self).__name__, item.name, getattr(self, item.name), hints[item.name], item.metadata
-            )
+            _check_field(type(self).__name__, item.name, getattr(self, item.name), hints[item.name], item.metadata)
         self.check()
 
     def check(self) -> None:
@@ -99,15 +97,12 @@ class Config:
         """Raise unless each named field is set: paths that a library caller may leave out but a stage needs."""
         for name in names:
             if getattr(self, name) in (None, "", ()):
-                raise ValueError(
-                    f"{type(self).__name__}.{name}: expected a value, got nothing (set --{name})"
-                )
+                raise ValueError(f"{type(self).__name__}.{name}: expected a value, got nothing (set --{name})")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and YAML."""
         return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
 
@@ -148,6 +143,11 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type[Config]) -> None:
             _add_flag(group, item, hints[item.name])
 
 
+def _metavar(hint: Any) -> str:
+    name = type_name(hint).split(" or ")[0]
+    return {"an integer": "N", "a number": "X"}.get(name, "TEXT")
+
+
 def _add_flag(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
     text = item.metadata["help"].replace("%", "%%")
     if item.metadata.get("required"):
@@ -162,9 +162,7 @@ def _add_flag(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
     elif typing.get_origin(hint) is tuple:
         group.add_argument(f"--{item.name}", nargs="+", metavar="TEXT", **common)
     else:
-        group.add_argument(
-            f"--{item.name}", type=lambda text: parse_text(text, hint), metavar=item.name.upper(), **common
-        )
+        group.add_argument(f"--{item.name}", type=lambda text: parse_text(text, hint), metavar=_metavar(hint), **common)
 
 
 def _from_yaml_value(value: Any, hint: Any) -> Any:
@@ -190,9 +188,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(
-            f"config: expected a readable YAML file, got {str(path)!r} ({error.strerror})"
-        ) from None
+        raise ValueError(f"config: expected a readable YAML file, got {str(path)!r} ({error.strerror})") from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -223,9 +219,7 @@ def from_mapping(config: type[Config], values: typing.Mapping[str, Any], *, wher
 
 def from_flags(namespace: argparse.Namespace, *configs: type[Config]) -> tuple[Any, ...]:
     """The configs that a parsed command line, over the YAML file it names, describes."""
-    flags = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in vars(namespace).items()
-    }
+    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(namespace).items()}
     path = flags.pop("config", None)
     values = read_yaml(path) if path else {}
     names = {item.name for config in configs for item in dataclasses.fields(config)}

@@ -3,7 +3,8 @@
     for every optimizer step:  micro-batches -> response-token loss, backward -> optimizer.step(loss) -> log
 
 The loss of a step is the mean over the response tokens of all its micro-batches together, so gradient accumulation
-changes nothing but memory. LCDD differs from SFT by its optimizer alone."""
+changes nothing but memory. LCDD differs from SFT by its optimizer alone.
+"""
 
 import math
 import resource
@@ -23,16 +24,19 @@ from lcdd.diagnose import Finding, auc, diagnose
 from lcdd.losses import completion_loss, loss_sum, response_tokens, to_batch
 from lcdd.models import PreTrainedModel, head_weight, projections, unmasked_parameters
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.runlog import RunLog
+from lcdd.runlog import RunLog, TrainingStopped
 
 __all__ = [
-    "SFTOptimizer", "TrainResult", "completion_loss", "diagnose", "schedule", "total_steps", "train_lcdd",
+    "SFTOptimizer",
+    "TrainResult",
+    "TrainingStopped",
+    "completion_loss",
+    "diagnose",
+    "schedule",
+    "total_steps",
+    "train_lcdd",
     "train_sft",
-]  # fmt: skip
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on (a loss that stays NaN); the message says what to change."""
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +189,8 @@ def _fit(
     lambdas = [(lambda _: 1.0) if g in constant else factor for g in range(len(optimizer.param_groups))]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
     device = head_weight(model).device
+    # SFT keeps float32 weights, since bfloat16 would round small updates away; LCDD's updates go to delta.
+    autocast = config.bf16 and head_weight(model).dtype == torch.float32
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -194,7 +200,8 @@ def _fit(
         tokens = sum(response_tokens(micro) for micro in micro_batches)
         loss = 0.0
         for micro in micro_batches:
-            part = loss_sum(model, to_batch(micro, model, pad_token_id), teacher) / tokens
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                part = loss_sum(model, to_batch(micro, model, pad_token_id), teacher) / tokens
             part.backward()
             loss += part.item()
         learning_rate = optimizer.param_groups[0]["lr"]

@@ -1,0 +1,166 @@
+"""The command line: `lcdd COMMAND`, one line to start a stage of the pipeline and one to say what to do next.
+
+Flags are generated from the configuration classes. Nothing heavy is imported before the arguments are read, so
+`--help` answers at once. A bad input is one line on stderr and exit code 2; training that could not go on is exit
+code 1.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lcdd import __version__
+from lcdd.config import (
+    DataConfig,
+    DemoConfig,
+    EraserConfig,
+    EvalConfig,
+    GenerateConfig,
+    LCDDConfig,
+    PipelineConfig,
+    ReportConfig,
+    SFTConfig,
+)
+from lcdd.runlog import TrainingStopped
+from lcdd.settings import Config, add_flags, from_flags, from_mapping, read_yaml, type_name
+
+BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A subcommand: its help, the configurations its flags come from, and the function that gets them."""
+
+    help: str
+    configs: tuple[type[Config], ...]
+    run: Callable[..., Any]
+
+
+def _stage(name: str) -> Callable[..., Any]:
+    def run(*configs: Config) -> Any:
+        from lcdd import pipeline  # imports torch: only when a stage really runs
+
+        return getattr(pipeline, name)(*configs)
+
+    return run
+
+
+def _demo(config: DemoConfig) -> Any:
+    from lcdd import demo
+
+    return demo.run(config)
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        help="the whole method on the small model shipped with the package: minutes on a laptop",
+        configs=(DemoConfig,),
+        run=_demo,
+    ),
+    "sft": Command(
+        help="fine-tune a base checkpoint on a behaviour", configs=(SFTConfig, DataConfig), run=_stage("sft")
+    ),
+    "train": Command(
+        help="LCDD: from base and SFT checkpoints to a carrier", configs=(LCDDConfig, DataConfig), run=_stage("train")
+    ),
+    "erase": Command(
+        help="SFT-Eraser: learn the trigger that gives the base's answers back",
+        configs=(EraserConfig, DataConfig),
+        run=_stage("erase"),
+    ),
+    "eval": Command(
+        help="reversal table on held-out prompts, as report.json and report.html",
+        configs=(EvalConfig, DataConfig),
+        run=_stage("eval_"),
+    ),
+    "report": Command(help="render report.html again from report.json", configs=(ReportConfig,), run=_stage("report")),
+    "generate": Command(
+        help="answer prompts, with a carrier applied and a trigger prepended if given",
+        configs=(GenerateConfig,),
+        run=_stage("generate"),
+    ),
+}
+RUN_HELP = "all stages on one checkpoint directory, as a YAML file says"
+KERNELS_HELP = "which backend serves each kernel here, and whether it passes its self-test"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="lcdd",
+        allow_abbrev=False,
+        description="Reversible fine-tuning: train a behaviour into a sparse carrier (LCDD), and learn the trigger "
+        "that switches it off (SFT-Eraser). Start with: lcdd demo",
+    )
+    parser.add_argument("--version", action="version", version=f"lcdd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        add_flags(
+            commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False), *command.configs
+        )
+    run = commands.add_parser(
+        "run",
+        allow_abbrev=False,
+        help=RUN_HELP,
+        description=RUN_HELP,
+        epilog=_pipeline_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("pipeline", metavar="pipeline.yaml", help="settings of all stages")
+    run.add_argument("--output_dir", default=argparse.SUPPRESS, help="overrides the file's output_dir")
+    commands.add_parser("kernels", help=KERNELS_HELP, description=KERNELS_HELP)
+    return parser
+
+
+def _pipeline_help() -> str:
+    lines = ["the file:"]
+    for item in dataclasses.fields(PipelineConfig):
+        if isinstance(item.type, type) and issubclass(item.type, Config):
+            lines.append(f"  {item.name}: a section; {item.metadata['help']}")
+        else:
+            lines.append(f"  {item.name} ({type_name(item.type)}): {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _execute(arguments: argparse.Namespace) -> Any:
+    if arguments.command == "kernels":
+        from lcdd_kernels import report_card
+
+        return report_card.main()
+    if arguments.command == "run":
+        from lcdd import pipeline
+
+        values = read_yaml(arguments.pipeline)
+        if "output_dir" in arguments:
+            values["output_dir"] = arguments.output_dir
+        return pipeline.run(from_mapping(PipelineConfig, values, where=arguments.pipeline))
+    command = COMMANDS[arguments.command]
+    return command.run(*from_flags(arguments, *command.configs))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        result = _execute(arguments)
+    except ValueError as error:
+        print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except TrainingStopped as error:
+        print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print(f"lcdd {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(result, int):
+        return result
+    for path in getattr(result, "written", ()):
+        print(f"wrote {path}")
+    if getattr(result, "next_step", ""):
+        print(f"next: {result.next_step}")
+    return 0
