@@ -134,8 +134,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
             model.register_forward_pre_hook(self._refuse_sampled_evaluation),
             model.register_state_dict_pre_hook(self._refuse_sampled_state),
         ]
-        self._draw_gates()
-        weight_eff_(self._weights, self._bases, self._state_of("delta"), self.gates.values, self._maps)
+        self._write_weights(training=not self.gates_frozen)
 
     # ------------------------------------------------------------------ one step
 
@@ -186,7 +185,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self.dual.update(loss, frozen=frozen)
         old_rank = self.gates.rank
         self.completed_steps += 1
-        self._draw_gates()
+        self._draw_gates(training=not self.gates_frozen)
 
         if self.config.train_delta:
             delta_adamw_(
@@ -221,7 +220,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for site in self._sites:
             if isinstance(site.linear, PackedGradLinear):
-                site.linear.packed_grad = None
+                site.linear.zero_packed_grad()
 
     @property
     def gates_frozen(self) -> bool:
@@ -246,14 +245,19 @@ class LCDDOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ modes and results
 
     def eval(self) -> None:
-        """Write W_eff of the deterministic gates into the model, for evaluation or saving; `train()` goes back."""
-        self._in_eval = True
-        self._write(training=False)
+        """Write W_eff of the deterministic gates into the model, for evaluation or saving; `train()` goes back.
+
+        Call it between steps: gradients packed for the sampled gates are discarded.
+        """
+        if not self._in_eval:
+            self._in_eval = True
+            self._write_weights(training=False)
 
     def train(self) -> None:
-        """Back to the gates of the coming step, bit for bit."""
-        self._in_eval = False
-        self._write(training=not self.gates_frozen)
+        """Back to the gates of the coming step, bit for bit. Trainers call this before every batch: then it is free."""
+        if self._in_eval:
+            self._in_eval = False
+            self._write_weights(training=not self.gates_frozen)
 
     def carrier(self) -> Carrier:
         """The open gates and their part of Δ, as a patch for the base."""
@@ -270,9 +274,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for site in self._sites:
-            if isinstance(site.linear, PackedGradLinear):
-                site.linear.restore()
+        if self._plan is not None:
+            self._plan.restore()
+            self._plan = None
 
     def masked(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
         """name -> (weight_base, delta, gate map) of every masked linear, in order."""
@@ -318,7 +322,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
             inner.load_state_dict(ours["inner"][name])
         self.dual.load_state_dict(ours["dual"])
         self.completed_steps, self.skipped_steps = ours["completed_steps"], ours["skipped_steps"]
-        self.train()
+        self._in_eval = False
+        self._write_weights(training=not self.gates_frozen)
 
     # ------------------------------------------------------------------ parts
 
@@ -408,15 +413,13 @@ class LCDDOptimizer(torch.optim.Optimizer):
             layouts.append(site.linear.layout if packed else "dense")
         return grads, layouts if any(kind != "dense" for kind in layouts) else None
 
-    def _draw_gates(self) -> None:
-        self.gates.draw(step=self.completed_steps + 1, training=not self.gates_frozen)
-        if self._plan is not None:
-            self._plan.update(self.gates)
-
-    def _write(self, *, training: bool) -> None:
+    def _draw_gates(self, *, training: bool) -> None:
         self.gates.draw(step=self.completed_steps + 1, training=training)
         if self._plan is not None:
             self._plan.update(self.gates)
+
+    def _write_weights(self, *, training: bool) -> None:
+        self._draw_gates(training=training)
         with torch.no_grad():
             weight_eff_(self._weights, self._bases, self._state_of("delta"), self.gates.values, self._maps)
 

@@ -180,7 +180,9 @@ def _self_test(op: str, backend: str, device: torch.device) -> str | None:
     if "triton.errors" in sys.modules:  # compilation errors and "out of resources" have a base class of their own
         failures += (sys.modules["triton.errors"].TritonError,)
     try:
-        testing.known_answer(op, backend, device)
+        # the first use may come from inside no_grad or inference_mode; the test differentiates
+        with torch.inference_mode(False), torch.enable_grad():
+            testing.known_answer(op, backend, device)
     except failures as error:
         return f"its known-answer self-test failed ({type(error).__name__}: {str(error)[:500]})"
     return None

@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from lcdd.config import LCDDConfig
 from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer
+from lcdd_kernels import PackCrossover
 
 TOKENS = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(9))
 
@@ -37,14 +38,12 @@ def models(dtype=torch.float32, *, tied=False):
 
 
 def config(**changes) -> LCDDConfig:
-    quick = {"learning_rate": 1e-3, "warmup_steps": 3, "pack": "never", "gate_init_mean": 1.0, "gate_init_std": 1.0}
+    quick = {"learning_rate": 1e-3, "warmup_steps": 3, "gate_init_mean": 1.0, "gate_init_std": 1.0}
     return LCDDConfig(**(quick | changes))
 
 
 def attach(model, base, total_steps=20, initial_logits=None, **changes) -> LCDDOptimizer:
-    return LCDDOptimizer.attach(
-        model, base, config(**changes), total_steps=total_steps, initial_logits=initial_logits
-    )
+    return LCDDOptimizer.attach(model, base, config(**changes), total_steps=total_steps, initial_logits=initial_logits)
 
 
 def loss_of(model, tokens=TOKENS):
@@ -154,6 +153,21 @@ def test_gradient_checkpointing_changes_nothing():
             tuned.enable_input_require_grads()
         losses.append(train(tuned, attach(tuned, base), 4))
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", ["hard_concrete", "heaviside_ste"])
+def test_packed_gradients_train_exactly_as_dense_ones_do(kind, monkeypatch):
+    everything_packs = PackCrossover(gather=0.0, crossover=1.1, source="test")
+    monkeypatch.setattr("lcdd.packed.default_crossover", lambda *_: everything_packs)
+    runs = {}
+    for pack in ("never", "auto"):
+        base, tuned = models(torch.float64)
+        logits = torch.randn(2 * 200, generator=torch.Generator().manual_seed(3)) - 0.5
+        optimizer = attach(tuned, base, pack=pack, gate_kind=kind, gate_optimizer="sgd", initial_logits=logits)
+        runs[pack] = (train(tuned, optimizer, 6, micro_batches=2), optimizer)
+    assert {"block", "panels"} & set(runs["auto"][1]._plan.layouts())
+    assert runs["auto"][0] == pytest.approx(runs["never"][0], rel=1e-7)
+    torch.testing.assert_close(runs["auto"][1].gates.logits, runs["never"][1].gates.logits, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("unmasked", [False, True])
