@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lcdd_kernels import checks
 from lcdd_kernels.checks import fail
+from lcdd_kernels.gated import gated_linear, gated_mlp, gated_qkv
+from lcdd_kernels.losses import linear_cross_entropy, linear_kl
 from lcdd_kernels.matching import channel_match, last_token_index
 from lcdd_kernels.matrix_checks import (
     MAX_INT,
@@ -38,7 +40,12 @@ __all__ = [
     "expand_columns",
     "gate_logits_grad",
     "gate_values",
+    "gated_linear",
+    "gated_mlp",
+    "gated_qkv",
     "last_token_index",
+    "linear_cross_entropy",
+    "linear_kl",
     "measure_crossover",
     "open_indices",
     "pack_columns",

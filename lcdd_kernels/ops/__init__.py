@@ -21,6 +21,6 @@ Results are new tensors (an op may not return an input or a view of one); in-pla
 import importlib
 
 # Importing a module registers its ops.
-for _stem in ("gates", "delta_step", "gated_linear", "packed_grad", "channel_match", "linear_loss"):
+for _stem in ("gates", "delta_step", "gated_linear", "gated_block", "packed_grad", "channel_match", "linear_loss"):
     if importlib.util.find_spec(f"lcdd_kernels.ops.{_stem}") is not None:
         importlib.import_module(f"lcdd_kernels.ops.{_stem}")

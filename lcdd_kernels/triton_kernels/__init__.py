@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # Stems whose module exposes aot_signatures(); aot.py and the tests go through this list.
-MODULES: tuple[str, ...] = ("gates", "delta_step", "gated_linear", "packed_grad", "channel_match", "linear_loss")
+MODULES: tuple[str, ...] = ("gates", "delta_step", "gated_linear", "swiglu", "packed_grad", "channel_match", "linear_loss")
 
 _TRITON_DTYPES: Mapping[torch.dtype, str] = {
     torch.float32: "fp32",
