@@ -7,12 +7,12 @@ The convention, for every module `triton_kernels/X.py`:
 1. The docstring holds the formulas; kernels are `X_..._kernel`, launch configurations are frozen dataclasses derived
    from `LaunchConfig`, chosen by rules that do not look at the GPU (shape, dtype and layout only).
 2. Every launch goes through `launch(kernel, grid, config, **arguments)`. Integers are named in `do_not_specialize` (no
-   hidden variants: one AOT signature is one compiled kernel) and annotated with their type (`n: tl.int32`); divisibility
-   is told by a constexpr and `tl.multiple_of` inside. `enable_fp_fusion` is always passed: Triton releases differ in its
-   default.
-3. `aot_signatures() -> Iterator[AotSignature]` yields every (kernel, configuration) that the launchers of the module can
-   choose. `lcdd_kernels.aot` compiles them all for named GPU targets without a GPU, and `tests/kernels/test_aot.py`
-   records real launches (through the interpreter) and checks that each one is in that list.
+   hidden variants: one AOT signature is one compiled kernel) and annotated with their type (`n: tl.int32`);
+   divisibility is told by a constexpr and `tl.multiple_of` inside. `enable_fp_fusion` is always passed: Triton
+   releases differ in its default.
+3. `aot_signatures() -> Iterator[AotSignature]` yields every (kernel, configuration) that the launchers of the module
+   can choose. `lcdd_kernels.aot` compiles them all for named GPU targets without a GPU, and
+   `tests/kernels/test_aot.py` records real launches (through the interpreter) and checks that each is in that list.
 
 Adding a kernel: write it, launch it through `launch`, yield its signatures, add the module's stem to `MODULES`.
 """
@@ -37,7 +37,15 @@ __all__ = [
 ]
 
 # Stems whose module exposes aot_signatures(); aot.py and the tests go through this list.
-MODULES: tuple[str, ...] = ("gates", "delta_step", "gated_linear", "swiglu", "packed_grad", "channel_match", "linear_loss")
+MODULES: tuple[str, ...] = (
+    "gates",
+    "delta_step",
+    "gated_linear",
+    "swiglu",
+    "packed_grad",
+    "channel_match",
+    "linear_loss",
+)
 
 _TRITON_DTYPES: Mapping[torch.dtype, str] = {
     torch.float32: "fp32",

@@ -4,12 +4,13 @@ M matrices W[out, in] with base, delta D, gradient G = dL/dW_eff, row gates r[ou
 flat gate vector by (row_start, col_start, head_dim, repeat): see `lcdd_kernels.functional.GateMap`.
 
     refresh    W_ij = base_ij + (r_i c_j) D_ij, every operation rounded; where r_i c_j = 0, the bits of base_ij
-    pass A     d_gate[row i] = sum_j c_j D_ij G_ij,  d_gate[col j] = sum_i r_i D_ij G_ij,  sq_norm = sum ((r_i c_j) G_ij)^2
+    pass A     d_gate[row i] = sum_j c_j D_ij G_ij, d_gate[col j] = sum_i r_i D_ij G_ij, sq_norm = sum ((r_i c_j) G_ij)^2
     pass B     AdamW on D with gradient grad_scale (r_i c_j) G_ij, old gates; then the refresh, new gates and stored D
 
 Matrices of one shape, dtype, layout and alignment form a group: one launch per group and pass (5 for a Qwen3 model),
-with an entry per matrix in a table on the device (pointers, gate map, places of its partial sums). Pass A writes partial
-sums per tile, and one launch for all groups gathers them per gate in a fixed order: no atomics, the same bits always.
+with an entry per matrix in a table on the device (pointers, gate map, places of its partial sums). Pass A writes
+partial sums per tile, and one launch for all groups gathers them per gate in a fixed order: no atomics, the same bits
+always.
 
 Signatures, layouts of G (dense, block, panels) and the meaning of `rank`: `lcdd_kernels.reference.delta_step`.
 Arithmetic is float32. W is float32, float16 or bfloat16; D and the moments are that, float32 or bfloat16; G is that or
@@ -33,9 +34,18 @@ from lcdd_kernels.triton_kernels import delta_step_kernels as kernels
 from lcdd_kernels.triton_kernels.delta_step_tables import TileConfig, partial_sums, plan
 from lcdd_kernels.triton_kernels.gates import sum_partials
 
-REFRESH = TileConfig(block_m=8, rows=32, enable_fp_fusion=False)
+# Pass B and the refresh give a thread four adjacent entries, whatever the dtypes: then float32 and 16-bit tensors share one
+# layout, and nothing goes through shared memory inside the loop.
+REFRESH = TileConfig(block_m=4, rows=32, enable_fp_fusion=False)
+PASS_B = TileConfig(block_m=2, rows=32, enable_fp_fusion=False)
+# Pass A holds two accumulators; eight rows at a time where loads are plain vectors, fewer where they are gathers.
 PASS_A = TileConfig(block_m=8, rows=128)
-PASS_B = TileConfig(block_m=4, rows=32, enable_fp_fusion=False)
+PASS_A_GATHER = TileConfig(block_m=4, rows=128)
+
+
+def pass_a_config(layout: int, aligned: bool) -> TileConfig:
+    """Pass A's configuration; all have the same tiles, because the partial sums' places depend on them."""
+    return PASS_A if layout == DENSE and aligned else PASS_A_GATHER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +127,18 @@ def delta_grad_stats_triton(
         places=partials.places,
     )
     for group in groups:
+        config = pass_a_config(group.constexprs["LAYOUT"], group.constexprs["ALIGNED"])
         launch(
             kernels.delta_grad_stats_kernel,
-            group.grid(PASS_A),
-            PASS_A,
+            group.grid(config),
+            config,
             table_ptr=table[group.first :],
             gate_ptr=gate,
             rank_ptr=None if group.constexprs["LAYOUT"] == DENSE else rank,
             partial_ptr=arena,
             sq_partial_ptr=squares,
             **group.constexprs,
-            **PASS_A.constexprs(),
+            **config.constexprs(),
         )
     d_gate = torch.empty(gate.numel(), dtype=torch.float32, device=gate.device)
     launch(
@@ -242,7 +253,7 @@ def aot_signatures() -> Iterator[AotSignature]:
         for grad in _DTYPES:
             yield _signature(
                 kernels.delta_grad_stats_kernel,
-                PASS_A,
+                pass_a_config(layout, aligned),
                 f"D {_DTYPES[delta]} G {_DTYPES[grad]} {where}",
                 {"gate_ptr": "*fp32", "partial_ptr": "*fp32", "sq_partial_ptr": "*fp32"},
                 {"DELTA": _DTYPES[delta], "GRAD": _DTYPES[grad], "LAYOUT": layout, "ALIGNED": aligned},

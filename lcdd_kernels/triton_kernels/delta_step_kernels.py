@@ -206,8 +206,8 @@ def gate_gather_kernel(
     """Pass A, second stage: d_gate of BLOCK_GATES gates, over every matrix side that uses them, in a fixed order.
 
     blocks [n, 4]: first gate, end gate, first use, end use.
-    uses [u, 6]: offset of the partial sums, how many, the distance between two of them, the gate of the side's first row
-    or column, head_dim, repeat (1 for rows).
+    uses [u, 6]: offset of the partial sums, how many, the distance between two of them, the gate of the side's first
+    row or column, head_dim, repeat (1 for rows).
     """
     block = blocks_ptr + tl.program_id(0) * 4
     gates = tl.load(block) + tl.arange(0, BLOCK_GATES)

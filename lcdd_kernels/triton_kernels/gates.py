@@ -10,8 +10,8 @@ N gates of the model, G groups (8 per layer). theta = gate logits, z = gate, sig
     E[L0]            sum sigma(theta - BETA ln(-GAMMA/ZETA))  |  sum sigma(theta)
     d theta          dz * dz/dtheta + l0_weight * dE[L0]/dtheta;  the noise is drawn again, nothing is stored
 
-`philox_uniform`, `gate_value` and `gate_slope` are device functions for the other modules too, so that the forward route
-draws the same gates.
+`philox_uniform`, `gate_value` and `gate_slope` are device functions for the other modules too, so that the forward
+route draws the same gates.
 Contract: method.md section 2; arithmetic in float32, no atomics, sums in two stages of fixed order.
 """
 
@@ -191,6 +191,12 @@ def open_indices_kernel(gate_ptr, offsets_ptr, indices_ptr, counts_ptr, rank_ptr
 
 
 # ---------------------------------------------------------------- launchers
+def signed64(value: int) -> int:
+    """The two's-complement int64 with the same 64 bits: kernels take i64, and a seed may use all 64 bits."""
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
+
+
 def sum_partials(partials: torch.Tensor) -> torch.Tensor:
     """Sum of a float32 vector in stages of fixed order: the same bits on every run. Returns a scalar float32."""
     if partials.numel() == 0:
@@ -229,8 +235,8 @@ def gate_values_triton(
         gate_ptr=gate,
         l0_partial_ptr=partials,
         n_gates=n_gates,
-        seed=seed,
-        step=step,
+        seed=signed64(seed),
+        step=signed64(step),
         offset=offset,
         KIND=KINDS.index(kind),
         TRAINING=training,
@@ -263,8 +269,8 @@ def gate_logits_grad_triton(
         d_gate_ptr=d_gate,
         d_logits_ptr=d_logits,
         n_gates=n_gates,
-        seed=seed,
-        step=step,
+        seed=signed64(seed),
+        step=signed64(step),
         offset=offset,
         l0_weight=float(l0_weight),
         KIND=KINDS.index(kind),
