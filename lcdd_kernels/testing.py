@@ -34,9 +34,9 @@ class Case:
     expression: same parameters and results as the implementation, in ordinary eager PyTorch of the same dtype.
     outputs: names of the results, in order; for an in-place op, of the arguments that it writes.
     exact: outputs that must equal the reference of the same dtype bit for bit.
-    depth: for outputs that are sums of n terms, about log2(n): the roundings that the best fixed order of summation
-    makes one
-        after another. It widens the floor, because one lucky sum of the expression says nothing about the next order.
+    depth: per output, the roundings that follow one another in its computation beyond the last one: the length of the
+        chain of operations, or about log2(n) for a sum of n terms. It widens the floor, because on a few numbers the
+        expression's error is luck, and another order of the same roundings has other luck.
     dtypes: storage dtypes that the op takes (float64 apart: every op's reference takes it).
     """
 
@@ -54,7 +54,7 @@ class Comparison:
     """One output's error to float64, of a backend and of the same-dtype expression (absolute; p99: 99th percentile).
 
     `floor_*` is half an ulp, in the output's dtype, at the largest (99th percentile) magnitude of the exact result:
-    what rounding a perfect result to storage costs; times 1 + depth for a sum. The expression can be exact by luck; a
+    what rounding a perfect result to storage costs; times 1 + `Case.depth`. The expression can be exact by luck; a
     correctly rounded kernel must not fail for that.
     """
 

@@ -1,7 +1,7 @@
 """Shared by every test: Hypothesis profiles, Triton's interpreter where there is no GPU, poisoned memory."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,3 +27,22 @@ def poisoned() -> Iterator[None]:
 
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def device_of() -> Callable[..., str]:
+    """`device_of(op, backend, dtype)`: where that backend runs here; skips, with the reason, where it cannot run at
+    all.
+    """
+    from lcdd_kernels import available
+
+    def find(op: str, backend: str, dtype: torch.dtype = torch.float32) -> str:
+        device = "cuda" if torch.cuda.is_available() and backend != "native" else "cpu"
+        if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter truncates bfloat16 stores: bfloat16 is tested on a GPU")
+        reason = available(op, device, dtype)[backend]
+        if reason is not None:
+            pytest.skip(f"{op} on {backend}: {reason}")
+        return device
+
+    return find

@@ -77,13 +77,14 @@ CASES = {
         make=make_values,
         expression=values_expression,
         outputs=("gate", "expected_l0"),
-        depth={"expected_l0": 10},
+        depth={"gate": 4, "expected_l0": 10},
         dtypes=(torch.float32,),
     ),
     "gate_logits_grad": Case(
         make=make_logits_grad,
         expression=logits_grad_expression,
         outputs=("d_logits",),
+        depth={"d_logits": 6},
         dtypes=(torch.float32,),
     ),
     "open_indices": Case(
