@@ -305,6 +305,9 @@ class DemoConfig(Config):
         "fixed_response", "behaviour to teach and to reverse", choices=("fixed_response", "refusal", "style")
     )
     seed: int = option(0, "seed of everything but the shipped base", at_least=0)
+    split: str = option(
+        "test", "held-out split to report on; settings were tuned on validation", choices=("validation", "test")
+    )
     output_dir: str | None = option("runs/demo", "new or empty directory for the run")
     rebuild_base: bool = option(False, "train the shipped base model again first, and use it")
 
@@ -330,6 +333,11 @@ class PipelineConfig(Config):
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "as `lcdd eval`"})
 
     def check(self) -> None:
+        if not self.train.bf16 == self.erase.bf16 == self.eval.bf16:
+            raise ValueError(
+                f"PipelineConfig.erase.bf16: expected the same bf16 in train, erase and eval, since a carrier belongs "
+                f"to a base of one dtype, got {self.train.bf16}, {self.erase.bf16} and {self.eval.bf16}"
+            )
         for section in ("sft", "train", "erase", "eval"):
             config = getattr(self, section)
             for name in PIPELINE_PATHS:

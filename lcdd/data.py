@@ -320,16 +320,19 @@ def encode(tokenizer: Any, example: Example, *, max_length: int, completion_only
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("tokenizer: expected an end-of-text token (eos_token), got none")
+    empty = ValueError(
+        f"{example.source}: expected a completion, got {example.completion!r}, which tokenises to nothing"
+    )
+    if not example.completion.strip():
+        raise empty
     if example.messages:
         prompt_ids = encode_prompt(tokenizer, example, max_length=max_length - 1)
         prompt, whole = _texts(tokenizer, example)
         ids, n_prompt = _join(tokenizer, prompt_ids, prompt, whole, templated=example.templated)
     else:
         ids, n_prompt = _ids(tokenizer, example.completion, templated=False), 0
-    if not tokenizer.decode(ids[n_prompt:], skip_special_tokens=True).strip() or not example.completion.strip():
-        raise ValueError(
-            f"{example.source}: expected a completion, got {example.completion!r}, which tokenises to nothing"
-        )
+    if not tokenizer.decode(ids[n_prompt:], skip_special_tokens=True).strip():
+        raise empty
     tail = ids[n_prompt:]
     # What a template writes after the end of the turn is never generated: the last end-of-text token closes.
     ids = ids[: len(ids) - tail[::-1].index(eos)] if eos in tail else [*ids, eos]

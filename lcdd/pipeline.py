@@ -6,6 +6,7 @@ what it wrote and what to do next; the command line only prints that.
 
 import dataclasses
 import gc
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,12 +29,12 @@ from lcdd.config import (
 )
 from lcdd.data import Example, prompt_string
 from lcdd.eraser import SFTEraser
-from lcdd.evaluate import ModelState, evaluate, gatewrite_summary
-from lcdd.models import check_same_architecture, load_model, load_shape, load_tokenizer
+from lcdd.evaluate import ModelState, evaluate
+from lcdd.models import PreTrainedModel, check_same_architecture, load_model, load_shape, load_tokenizer
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.prepare import Prepared, prepare, prompt_ids, training_items
 from lcdd.report import read_report, write_report
-from lcdd.runlog import RunLog, finite_or_null
+from lcdd.runlog import RunLog, read_log
 from lcdd.stage import (
     Say,
     StageResult,
@@ -44,6 +45,7 @@ from lcdd.stage import (
     versions,
     write_summary,
 )
+from lcdd.tables import reversal_table
 from lcdd.trainer import TrainResult, train_lcdd, train_sft
 from lcdd.trigger import Trigger
 from lcdd.trigger import generate as generate_answers
@@ -172,8 +174,8 @@ def erase(
         trigger = eraser.fit(prompts, held_out, log=log.write, progress=True)
     trigger.save_pretrained(output / "trigger")
     summary = write_summary(output, stage, config, data, validation=eraser.history.validation)
-    first, best = (f(line["loss"] for line in eraser.history.validation) for f in (lambda x: next(iter(x)), min))
-    say(f"Trigger ({stage}): held-out loss {first:.4f} -> {best:.4f} in {config.max_steps} steps")
+    losses = [line["loss"] for line in eraser.history.validation]
+    say(f"Trigger ({stage}): held-out loss {losses[0]:.4f} -> {min(losses):.4f} in {config.max_steps} steps")
     return StageResult(
         written=(output / "trigger", summary),
         next_step=f"lcdd eval --base_model_name_or_path {config.base_model_name_or_path} --model_name_or_path "
@@ -196,7 +198,7 @@ def eval_(
     """The reversal table on held-out prompts; writes report.json and report.html.
 
     Args:
-        context: more for report.json (a pipeline's config, timings and training curves).
+        context: a pipeline's `config` and `timings`; the output directory may then hold the stages' own.
     """
     config.require("base_model_name_or_path", "model_name_or_path", "carrier", "output_dir")
     output = Path(str(config.output_dir)) if context else require_new_directory(str(config.output_dir))
@@ -205,61 +207,90 @@ def eval_(
     prepared = prepared or prepare(data, str(config.base_model_name_or_path))
     carrier.check_tokenizer(prepared.tokenizer)
     prompts = prompt_ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length)
-    triggers = {
-        name: Trigger.from_pretrained(path) if path else None
-        for name, path in (
-            ("carrier", config.trigger), ("sft", config.sft_trigger), ("matched_norm", config.matched_norm_trigger)
-        )
-    }  # fmt: skip
+    paths = {"carrier": config.trigger, "sft": config.sft_trigger, "matched_norm": config.matched_norm_trigger}
+    triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
     start = time.perf_counter()
     base = load_weights(config.base_model_name_or_path, config)
     carrier.check_base(base)
-    patches = {"sft": Carrier.from_models(base, load_weights(config.model_name_or_path, config)), "carrier": carrier}
-    if config.matched_norm_model_name_or_path is not None:
-        patches["matched_norm"] = Carrier.from_models(
-            base, load_weights(config.matched_norm_model_name_or_path, config)
-        )
-    gc.collect()
-    states = {"base": ModelState()}
-    for name, patch in patches.items():
-        states[name] = ModelState(patch=patch)
-        if triggers[name] is not None:
-            states[f"{name}+trigger"] = ModelState(patch=patch, triggers=(triggers[name],))
-    if (trigger := triggers["carrier"]) is not None:
-        prefixes = tuple(
-            Trigger.random_tokens(base, trigger.embeds.shape[0], seed=config.seed + i)
-            for i in range(config.random_prefixes)
-        )
-        states["carrier+random_prefix"] = ModelState(patch=carrier, triggers=prefixes)
+    patches = {"carrier": carrier, **_dense_patches(base, config)}
     found = evaluate(
         base,
         prepared.tokenizer,
         prompts,
-        states,
+        _states(base, patches, triggers, config, special=prepared.tokenizer.all_special_ids),
         matches=prepared.behavior.matches,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.per_device_eval_batch_size,
         kl_prompts=config.kl_prompts,
         progress=True,
     )
-    context = context or {"config": {"eval": config.to_dict(), "data": data.to_dict()}, "timings": {}, "curves": []}
-    report = {
+    context = context or {"config": {"eval": config.to_dict(), "data": data.to_dict()}, "timings": {}}
+    content = {
         "behavior": prepared.behavior.name,
         "seed": config.seed,
         "split": config.split,
         "versions": versions(),
+        "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
         "sparsity": carrier.sparsity(),
         "sparsity_by_layer": carrier.sparsity_by_layer(),
-        "gates": gatewrite_summary(carrier),
+        "gates": gate_summary(carrier),
+        "findings": _findings(str(config.carrier)),
+        "curves": _curves(config),
         **found,
         **context,
+        "timings": {**context["timings"], "eval": round(time.perf_counter() - start, 2)},
     }
-    report["timings"] = {**context["timings"], "eval": round(time.perf_counter() - start, 2)}
-    write_report(output, finite_or_null(report))
-    say(reversal_table(report))
+    write_report(output, content)
+    say(reversal_table(content))
     return StageResult(
         written=(output / "report.json", output / "report.html"), next_step=f"open {output / 'report.html'}"
     )
+
+
+def _dense_patches(base: PreTrainedModel, config: EvalConfig) -> dict[str, Carrier]:
+    paths = {"sft": config.model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
+    return {name: Carrier.from_models(base, load_weights(path, config)) for name, path in paths.items() if path}
+
+
+def _states(
+    base: PreTrainedModel,
+    patches: dict[str, Carrier],
+    triggers: dict[str, Trigger],
+    config: EvalConfig,
+    *,
+    special: list[int],
+) -> dict[str, ModelState]:
+    """The rows of the reversal table that the given patches and triggers allow."""
+    states = {"base": ModelState()}
+    for name in ("sft", "carrier", "matched_norm"):
+        if name in patches:
+            states[name] = ModelState(patch=patches[name])
+    for name, trigger in triggers.items():
+        states[f"{name}+trigger"] = ModelState(patch=patches[name], triggers=(trigger,))
+    if "carrier" in triggers:
+        seeds = range(config.seed, config.seed + config.random_prefixes)
+        junk = tuple(Trigger.random_like(base, triggers["carrier"], seed=seed, skip=special) for seed in seeds)
+        states["carrier+random_prefix"] = ModelState(patch=patches["carrier"], triggers=junk)
+        states["base+random_prefix"] = ModelState(triggers=junk)
+        states["base+trigger"] = ModelState(triggers=(triggers["carrier"],))
+    return states
+
+
+def _curves(config: EvalConfig) -> list[dict[str, Any]]:
+    """The logs that lie beside what is evaluated (or, in a pipeline, in its directory)."""
+    paths = (
+        config.model_name_or_path, config.carrier, config.trigger, config.sft_trigger, config.matched_norm_trigger
+    )  # fmt: skip
+    folders = [Path(str(config.output_dir)), *(Path(path).parent for path in paths if path)]
+    logs = dict.fromkeys(folder / "log.jsonl" for folder in folders)
+    return [line for log in logs if log.is_file() for line in read_log(log)]
+
+
+def _findings(carrier: str) -> list[dict[str, Any]]:
+    """What `train` found wrong with the carrier, from the summary beside it."""
+    path = Path(carrier).parent / "summary.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content.get("result", {}).get("findings", [])
 
 
 def generate(config: GenerateConfig, *, say: Say = print) -> StageResult:

@@ -1,0 +1,139 @@
+"""Settings check themselves, and flags and YAML are the same settings."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lcdd import config as configs
+from lcdd.config import DataConfig, EvalConfig, LCDDConfig, PipelineConfig, SFTConfig
+from lcdd.settings import Config, add_flags, from_flags, from_mapping, parse_text, read_yaml
+
+CLASSES = [
+    value
+    for value in vars(configs).values()
+    if isinstance(value, type) and issubclass(value, Config) and value != Config
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LCDDConfig(gate_lr=-1.0), "LCDDConfig.gate_lr: expected a value >= 0, got -1.0"),
+        (lambda: LCDDConfig(gate_lr=float("nan")), "LCDDConfig.gate_lr: expected a number, got nan"),
+        (lambda: LCDDConfig(gate_kind="soft"), "expected one of hard_concrete, heaviside_ste, got 'soft'"),
+        (lambda: LCDDConfig(loss_ema_beta=1.0), "LCDDConfig.loss_ema_beta: expected a value < 1"),
+        (lambda: LCDDConfig(dual_lambda_init=0.0), "expected a value > 0, got 0.0"),
+        (lambda: LCDDConfig(dual_lambda_init=2.0, dual_lambda_max=1.0), "dual_lambda_init: expected a value between"),
+        (lambda: LCDDConfig(dual_lambda_min=2.0, dual_lambda_max=1.0), "dual_lambda_min: expected at most"),
+        (lambda: LCDDConfig(loss="kl"), "LCDDConfig.loss: expected cross_entropy unless train_delta is off"),
+        (lambda: LCDDConfig(seed=True), "LCDDConfig.seed: expected an integer, got True"),
+        (lambda: SFTConfig(max_steps=0), "SFTConfig.max_steps: expected -1 or a positive number of steps, got 0"),
+        (lambda: SFTConfig(bf16=1), "SFTConfig.bf16: expected true or false, got 1"),
+        (lambda: SFTConfig(max_length="512"), "SFTConfig.max_length: expected an integer, got '512'"),
+        (lambda: DataConfig(behavior_topics="gun"), "behavior_topics: expected a list of strings, got 'gun'"),
+        (lambda: DataConfig(validation_fraction=0.6, test_fraction=0.4), r"validation_fraction \+ test_fraction < 1"),
+        (lambda: EvalConfig(matched_norm_trigger="x"), "expected matched_norm_model_name_or_path beside it"),
+        (lambda: PipelineConfig(sft=SFTConfig(output_dir="x")), r"PipelineConfig.sft.output_dir: expected nothing"),
+    ],
+)
+def test_bad_values_name_field_expectation_and_value(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_unknown_and_positional_arguments_are_errors() -> None:
+    with pytest.raises(TypeError):
+        LCDDConfig(gate_learning_rate=0.1)
+    with pytest.raises(TypeError):
+        LCDDConfig(0.1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LCDDConfig().seed = 1
+
+
+@pytest.mark.parametrize("config", CLASSES)
+def test_every_field_has_help_and_defaults_survive_json_and_yaml(config: type[Config], tmp_path: Path) -> None:
+    assert all(item.metadata.get("help") for item in dataclasses.fields(config))
+    defaults = config()
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(defaults.to_dict()))  # JSON is YAML
+    assert from_mapping(config, read_yaml(path), where=str(path)) == defaults
+
+
+@pytest.mark.parametrize("config", [c for c in CLASSES if c is not PipelineConfig])
+def test_every_field_is_a_flag(config: type[Config]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, config)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert {f"--{item.name}" for item in dataclasses.fields(config)} <= flags
+
+
+def _parse(*argv: str, config: type[Config] = LCDDConfig) -> LCDDConfig:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, config, DataConfig)
+    required = ["--model_name_or_path", "sft", "--base_model_name_or_path", "base", "--output_dir", "out"]
+    return from_flags(parser.parse_args([*required, "--dataset_name", "d.jsonl", *argv]), config, DataConfig)
+
+
+def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("gate_lr: 1e-3\nloss_budget: 1\ntrain_delta: false\nbehavior_topics: [gun, bomb]\nseed: 3\n")
+    train, data = _parse("--config", str(path), "--seed", "4", "--train_delta", "--dual_lr_shrink", "none")
+    assert (train.gate_lr, train.loss_budget, train.seed, train.train_delta) == (1e-3, 1, 4, True)
+    assert train.dual_lr_shrink is None
+    assert data.behavior_topics == ("gun", "bomb")
+    train, data = _parse("--no-train_delta", "--loss", "kl", "--behavior_topics", "a", "b")
+    assert train.loss == "kl"
+    assert data.behavior_topics == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gate_learning_rate: 0.1", "unknown setting 'gate_learning_rate'; known are: .*gate_lr"),
+        ("gate_lr: [1]", r"LCDDConfig.gate_lr: expected a number, got \[1\]"),
+        ("gate_lr: fast", "LCDDConfig.gate_lr: expected a number, got 'fast'"),
+        ("- 1", "expected a mapping of settings, got a list"),
+        ("a: b: c", "expected YAML, got"),
+    ],
+)
+def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        _parse("--config", str(path))
+
+
+def test_missing_yaml_and_missing_required_setting(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config: expected a readable YAML file"):
+        _parse("--config", str(tmp_path / "no.yaml"))
+    parser = argparse.ArgumentParser()
+    add_flags(parser, SFTConfig)
+    with pytest.raises(ValueError, match=r"SFTConfig.model_name_or_path: expected a value, got nothing"):
+        from_flags(parser.parse_args(["--output_dir", "x"]), SFTConfig)
+
+
+def test_sections_of_a_pipeline() -> None:
+    values = {"model_name_or_path": "m", "sft": {"max_steps": 3}, "data": {"behavior": "own"}}
+    config = from_mapping(PipelineConfig, values, where="p.yaml")
+    assert config.sft.max_steps == 3
+    assert config.data.behavior == "own"
+    with pytest.raises(ValueError, match=r"p.yaml: sft: unknown setting 'gate_lr'"):
+        from_mapping(PipelineConfig, {"sft": {"gate_lr": 1}}, where="p.yaml")
+    with pytest.raises(ValueError, match=r"p.yaml: sft: expected a mapping"):
+        from_mapping(PipelineConfig, {"sft": 3}, where="p.yaml")
+
+
+def test_sections_that_share_a_name_cannot_be_combined() -> None:
+    with pytest.raises(ValueError, match="expected a name no other section has"):
+        add_flags(argparse.ArgumentParser(), SFTConfig, LCDDConfig)
+
+
+def test_flag_values_are_typed() -> None:
+    assert parse_text("1e-3", float) == 1e-3
+    assert parse_text("NONE", int | None) is None
+    assert parse_text("none", str) == "none"
+    with pytest.raises(argparse.ArgumentTypeError, match=r"expected an integer, got .1.5."):
+        parse_text("1.5", int)
