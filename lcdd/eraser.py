@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -198,9 +197,9 @@ class SFTEraser:
         for indices in length_batches([len(ids) for ids in prompts], c.per_device_train_batch_size):
             texts = [[*prompts[i], *answers[i][:-1]] for i in indices]
             ids = right_padded(texts, device=self._channels.device)
-            hidden, layers = _forward(self.model, input_embeddings(self.model)(ids))
             last = torch.tensor([len(prompts[i]) - 1 for i in indices], device=ids.device)
-            total += self._on_channels(layers, last).double().sum(0)
+            hidden, layers = _forward(self.model, input_embeddings(self.model)(ids), last)
+            total += self._on_channels(layers).double().sum(0)
             for row, i in enumerate(indices):
                 end = len(prompts[i])
                 tail = hidden[row, max(0, end - c.kl_tail_tokens) : end].clone()
@@ -218,14 +217,14 @@ class SFTEraser:
         wants_answers = c.answer_kl_weight > 0
         texts = [[*p.prompt, *p.answer[:-1]] if wants_answers else p.prompt for p in batch]
         ids = right_padded(texts, device=embeds.device)
-        hidden, layers = _forward(self.model, embed_with_trigger(self.model, ids, embeds))
-        n_trigger, width = embeds.shape[0], hidden.shape[1]
+        n_trigger = embeds.shape[0]
+        last = torch.tensor([n_trigger + n - 1 for n in lengths], device=ids.device)
+        hidden, layers = _forward(self.model, embed_with_trigger(self.model, ids, embeds), last)
 
         match = tail_kl = answer_kl = zero
         if c.activation_weight > 0 and self._channels.numel():
-            last = torch.tensor([n_trigger + n - 1 for n in lengths], device=ids.device)
-            match = channel_match(layers, last, self._channels, self._offsets, match_target)
-        flat = hidden.flatten(0, 1)
+            match = channel_match(layers, self._channels, self._offsets, match_target)
+        flat, width = hidden.flatten(0, 1), hidden.shape[1]
         if c.kl_weight > 0:
             starts = [row * width + n_trigger + len(p.prompt) - len(p.tail) for row, p in enumerate(batch)]
             tail_kl = self._kl(flat, starts, [p.tail for p in batch])
@@ -299,15 +298,10 @@ class SFTEraser:
         head = head_weight(self.model).detach()
         return linear_kl(student, head, ref_hidden=torch.cat(references), ref_weight=self._base_head)
 
-    def _on_channels(self, layers: list[Tensor], last: Tensor) -> Tensor:
-        """Residuals of each prompt's last token on the channels, [B, sum n_l]."""
-        rows = torch.arange(len(last), device=last.device)
-        bounds = self._offsets.tolist()
-        picked = [
-            hidden[rows, last][:, self._channels[start:end].long()]
-            for hidden, (start, end) in zip(layers, pairwise(bounds), strict=True)
-        ]
-        return torch.cat(picked, dim=1)
+    def _on_channels(self, layers: list[Tensor]) -> Tensor:
+        """Residuals [B, D] of each layer on its channels, side by side: [B, sum n_l]."""
+        picked = self._channels.long().split(self._offsets.diff().tolist())
+        return torch.cat([hidden[:, channels] for hidden, channels in zip(layers, picked, strict=True)], dim=1)
 
     def _encode(self, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
         if not prompts:
@@ -322,12 +316,16 @@ class SFTEraser:
         return encoded
 
 
-def _forward(model: PreTrainedModel, embeds: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Final hidden states [B, S, D] and the residual stream after each layer (L tensors [B, S, D])."""
+def _forward(model: PreTrainedModel, embeds: Tensor, last: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states [B, S, D], and after each layer the residual [B, D] at position last[b] of prompt b.
+
+    Gathered in hooks, so that the gradient of a layer's matching term is made when the backward reaches that layer.
+    """
     layers: list[Tensor] = []
+    rows = torch.arange(len(last), device=last.device)
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        layers.append(output[0] if isinstance(output, tuple) else output)
+        layers.append((output[0] if isinstance(output, tuple) else output)[rows, last])
 
     handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
     try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lcdd.carrier import Carrier
+from lcdd.diagnose import auc
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, head_weight
 from lcdd.trigger import Prompt, Trigger, decode, encode_prompts, generate_ids, response_hidden
 from lcdd_kernels import linear_kl
@@ -27,6 +28,9 @@ COMPARISONS = (
     ("carrier+trigger", "sft+trigger"),
     ("carrier+trigger", "matched_norm+trigger"),
     ("carrier+trigger", "carrier"),
+    ("carrier+trigger", "carrier+trigger_random_channels"),
+    ("carrier+trigger", "carrier+trigger_kl_only"),
+    ("matched_norm+trigger", "sft+trigger"),
 )
 DIFFERENCE_METHOD = "Newcombe's score interval for the difference of two paired proportions (1998, method 10), 95%"
 
@@ -172,22 +176,6 @@ def newcombe_paired_interval(first: Sequence[bool], second: Sequence[bool]) -> t
 # ---------------------------------------------------------------- gates
 
 
-def auc(scores: Tensor, positive: Tensor) -> float | None:
-    """Probability that a positive's score beats a negative's, ties counting half; None without one of either.
-
-    scores: float [N]; positive: bool [N].
-    """
-    n_positive = int(positive.sum())
-    n_negative = positive.numel() - n_positive
-    if not n_positive or not n_negative:
-        return None
-    _, inverse, counts = scores.double().unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    mean_rank = last - (counts.double() - 1) / 2
-    rank_sum = float(mean_rank[inverse][positive].sum())
-    return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
-
-
 def gate_summary(carrier: Carrier) -> dict[str, Any]:
     """Number of gates, how many are open and how many of those fractional, and the AUC of initial θ against kept.
 
@@ -195,11 +183,12 @@ def gate_summary(carrier: Carrier) -> dict[str, Any]:
     """
     is_open = carrier.gate != 0
     initial = carrier.initial_logits
+    score = math.nan if initial is None else auc(initial.tolist(), is_open.tolist())
     return {
         "n": carrier.layout.n_gates,
         "open": carrier.n_open,
         "fractional": int(((carrier.gate > 0) & (carrier.gate < 1)).sum()),
-        "auc_initial_theta": None if initial is None else auc(initial, is_open),
+        "auc_initial_theta": None if math.isnan(score) else score,
     }
 
 
