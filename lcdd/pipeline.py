@@ -29,7 +29,7 @@ from lcdd.config import (
 )
 from lcdd.data import Example, prompt_string
 from lcdd.eraser import SFTEraser
-from lcdd.evaluate import ModelState, evaluate
+from lcdd.evaluate import ModelState, evaluate, gate_summary
 from lcdd.models import PreTrainedModel, check_same_architecture, load_model, load_shape, load_tokenizer
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.prepare import Prepared, prepare, prompt_ids, training_items
@@ -346,10 +346,10 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     timings: dict[str, float] = {}
     common: dict[str, Any] = {"prepared": prepared, "say": say}
 
-    def timed(name: str, stage: Callable[..., StageResult], settings: Any, **more: Any) -> StageResult:
+    def timed(name: str, call: Callable[..., StageResult], settings: Any, **more: Any) -> StageResult:
         say(f"\n== {name}")
         start = time.perf_counter()
-        result = stage(replace(settings, output_dir=str(output / name)), data, log_dir=output, **common, **more)
+        result = call(replace(settings, output_dir=str(output / name)), data, log_dir=output, **common, **more)
         timings[name] = round(time.perf_counter() - start, 2)
         gc.collect()
         return result
