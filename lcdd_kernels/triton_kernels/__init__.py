@@ -41,6 +41,7 @@ MODULES: tuple[str, ...] = (
     "gates",
     "delta_step",
     "gated_linear",
+    "gate_sums",
     "swiglu",
     "packed_grad",
     "channel_match",

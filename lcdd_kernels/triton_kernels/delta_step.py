@@ -4,7 +4,7 @@ M matrices W[out, in] with base, delta D, gradient G = dL/dW_eff, row gates r[ou
 flat gate vector by (row_start, col_start, head_dim, repeat): see `lcdd_kernels.functional.GateMap`.
 
     refresh    W_ij = base_ij + (r_i c_j) D_ij, every operation rounded; where r_i c_j = 0, the bits of base_ij
-    pass A     d_gate[row i] = sum_j c_j D_ij G_ij, d_gate[col j] = sum_i r_i D_ij G_ij, sq_norm = sum ((r_i c_j) G_ij)^2
+    pass A     d_gate[row i] = sum_j c_j D_ij G_ij, d_gate[col j] = sum_i r_i D_ij G_ij, sq_norm = sum (r_i c_j G_ij)^2
     pass B     AdamW on D with gradient grad_scale (r_i c_j) G_ij, old gates; then the refresh, new gates and stored D
 
 Matrices of one shape, dtype, layout and alignment form a group: one launch per group and pass (5 for a Qwen3 model),
@@ -34,18 +34,24 @@ from lcdd_kernels.triton_kernels import delta_step_kernels as kernels
 from lcdd_kernels.triton_kernels.delta_step_tables import TileConfig, partial_sums, plan
 from lcdd_kernels.triton_kernels.gates import sum_partials
 
-# Pass B and the refresh give a thread four adjacent entries, whatever the dtypes: then float32 and 16-bit tensors share one
-# layout, and nothing goes through shared memory inside the loop.
+# Pass B and the refresh give a thread four adjacent entries, whatever the dtypes: then float32 and 16-bit tensors share
+# one layout, and nothing goes through shared memory inside the loop. Pass A holds two accumulators, so it takes more.
+# Gathers (packed gradients, rows that do not start on 16 bytes) need more registers: fewer entries a thread.
 REFRESH = TileConfig(block_m=4, rows=32, enable_fp_fusion=False)
-PASS_B = TileConfig(block_m=2, rows=32, enable_fp_fusion=False)
-# Pass A holds two accumulators; eight rows at a time where loads are plain vectors, fewer where they are gathers.
 PASS_A = TileConfig(block_m=8, rows=128)
 PASS_A_GATHER = TileConfig(block_m=4, rows=128)
+PASS_B = TileConfig(block_m=2, rows=32, enable_fp_fusion=False)
+PASS_B_GATHER = TileConfig(block_m=2, rows=32, num_warps=8, enable_fp_fusion=False)
 
 
 def pass_a_config(layout: int, aligned: bool) -> TileConfig:
     """Pass A's configuration; all have the same tiles, because the partial sums' places depend on them."""
     return PASS_A if layout == DENSE and aligned else PASS_A_GATHER
+
+
+def pass_b_config(layout: int, aligned: bool) -> TileConfig:
+    """Pass B's configuration."""
+    return PASS_B if layout == DENSE and aligned else PASS_B_GATHER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +207,11 @@ def delta_adamw_triton(
     }
     table, groups = plan(gate_maps, gate_old.device, tensors, constexprs, layouts=layouts, col_panels=col_panels)
     for group in groups:
+        config = pass_b_config(group.constexprs["LAYOUT"], group.constexprs["ALIGNED"])
         launch(
             kernels.delta_adamw_kernel,
-            group.grid(PASS_B),
-            PASS_B,
+            group.grid(config),
+            config,
             table_ptr=table[group.first :],
             gate_old_ptr=gate_old,
             gate_new_ptr=gate_new,
@@ -214,11 +221,11 @@ def delta_adamw_triton(
             beta2=beta2,
             one_minus_beta2=1 - beta2,
             step_size=lr / (1 - beta1**step),
-            root_bias2=math.sqrt(1 - beta2**step),
+            inverse_root_bias2=1 / math.sqrt(1 - beta2**step),
             eps=eps,
             scale=float(grad_scale),
             **group.constexprs,
-            **PASS_B.constexprs(),
+            **config.constexprs(),
         )
 
 
@@ -269,13 +276,13 @@ def aot_signatures() -> Iterator[AotSignature]:
                     {"WEIGHT": _DTYPES[weight], "DELTA": _DTYPES[delta], "ALIGNED": aligned},
                     any((weight, delta) == mix[:2] for mix in _CORE),
                 )
-    floats = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "root_bias2", "eps", "scale")
+    floats = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "inverse_root_bias2", "eps", "scale")
     pass_b = {"gate_old_ptr": "*fp32", "gate_new_ptr": "*fp32", **dict.fromkeys(floats, "fp32")}
     for mix, (layout, aligned) in itertools.product(_mixes(), places):
         weight, delta, moment, grad = (_DTYPES[dtype] for dtype in mix)
         yield _signature(
             kernels.delta_adamw_kernel,
-            PASS_B,
+            pass_b_config(layout, aligned),
             f"W {weight} D {delta} m {moment} G {grad} {LAYOUTS[layout]} {'aligned' if aligned else 'unaligned'}",
             pass_b,
             {"WEIGHT": weight, "DELTA": delta, "MOMENT": moment, "GRAD": grad, "LAYOUT": layout, "ALIGNED": aligned},

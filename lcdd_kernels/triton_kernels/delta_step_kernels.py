@@ -239,7 +239,7 @@ def gate_gather_kernel(
         "beta2",
         "one_minus_beta2",
         "step_size",
-        "root_bias2",
+        "inverse_root_bias2",
         "eps",
         "scale",
     ]
@@ -254,7 +254,7 @@ def delta_adamw_kernel(
     beta2: tl.float32,
     one_minus_beta2: tl.float32,
     step_size: tl.float32,
-    root_bias2: tl.float32,
+    inverse_root_bias2: tl.float32,
     eps: tl.float32,
     scale: tl.float32,
     WEIGHT: tl.constexpr,
@@ -316,7 +316,7 @@ def delta_adamw_kernel(
         sq = tl.load(sq_at, mask=inside, other=0.0).to(tl.float32)
         avg = avg + (gradient - avg) * one_minus_beta1
         sq = sq * beta2 + (one_minus_beta2 * gradient) * gradient
-        denominator = tl.div_rn(tl.sqrt_rn(sq), tl.zeros_like(sq) + root_bias2) + eps
+        denominator = tl.sqrt_rn(sq) * inverse_root_bias2 + eps
         delta = decay * delta - step_size * tl.div_rn(avg, denominator)
         stored = delta.to(DELTA)
         tl.store(avg_at, avg.to(MOMENT), mask=inside)
