@@ -193,7 +193,7 @@ def _fit(
     autocast = config.bf16 and head_weight(model).dtype == torch.float32
     model.train()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _switch_checkpointing(model, on=True)
     seen, start = 0, time.perf_counter()
     bar = tqdm(total=steps, desc=log.stage, unit="step", disable=not progress)
     for step, micro_batches in enumerate(step_batches(items, config, steps), start=1):
@@ -226,9 +226,18 @@ def _fit(
             save(step)
     bar.close()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        _switch_checkpointing(model, on=False)
     model.eval()
     return seen, time.perf_counter() - start
+
+
+def _switch_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
+    """Activation checkpointing, by the name that this version of transformers gives it."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def _shown(stats: dict[str, Any]) -> dict[str, str]:
