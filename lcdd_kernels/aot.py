@@ -86,13 +86,8 @@ def compile_signature(stem: str, index: int, capability: int) -> Row:
         return row(problem=f"its signature names {sorted(unknown)} in vain and lacks {missing}")
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in entry.divisible_by_16}
     source = ASTSource(entry.kernel, signature, constexprs=dict(entry.constexprs), attrs=attributes)
-    options = {
-        "num_warps": entry.config.num_warps,
-        "num_stages": entry.config.num_stages,
-        "enable_fp_fusion": entry.config.enable_fp_fusion,
-    }
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=entry.config.options())
     # The compiler raises types of its own, ptxas among them; each is this row's result.
     except Exception as error:
         return row(problem=f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

@@ -79,6 +79,17 @@ class LaunchConfig:
     num_stages: int = 1
     # True lets ptxas and LLVM contract a*b+c. Off wherever bits must agree with other backends: whatever writes W_eff.
     enable_fp_fusion: bool = True
+    # A bound on registers a thread. ptxas by itself may spill a few bytes to stay at 64; a bound above says not to.
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As Triton names them: for a launch, and for `triton.compile`."""
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.enable_fp_fusion,
+        }
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +148,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, /, **argume
     device = next((a.device for a in arguments.values() if isinstance(a, torch.Tensor)), None)
     guard = torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](
-            **arguments,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=config.enable_fp_fusion,
-        )
+        kernel[grid](**arguments, **config.options())
 
 
 def aot_signatures() -> Iterator[AotSignature]:

@@ -40,8 +40,8 @@ from lcdd_kernels.triton_kernels.gates import sum_partials
 REFRESH = TileConfig(block_m=4, rows=32, enable_fp_fusion=False)
 PASS_A = TileConfig(block_m=8, rows=128)
 PASS_A_GATHER = TileConfig(block_m=4, rows=128)
-PASS_B = TileConfig(block_m=2, rows=32, enable_fp_fusion=False)
-PASS_B_GATHER = TileConfig(block_m=2, rows=32, num_warps=8, enable_fp_fusion=False)
+PASS_B = TileConfig(block_m=2, rows=32, enable_fp_fusion=False, max_registers=80)
+PASS_B_GATHER = TileConfig(block_m=2, rows=32, num_warps=8, enable_fp_fusion=False, max_registers=80)
 
 
 def pass_a_config(layout: int, aligned: bool) -> TileConfig:
