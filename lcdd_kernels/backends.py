@@ -71,9 +71,8 @@ _ops: dict[str, Op] = {}
 _loaded: dict[tuple[str, str], Callable[..., Any] | str] = {}  # (op, backend) -> implementation, or why there is none
 _verdicts: dict[tuple[str, str, str], str | None] = {}  # (op, backend, device) -> None (passed) or why it is disabled
 _automatic: dict[tuple[str, str], Callable[..., Any]] = {}  # (op, device) -> what serves it by default
-_requested: list[
-    str
-] = []  # stack of use_backend; process-wide, because autograd runs CUDA backwards in threads of its own
+# Stack of use_backend. Process-wide, because autograd runs CUDA backwards in threads of its own.
+_requested: list[str] = []
 _lock = threading.RLock()
 
 
@@ -277,6 +276,7 @@ def _with_index(device: torch.device) -> torch.device:
 def reset(op: str | None = None) -> None:
     """Forgets what was loaded, tested and chosen, for one op or for all: after installing a library, or in a test."""
     with _lock:
-        for table in (_loaded, _verdicts, _automatic):
+        tables: tuple[dict[Any, Any], ...] = (_loaded, _verdicts, _automatic)
+        for table in tables:
             for key in [k for k in table if op is None or k[0] == op]:
                 del table[key]

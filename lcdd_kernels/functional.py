@@ -132,9 +132,8 @@ def weight_eff_(
     """
     maps = check_matrices(gate, gate_maps, {"weights": weights, "bases": bases, "deltas": deltas})
     check_written({"weights": weights}, {"bases": bases, "deltas": deltas})
-    with (
-        torch.no_grad()
-    ):  # the weights are leaves that require a gradient, and an optimizer's write is not part of a graph
+    # The weights are leaves that require a gradient, and an optimizer\'s write is not part of a graph.
+    with torch.no_grad():
         delta_ops.weight_eff_(list(weights), list(bases), list(deltas), gate, maps)
 
 

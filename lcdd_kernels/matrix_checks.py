@@ -133,6 +133,8 @@ def check_grads(
             _check_matrix(f"grads[{m}][1]", grad[1], (n_out, n_cols), (grad[0].dtype,), gate.device)
             rows.append(grad[0])
             cols.append(grad[1])
+        elif isinstance(grad, tuple | list):
+            raise fail(f"grads[{m}]", f"a tensor (layout {layout!r})", type(grad).__name__)
         else:
             shape = (n_out, n_in) if layout == "dense" else (n_rows, n_cols)
             _check_matrix(f"grads[{m}]", grad, shape, dtypes, gate.device)

@@ -53,9 +53,9 @@ class Case:
 class Comparison:
     """One output's error to float64, of a backend and of the same-dtype expression (absolute; p99: 99th percentile).
 
-    `floor_*` is half an ulp, in the output's dtype, at the largest (99th percentile) magnitude of the exact result:
-    what rounding a perfect result to storage costs; times 1 + `Case.depth`. The expression can be exact by luck; a
-    correctly rounded kernel must not fail for that.
+    `half_ulp_*` is half an ulp, in the output's dtype, at the largest (99th percentile) magnitude of the exact
+    result: what rounding a perfect result to storage costs. It passes with twice the expression's error plus 1 +
+    depth of those: the expression can be exact by luck, and a kernel that rounds correctly must not fail for that.
     """
 
     op: str
@@ -66,25 +66,32 @@ class Comparison:
     error_p99: float
     expression_max: float
     expression_p99: float
-    floor_max: float
-    floor_p99: float
+    half_ulp_max: float
+    half_ulp_p99: float
+    depth: int
     exact: bool | None  # equal to the same-dtype reference bit for bit; None where that is not asked
 
     @property
     def ratio_max(self) -> float:
-        """Error over the larger of the expression's error and the floor: 1 is as good as PyTorch, 2 is the limit."""
-        return self.error_max / max(self.expression_max, self.floor_max, 1e-300)
+        """Error over the expression's error (or over half an ulp, where that is larger): 1 is as good as PyTorch."""
+        return self.error_max / max(self.expression_max, self.half_ulp_max, 1e-300)
 
     @property
     def ratio_p99(self) -> float:
-        return self.error_p99 / max(self.expression_p99, self.floor_p99, 1e-300)
+        return self.error_p99 / max(self.expression_p99, self.half_ulp_p99, 1e-300)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The largest error_max and error_p99 that pass."""
+        steps = 1 + self.depth
+        return (
+            2 * self.expression_max + steps * self.half_ulp_max,
+            2 * self.expression_p99 + steps * self.half_ulp_p99,
+        )
 
     @property
     def ok(self) -> bool:
-        within = (
-            self.error_max <= 2 * self.expression_max + self.floor_max
-            and self.error_p99 <= 2 * self.expression_p99 + self.floor_p99
-        )
+        within = self.error_max <= self.limits[0] and self.error_p99 <= self.limits[1]
         return within and self.exact is not False
 
 
@@ -191,12 +198,14 @@ def compare_runs(
         if name in case.exact:
             exact = bits_equal(value, same_dtype[name])
         half_ulp = torch.finfo(value.dtype).eps / 2 if value.is_floating_point() else 0.0
-        half_ulp *= 1 + case.depth.get(name, 0)
         error = _quantiles((value.double() - exact_value).abs())
         other = _quantiles((expression[name].double() - exact_value).abs())
         magnitude = _quantiles(exact_value.abs())
-        floor = (half_ulp * magnitude[0], half_ulp * magnitude[1])
-        rows.append(Comparison(op, backend, str(dtype).removeprefix("torch."), name, *error, *other, *floor, exact))
+        half_ulps = (half_ulp * magnitude[0], half_ulp * magnitude[1])
+        depth = case.depth.get(name, 0)
+        rows.append(
+            Comparison(op, backend, str(dtype).removeprefix("torch."), name, *error, *other, *half_ulps, depth, exact)
+        )
     return rows
 
 
@@ -225,8 +234,8 @@ def assert_calibrated(rows: list[Comparison]) -> None:
     for row in rows:
         assert row.ok, (
             f"{row.op} on {row.backend} in {row.dtype}: output {row.output}: error to float64 max {row.error_max:.3e}, "
-            f"p99 {row.error_p99:.3e}; the same-dtype expression has {row.expression_max:.3e}, {row.expression_p99:.3e}, "
-            f"the floor is {row.floor_max:.1e}, {row.floor_p99:.1e}; bit-equal where asked: {row.exact}"
+            f"p99 {row.error_p99:.3e}, allowed {row.limits[0]:.3e}, {row.limits[1]:.3e} (the same-dtype expression has "
+            f"{row.expression_max:.3e}, {row.expression_p99:.3e}); bit-equal where asked: {row.exact}"
         )
 
 
@@ -237,12 +246,16 @@ def known_answer(op: str, backend: str, device: torch.device | str = "cpu") -> N
     """
     case = case_of(op)
     device = torch.device(device)
-    interpreted = backend == "triton" and device.type == "cpu"
     for dtype in (torch.float32, torch.bfloat16):
-        if dtype in case.dtypes and not (interpreted and dtype == torch.bfloat16):
+        if dtype in case.dtypes and not truncates_bfloat16(backend, device, dtype):
             with poisoned_memory():
                 rows = compare(op, backend, dtype, device=device)
             assert_calibrated(rows)
+
+
+def truncates_bfloat16(backend: str, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Triton's interpreter (Triton on the CPU) is wrong in bfloat16: it truncates stores, and its dots are garbage."""
+    return backend == "triton" and torch.device(device).type == "cpu" and dtype == torch.bfloat16
 
 
 @contextmanager
@@ -277,5 +290,5 @@ def report_card(
         case = case_of(op.name)
         for dtype in case.dtypes:
             for name, reason in backends.available(op.name, device, dtype).items():
-                if reason is None and name in (backend or name,):
+                if reason is None and backend in (None, name) and not truncates_bfloat16(name, device, dtype):
                     yield from compare(op.name, name, dtype, device=device, size=size)

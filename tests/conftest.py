@@ -35,10 +35,11 @@ def device_of() -> Callable[..., str]:
     all.
     """
     from lcdd_kernels import available
+    from lcdd_kernels.testing import truncates_bfloat16
 
     def find(op: str, backend: str, dtype: torch.dtype = torch.float32) -> str:
         device = "cuda" if torch.cuda.is_available() and backend != "native" else "cpu"
-        if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        if truncates_bfloat16(backend, device, dtype):
             pytest.skip("Triton's interpreter truncates bfloat16 stores: bfloat16 is tested on a GPU")
         reason = available(op, device, dtype)[backend]
         if reason is not None:

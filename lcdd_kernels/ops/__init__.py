@@ -5,8 +5,7 @@ The pattern, for an op `f` of stem X (see `ops/gates.py` for it in full):
     declare("f", stem="X", backends=("reference", "triton"))           # the names that backends.choose may look up
 
     @torch.library.custom_op("lcdd::f", mutates_args=())               # one coarse op per call: 15-30 us each
-    def f(x: Tensor, kind: str) -> Tensor:                             # schema types only; no defaults, no validation
-    here
+    def f(x: Tensor, kind: str) -> Tensor:                             # schema types only; no defaults, no checks here
         return choose("f", x)(x, kind=kind)                            # f_ref, f_triton, f_native: same parameters
 
     @f.register_fake
@@ -15,12 +14,10 @@ The pattern, for an op `f` of stem X (see `ops/gates.py` for it in full):
     f.register_autograd(backward, setup_context=setup)                 # backward calls lcdd::f_backward, an op like f
 
 Results are new tensors (an op may not return an input or a view of one); in-place ops name what they write in
-`mutates_args` and return None. `functional.py` validates, then calls the op. Importing this package registers every op.
+`mutates_args` and return None. The public functions validate, then call the op. Every op has a `Case` in `cases/X.py`
+(sample inputs, same-dtype expression): the self-test needs it. Importing this package registers every op.
 """
 
-import importlib
+from lcdd_kernels.ops import channel_match, delta_step, gated_block, gated_linear, gates, linear_loss, packed_grad
 
-# Importing a module registers its ops.
-for _stem in ("gates", "delta_step", "gated_linear", "gated_block", "packed_grad", "channel_match", "linear_loss"):
-    if importlib.util.find_spec(f"lcdd_kernels.ops.{_stem}") is not None:
-        importlib.import_module(f"lcdd_kernels.ops.{_stem}")
+__all__ = ["channel_match", "delta_step", "gated_block", "gated_linear", "gates", "linear_loss", "packed_grad"]

@@ -84,4 +84,5 @@ def open_indices(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]
 @open_indices.register_fake
 def _(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, groups = gate.shape[0], offsets.shape[0] - 1
-    return tuple(gate.new_empty(size, dtype=torch.int32) for size in (n, groups, n))
+    indices, counts, rank = (gate.new_empty(size, dtype=torch.int32) for size in (n, groups, n))
+    return indices, counts, rank

@@ -164,7 +164,7 @@ def delta_grad_stats_ref(
     sq_norm = sum over matrices of ||(r x c) o G||^2. Nothing is masked here, so a NaN anywhere in a dense G reaches
     sq_norm.
     """
-    shapes = [tuple(d.shape) for d in deltas]
+    shapes = [(d.shape[0], d.shape[1]) for d in deltas]
     starts = partial_sum_layout(shapes)
     partials = gate.new_zeros(starts[-1] + 1)
     squares = [torch.zeros((), dtype=torch.float64, device=gate.device)]
