@@ -17,7 +17,8 @@ from torch import Tensor
 from lcdd_kernels import checks
 from lcdd_kernels.checks import FLOATS, fail
 from lcdd_kernels.matrix_checks import MAX_INT, check_gate
-from lcdd_kernels.ops import gated_block, gated_linear as linear_op
+from lcdd_kernels.ops import gated_block
+from lcdd_kernels.ops import gated_linear as linear_op
 from lcdd_kernels.reference.gates import KINDS
 
 T = TypeVar("T")

@@ -12,8 +12,9 @@ from lcdd_kernels.ops import linear_loss as ops
 
 __all__ = ["linear_cross_entropy", "linear_kl"]
 
-# Logits held at a time where `chunk` is None: at V = 151,936 that is 192 rows of bfloat16. More rows a product do not make
-# it faster (from about 200 rows on it is bound by arithmetic, not by reading the head), fewer do make it slower.
+# Logits held at a time where `chunk` is None: 192 rows of bfloat16 at V = 151,936. Each chunk reads the whole head, so
+# fewer rows a product would be bound by that; about 200 is where arithmetic takes over on current GPUs (by their data
+# sheets: not measured here).
 CHUNK_BYTES = 64 << 20
 CHUNK_MULTIPLE = 64  # rows of a product's tile; also the fewest rows of a chunk
 
@@ -70,9 +71,9 @@ def linear_kl(
 ) -> Tensor:
     """KL(reference ‖ student) (nats), exact over the vocabulary, of logits = hidden weightᵀ -> loss[], float32.
 
-    hidden: [T, D]; weight: [V, D], of hidden's dtype. The reference is either ref_logprobs [T, V] (any float dtype; they
-    are normalised again in float32, so logits and rounded log-probabilities do as well; −inf is probability zero) or
-    ref_hidden [T, D'] with ref_weight [V, D'], whose logits are made chunk by chunk too. It gets no gradient.
+    hidden: [T, D]; weight: [V, D], of hidden's dtype. The reference is either ref_logprobs [T, V] (any float dtype;
+    they are normalised again in float32, so logits and rounded log-probabilities do as well; −inf is probability zero),
+    or ref_hidden [T, D'] with ref_weight [V, D'], whose logits are made chunk by chunk too. It gets no gradient.
     reduction: over the T rows; 0 where T is 0. chunk, reject_nan and the rest as in `linear_cross_entropy`.
     """
     _check_head(hidden, weight, "hidden", "weight")

@@ -23,6 +23,7 @@ from lcdd_kernels.ops.gated_linear import (
     effective_weight,
     gated_product,
     present,
+    total,
     weight_grads,
 )
 from lcdd_kernels.reference.gated_linear import GateSpec
@@ -139,8 +140,8 @@ def gated_mlp_backward(
         dx = torch.addmm(d_gate @ weights[0], d_up, weights[1]).view(x.shape)
     (d_delta_gate, row_gate, col_gate), (d_delta_up, row_up, col_up) = grads_in
     d_logits = [
-        chain_gates(read, col_gate + col_up, into, offsets[0]) if need_read else None,
-        chain_gates(hidden, row_gate + row_up + d_hidden, into, offsets[1]) if need_hidden else None,
+        chain_gates(read, total(col_gate, col_up), into, offsets[0]) if need_read else None,
+        chain_gates(hidden, total(row_gate, row_up, d_hidden), into, offsets[1]) if need_hidden else None,
         chain_gates(write, d_write, out, offsets[2]) if need_write else None,
     ]
     grads = [dx, d_delta_gate, d_delta_up, d_down, *d_logits]
@@ -255,7 +256,8 @@ def gated_qkv_backward(
     specs = _qkv_specs(x, offsets, kind, seed, step, training)
     need_x, need_deltas, need_read, need_rows = needs[0], needs[1:4], needs[4], needs[5:]
     x2 = x.reshape(-1, x.shape[-1])
-    dx = d_read = None
+    dx: Tensor | None = None
+    d_read: Tensor | None = None
     d_deltas: list[Tensor | None] = []
     d_rows: list[Tensor | None] = []
     for i, spec in enumerate(specs):
@@ -276,8 +278,7 @@ def gated_qkv_backward(
         )
         d_deltas.append(d_delta)
         d_rows.append(chain_gates(rows[i], d_row, spec, offsets[i + 1]) if need_rows[i] else None)
-        if need_read:
-            d_read = d_col if d_read is None else d_read + d_col
+        d_read = total(d_read, d_col) if need_read else None
     d_logits = [chain_gates(read, d_read, specs[0], offsets[0]), *d_rows]
     grads = [None if dx is None else dx.view(x.shape), *d_deltas, *d_logits]
     return [present(grad, like) for grad, like in zip(grads, [x, *deltas, *logits], strict=True)]

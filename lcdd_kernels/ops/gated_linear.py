@@ -1,8 +1,8 @@
 """`lcdd::gated_linear` and its backward: y = x W_eff^T + bias, with W_eff formed from gate logits inside the op.
 
-The backends form W_eff and reduce the gate gradients (`reference/gated_linear.py`); the library multiplies. The forward
-saves its inputs only; the backward forms W_eff again for dX, makes G = dY^T X, and takes d_delta and both gate gradients
-from one read of it.
+The backends form W_eff and reduce the gate gradients (`reference/gated_linear.py`); the library multiplies. The
+forward saves its inputs only; the backward forms W_eff again for dX, makes G = dY^T X, and takes d_delta and both gate
+gradients from one read of it.
 
 Where `small_batch` is true, y = x W_base^T + r o ((x o c) delta^T): no W_eff is written, which is what counts when
 there are few tokens. The backward is the same.
@@ -88,6 +88,12 @@ def chain_gates(logits: Tensor, d_gate: Tensor | None, spec: GateSpec, offset: i
         l0_weight=0.0,
         offset=offset,
     )
+
+
+def total(*parts: Tensor | None) -> Tensor | None:
+    """The sum of a shared gate's gradients; None where they are not needed."""
+    found = [part for part in parts if part is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 def present(value: Tensor | None, like: Tensor) -> Tensor:

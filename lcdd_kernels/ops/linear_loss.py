@@ -1,12 +1,14 @@
-"""`lcdd::linear_cross_entropy` and `lcdd::linear_kl`: losses from hidden states and the head's weight, in chunks of rows.
+"""`lcdd::linear_cross_entropy` and `lcdd::linear_kl`: losses from hidden states and the head's weight, in chunks of
+rows.
 
-A chunk's logits are a buffer that is reused; the backends (`reference/linear_loss.py`) turn it into losses and, in place,
-into d_logits. The library multiplies.
+A chunk's logits are a buffer that is reused; the backends (`reference/linear_loss.py`) turn it into losses and, in
+place, into d_logits. The library multiplies.
 
-The gradient is made in the forward, chunk by chunk, and only scaled in the backward: two or three products in all.
-Recomputing it in the backward would need the logits' product (by far the largest of the model) a second time to save one
-[T, D] tensor, which is 1/V of what the logits would take. Without a need for gradients there is one product and no buffer
-is written back. d_logits stays unscaled in the storage dtype, so float16 does not underflow for a mean over many rows.
+The gradient is made in the forward, chunk by chunk, and only scaled in the backward: two products, or three with
+d_weight. Recomputing it in the backward would need the logits (the largest product of the model) a second time, to save
+one [T, D] tensor, which is D/V of what the logits would take. Where no gradient is needed there is one product and
+nothing is written back. d_logits stays unscaled in the storage dtype, so that a mean over many rows does not underflow
+in float16.
 
 T rows, D model width, V vocabulary.
 """
@@ -131,16 +133,21 @@ def linear_kl(
             _reject_nan("ref_hidden", ref_hidden)
         if ref_logprobs is not None:
             _reject_nan("ref_logprobs", ref_logprobs)
-    ref_buffer = None
-    if ref_hidden is not None and ref_weight is not None:
-        size = (min(chunk, ref_hidden.shape[0]), ref_weight.shape[0])
-        ref_buffer = torch.empty(size, dtype=ref_hidden.dtype, device=ref_hidden.device)
+    if ref_logprobs is None:
+        assert ref_hidden is not None  # losses.linear_kl checked it
+        assert ref_weight is not None
+        ref_rows, ref_head = ref_hidden, ref_weight
+        size = (min(chunk, ref_rows.shape[0]), ref_head.shape[0])
+        buffer = torch.empty(size, dtype=ref_rows.dtype, device=ref_rows.device)
+
+    def ref_logits_of(index: Tensor | slice) -> Tensor:
+        if ref_logprobs is not None:
+            return ref_logprobs[index].contiguous()
+        h = ref_rows[index]
+        return torch.mm(h, ref_head.T, out=buffer[: h.shape[0]])
 
     def loss_of(index: Tensor | slice, logits: Tensor, losses: Tensor) -> None:
-        if ref_buffer is not None:
-            ref_logits = torch.mm(ref_hidden[index], ref_weight.T, out=ref_buffer[: logits.shape[0]])
-        else:
-            ref_logits = ref_logprobs[index].contiguous()
+        ref_logits = ref_logits_of(index)
         chunk_loss = choose("kl_chunk_", logits, ref_logits)
         chunk_loss(logits, ref_logits, losses, write_grad=need_hidden or need_weight)
 

@@ -9,6 +9,7 @@ Arithmetic is float32, or float64 where any operand is. The library does the pro
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ class GateSpec:
     """How the gates of one matrix come from its logits.
 
     Noise is that of gates row_offset + i and col_offset + j of the model's flat vector. Column j has gate
-    (j // (repeat*head_dim))*head_dim + j % head_dim of the column logits: `repeat` query heads of width `head_dim` share a
-    KV head's gates in GQA's o_proj; elsewhere repeat is 1 and head_dim is in.
+    (j // (repeat*head_dim))*head_dim + j % head_dim of the column logits: `repeat` query heads of width `head_dim`
+    share a KV head's gates in GQA's o_proj; elsewhere repeat is 1 and head_dim is in.
     """
 
     kind: str
@@ -40,9 +41,9 @@ class GateSpec:
 
 def row_and_col_gates_ref(row_logits: Tensor, col_logits: Tensor, spec: GateSpec) -> tuple[Tensor, Tensor]:
     """(r[out], c[in]) in the dtype of the logits; shared column gates are repeated."""
-    draw = {"kind": spec.kind, "seed": spec.seed, "step": spec.step, "training": spec.training}
-    r, _ = gate_values_ref(row_logits, **draw, offset=spec.row_offset)
-    c, _ = gate_values_ref(col_logits, **draw, offset=spec.col_offset)
+    draw = partial(gate_values_ref, kind=spec.kind, seed=spec.seed, step=spec.step, training=spec.training)
+    r, _ = draw(row_logits, offset=spec.row_offset)
+    c, _ = draw(col_logits, offset=spec.col_offset)
     return r, repeat_columns(c, spec.head_dim, spec.repeat)
 
 
@@ -66,7 +67,7 @@ def gated_weight_ref(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """W_eff [out, in] in `dtype` (None: the base's); the same roundings as `weight_eff_ref`, so the same bits for the same gates.
+    """W_eff [out, in] in `dtype` (None: the base's); the roundings, and so the bits, of `weight_eff_ref`.
 
     weight_base, delta: [out, in], any float dtypes; row_logits: [out]; col_logits: [in / repeat].
     """
@@ -78,11 +79,11 @@ def gated_weight_ref(
     weight = torch.empty(rows, cols, dtype=dtype, device=weight_base.device)
     block = max(1, WIDENED_ELEMENTS // cols)
     for start in range(0, rows, block):
-        part = slice(start, start + block)
-        product = r[part, None] * c
-        base = weight_base[part]
-        moved = base.to(wide) + product * delta[part].to(wide)
-        torch.where(product == 0, base.to(dtype), moved.to(dtype), out=weight[part])
+        rows_now = slice(start, start + block)
+        product = r[rows_now, None] * c
+        base = weight_base[rows_now]
+        moved = base.to(wide) + product * delta[rows_now].to(wide)
+        torch.where(product == 0, base.to(dtype), moved.to(dtype), out=weight[rows_now])
     return weight
 
 
@@ -96,10 +97,10 @@ def gated_weight_grad_ref(
     need_delta: bool,
     need_gates: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(d_delta [out, in], d_row_gate [out], d_col_gate [in / repeat]) from G = `grad_weight` [out, in]; None where not needed.
+    """(d_delta [out, in], d_row_gate [out], d_col_gate [in / repeat]) from G = `grad_weight` [out, in].
 
-    Gate gradients are in the dtype of the logits and not yet chained to them. `grad_weight` is consumed: where it has
-    delta's dtype, d_delta is written over it.
+    What is not needed is None. Gate gradients are in the dtype of the logits and not yet chained to them.
+    `grad_weight` is consumed: where it has delta's dtype, d_delta is written over it.
     """
     r, c = row_and_col_gates_ref(row_logits, col_logits, spec)
     wide = _wide(grad_weight.dtype, delta.dtype, r.dtype)
@@ -111,15 +112,15 @@ def gated_weight_grad_ref(
     d_col = c.new_zeros(cols)
     block = max(1, WIDENED_ELEMENTS // cols)
     for start in range(0, rows, block):
-        part = slice(start, start + block)
-        grad = grad_weight[part].to(wide)
+        rows_now = slice(start, start + block)
+        grad = grad_weight[rows_now].to(wide)
         if need_gates:
-            moved = delta[part].to(wide) * grad
-            d_row[part] = moved @ c
-            d_col += r[part] @ moved
+            moved = delta[rows_now].to(wide) * grad
+            d_row[rows_now] = moved @ c
+            d_col += r[rows_now] @ moved
         if d_delta is not None:
-            product = r[part, None] * c
-            d_delta[part] = torch.where(product == 0, 0, product * grad)
+            product = r[rows_now, None] * c
+            d_delta[rows_now] = torch.where(product == 0, 0, product * grad)
     if not need_gates:
         return d_delta, None, None
     d_col = d_col.view(-1, spec.repeat, spec.head_dim).sum(dim=1).view(-1)

@@ -6,7 +6,7 @@
 A program has ROWS x BLOCK_COLS of a matrix and goes down it BLOCK_ROWS at a time. It draws its ROWS row gates and
 BLOCK_COLS column gates itself, once (Philox, no gate vector in memory), and picks rows out of them as it goes. Gate
 gradients are reduced in two stages of fixed order: sums over the program's rows and columns into [P, out] and [P, in]
-partials, then `gated_linear_reduce_kernel` over P (and, in GQA, over the query heads that share a gate). No atomics.
+partials, then `gate_sums_kernel` over P (and, in GQA, over the query heads that share a gate). No atomics.
 Products are rounded one by one (no fusion), so W_eff has the bits of every other backend for the same gates.
 """
 
@@ -21,12 +21,14 @@ from torch import Tensor
 
 from lcdd_kernels.reference.gated_linear import GateSpec
 from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch, triton_dtype
+from lcdd_kernels.triton_kernels.gate_sums import sum_gate_partials
 from lcdd_kernels.triton_kernels.gates import KINDS, gate_value, signed64
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig(LaunchConfig):
-    """A program's `rows` x `block_cols`, `block_rows` at a time; `aligned`: every row starts at a multiple of 16 elements."""
+    """A program's `rows` x `block_cols`, `block_rows` at a time; `aligned`: every row starts at a multiple of 16
+    elements, so loads are vectors."""
 
     rows: int = 64
     block_rows: int
@@ -35,17 +37,8 @@ class TileConfig(LaunchConfig):
     enable_fp_fusion: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReduceConfig(LaunchConfig):
-    """`block_p` partials of `block_n` gates at a time."""
-
-    block_p: int = 16
-    block_n: int = 64
-
-
 WEIGHT_CONFIGS = {aligned: TileConfig(block_rows=8, aligned=aligned) for aligned in (True, False)}
 GRAD_CONFIGS = {aligned: TileConfig(block_rows=8, aligned=aligned) for aligned in (True, False)}
-REDUCE_CONFIG = ReduceConfig()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Runtime arguments that both tile kernels share. Logits are slices of a model's vector, so of any alignment.
 _SCALAR_TYPES = {
@@ -224,30 +217,6 @@ def gated_linear_grad_kernel(
         tl.store(col_partial_ptr + partial, tl.sum(col_sum, 0), mask=cols < n_cols)
 
 
-@triton.jit(do_not_specialize=["n_partials", "n_gates", "head_dim", "repeat"])
-def gated_linear_reduce_kernel(
-    partial_ptr,
-    out_ptr,
-    n_partials: tl.int32,
-    n_gates: tl.int32,
-    head_dim: tl.int32,
-    repeat: tl.int32,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """out[n] = sum over p and over the `repeat` columns of gate n of partial[p, column]; the order is fixed."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_column = (n // head_dim) * head_dim * repeat + n % head_dim
-    n_cols = tl.cast(n_gates, tl.int64) * repeat
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, n_partials * repeat, BLOCK_P):
-        q = start + tl.arange(0, BLOCK_P)
-        offset = (q // repeat)[:, None] * n_cols + (q % repeat)[:, None] * head_dim + first_column[None, :]
-        inside = (q < n_partials * repeat)[:, None] & (n < n_gates)[None, :]
-        total += tl.load(partial_ptr + offset, mask=inside, other=0.0)
-    tl.store(out_ptr + n, tl.sum(total, 0), mask=n < n_gates)
-
-
 def _aligned(n_cols: int, *tensors: Tensor) -> bool:
     return n_cols % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
 
@@ -323,9 +292,8 @@ def gated_weight_grad_triton(
     d_delta = grad_weight if same or not need_delta else torch.empty_like(delta)
     config = GRAD_CONFIGS[_aligned(cols, grad_weight, delta, d_delta)]
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(cols, config.block_cols))
-    sums = {"dtype": torch.float32, "device": delta.device}
-    row_partials = torch.empty(grid[1] if need_gates else 0, rows, **sums)
-    col_partials = torch.empty(grid[0] if need_gates else 0, cols, **sums)
+    row_partials = delta.new_empty((grid[1] if need_gates else 0, rows), dtype=torch.float32)
+    col_partials = delta.new_empty((grid[0] if need_gates else 0, cols), dtype=torch.float32)
     launch(
         gated_linear_grad_kernel,
         grid,
@@ -344,32 +312,13 @@ def gated_weight_grad_triton(
     )
     if not need_gates:
         return d_delta, None, None
-    d_row = _reduce(row_partials, rows, head_dim=rows, repeat=1)
-    d_col = _reduce(col_partials, cols // spec.repeat, head_dim=spec.head_dim, repeat=spec.repeat)
+    d_row = sum_gate_partials(row_partials, rows, head_dim=rows, repeat=1)
+    d_col = sum_gate_partials(col_partials, cols // spec.repeat, head_dim=spec.head_dim, repeat=spec.repeat)
     return d_delta if need_delta else None, d_row, d_col
 
 
-def _reduce(partials: Tensor, n_gates: int, *, head_dim: int, repeat: int) -> Tensor:
-    """Partials [P, n_gates * repeat] -> sums [n_gates]."""
-    out = torch.empty(n_gates, dtype=torch.float32, device=partials.device)
-    launch(
-        gated_linear_reduce_kernel,
-        (triton.cdiv(n_gates, REDUCE_CONFIG.block_n),),
-        REDUCE_CONFIG,
-        partial_ptr=partials,
-        out_ptr=out,
-        n_partials=partials.shape[0],
-        n_gates=n_gates,
-        head_dim=head_dim,
-        repeat=repeat,
-        BLOCK_P=REDUCE_CONFIG.block_p,
-        BLOCK_N=REDUCE_CONFIG.block_n,
-    )
-    return out
-
-
 def aot_signatures() -> Iterator[AotSignature]:
-    """Every configuration that the launchers can choose; the core is the gates' two kinds in training, equal dtypes, aligned."""
+    """Every configuration that the launchers can choose; the core is both kinds of gates in training, aligned."""
     flags = (True, False)
     for kind, training, aligned in itertools.product(range(len(KINDS)), flags, flags):
         gates = {"KIND": kind, "TRAINING": training}
@@ -420,18 +369,3 @@ def aot_signatures() -> Iterator[AotSignature]:
                 else (),
                 core=training and aligned and need_delta and need_gates and delta in (grad, torch.float32),
             )
-    yield AotSignature(
-        kernel=gated_linear_reduce_kernel,
-        label=f"{REDUCE_CONFIG.block_p}x{REDUCE_CONFIG.block_n}",
-        config=REDUCE_CONFIG,
-        signature={
-            "partial_ptr": "*fp32",
-            "out_ptr": "*fp32",
-            "n_partials": "i32",
-            "n_gates": "i32",
-            "head_dim": "i32",
-            "repeat": "i32",
-        },
-        constexprs={"BLOCK_P": REDUCE_CONFIG.block_p, "BLOCK_N": REDUCE_CONFIG.block_n},
-        divisible_by_16=("partial_ptr", "out_ptr"),
-    )

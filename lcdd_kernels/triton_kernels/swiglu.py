@@ -1,8 +1,10 @@
 """SwiGLU forward and backward in Triton; float32 arithmetic, one rounding.
 
-h = silu(g) u        backward, in place: d_h := h (recomputed), g := d_h u s (1 + g (1 - s)), u := d_h g s,  s = sigmoid(g)
+h = silu(g) u,  s = sigmoid(g)
+backward, in place:  d_h := h (recomputed),  g := d_h u s (1 + g (1 - s)),  u := d_h g s
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,17 +18,20 @@ from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch, trit
 
 @dataclass(frozen=True, kw_only=True)
 class ElementConfig(LaunchConfig):
-    """Elements per program."""
+    """Elements per program; `aligned`: their number and the addresses are multiples of 16, so loads are vectors."""
 
     block: int = 1024
+    aligned: bool
 
 
-CONFIG = ElementConfig()
+CONFIGS = {aligned: ElementConfig(aligned=aligned) for aligned in (True, False)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit(do_not_specialize=["count"])
-def swiglu_fwd_kernel(gate_ptr, up_ptr, hidden_ptr, count: tl.int64, BLOCK: tl.constexpr):
+def swiglu_fwd_kernel(gate_ptr, up_ptr, hidden_ptr, count: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    if ALIGNED:
+        count = (count // 16) * 16  # tells the compiler what the launcher checked
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < count
     g = tl.load(gate_ptr + offset, mask=inside).to(tl.float32)
@@ -35,7 +40,9 @@ def swiglu_fwd_kernel(gate_ptr, up_ptr, hidden_ptr, count: tl.int64, BLOCK: tl.c
 
 
 @triton.jit(do_not_specialize=["count"])
-def swiglu_bwd_kernel(d_hidden_ptr, gate_ptr, up_ptr, count: tl.int64, BLOCK: tl.constexpr):
+def swiglu_bwd_kernel(d_hidden_ptr, gate_ptr, up_ptr, count: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    if ALIGNED:
+        count = (count // 16) * 16  # tells the compiler what the launcher checked
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < count
     dh = tl.load(d_hidden_ptr + offset, mask=inside).to(tl.float32)
@@ -49,34 +56,42 @@ def swiglu_bwd_kernel(d_hidden_ptr, gate_ptr, up_ptr, count: tl.int64, BLOCK: tl
     tl.store(up_ptr + offset, (dh * silu).to(dtype), mask=inside)
 
 
+def _config(*tensors: Tensor) -> ElementConfig:
+    return CONFIGS[tensors[0].numel() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)]
+
+
 def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
     """`reference.swiglu.swiglu_ref`."""
     gate, up = gate.contiguous(), up.contiguous()
     hidden = torch.empty_like(gate)
+    config = _config(gate, up, hidden)
     launch(
         swiglu_fwd_kernel,
-        (triton.cdiv(gate.numel(), CONFIG.block),),
-        CONFIG,
+        (triton.cdiv(gate.numel(), config.block),),
+        config,
         gate_ptr=gate,
         up_ptr=up,
         hidden_ptr=hidden,
         count=gate.numel(),
-        BLOCK=CONFIG.block,
+        ALIGNED=config.aligned,
+        BLOCK=config.block,
     )
     return hidden
 
 
 def swiglu_grad_triton(d_hidden: Tensor, gate: Tensor, up: Tensor) -> None:
     """`reference.swiglu.swiglu_grad_ref`; all contiguous, as they are written in place."""
+    config = _config(d_hidden, gate, up)
     launch(
         swiglu_bwd_kernel,
-        (triton.cdiv(gate.numel(), CONFIG.block),),
-        CONFIG,
+        (triton.cdiv(gate.numel(), config.block),),
+        config,
         d_hidden_ptr=d_hidden,
         gate_ptr=gate,
         up_ptr=up,
         count=gate.numel(),
-        BLOCK=CONFIG.block,
+        ALIGNED=config.aligned,
+        BLOCK=config.block,
     )
 
 
@@ -86,13 +101,13 @@ def aot_signatures() -> Iterator[AotSignature]:
         (swiglu_fwd_kernel, ("gate_ptr", "up_ptr", "hidden_ptr")),
         (swiglu_bwd_kernel, ("d_hidden_ptr", "gate_ptr", "up_ptr")),
     )
-    for dtype in DTYPES:
-        for kernel, pointers in kernels:
-            yield AotSignature(
-                kernel=kernel,
-                label=triton_dtype(dtype),
-                config=CONFIG,
-                signature={**dict.fromkeys(pointers, f"*{triton_dtype(dtype)}"), "count": "i64"},
-                constexprs={"BLOCK": CONFIG.block},
-                divisible_by_16=pointers,
-            )
+    for dtype, aligned, (kernel, pointers) in itertools.product(DTYPES, (True, False), kernels):
+        yield AotSignature(
+            kernel=kernel,
+            label=f"{triton_dtype(dtype)}{' aligned' if aligned else ''}",
+            config=CONFIGS[aligned],
+            signature={**dict.fromkeys(pointers, f"*{triton_dtype(dtype)}"), "count": "i64"},
+            constexprs={"ALIGNED": aligned, "BLOCK": CONFIGS[aligned].block},
+            divisible_by_16=pointers if aligned else (),
+            core=aligned,
+        )

@@ -1,0 +1,297 @@
+"""linear_cross_entropy and linear_kl: against float64, chunk by chunk, on every backend; memory, and bad input."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import lcdd_kernels as K
+from lcdd_kernels import losses, testing, use_backend
+from lcdd_kernels.ops import linear_loss as ops
+from lcdd_kernels.reference.linear_loss import linear_cross_entropy_ref, linear_kl_ref
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("reference", "triton")
+
+
+def sample(
+    rows: int, width: int, vocab: int, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight, labels; about a third of the labels are −100."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=g).to(dtype)
+    weight = torch.randn(vocab, width, generator=g).to(dtype)
+    labels = torch.randint(0, vocab, (rows,), generator=g)
+    labels[torch.rand(rows, generator=g) < 0.3] = -100
+    return hidden.to(device), weight.to(device), labels.to(device)
+
+
+def gradients(loss_of, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """(loss, gradient of every leaf)."""
+    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
+    loss = loss_of(*leaves)
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def assert_as_close_as(got, plain, truth) -> None:
+    """Every error at most twice the same-dtype expression's, plus a few roundings of the largest entry."""
+    for value, other, exact in zip(got, plain, truth, strict=True):
+        exact = exact.cpu().double()
+        floor = 4 * torch.finfo(value.dtype).eps * float(exact.abs().max())
+        error = (value.cpu().double() - exact).abs().nan_to_num(float("inf")).max()
+        assert float(error) <= 2 * float((other.cpu().double() - exact).abs().max()) + floor
+
+
+def naive_kl(hidden: Tensor, weight: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The mean over rows, in ordinary PyTorch."""
+    reference = ref_logprobs.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32).log_softmax(-1)
+    student = (hidden @ weight.T).to(reference.dtype).log_softmax(-1)
+    return (reference.exp() * (reference - student)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["cross_entropy_chunk_", "kl_chunk_"])
+def test_backend_matches_the_reference(op, backend, dtype, device_of, poisoned):
+    testing.assert_calibrated(testing.compare(op, backend, dtype, device=device_of(op, backend, dtype)))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cross_entropy_matches_float64(backend, dtype, reduction, device_of):
+    device = device_of("cross_entropy_chunk_", backend, dtype)
+    hidden, weight, labels = sample(23, 16, 301, dtype, device=device)
+    with use_backend(backend), testing.poisoned_memory():
+        got = gradients(lambda h, w: K.linear_cross_entropy(h, w, labels, chunk=5, reduction=reduction), hidden, weight)
+
+    def naive(h: Tensor, w: Tensor) -> Tensor:
+        logits = (h @ w.T).to(torch.float64 if h.dtype == torch.float64 else torch.float32)
+        return cross_entropy(logits, labels.to(h.device), reduction=reduction)
+
+    truth = gradients(lambda h, w: cross_entropy(h @ w.T, labels.cpu(), reduction=reduction), *_double(hidden, weight))
+    assert_as_close_as(got, gradients(naive, hidden, weight), truth)
+
+
+@pytest.mark.parametrize("reference", ["logprobs", "hidden"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kl_matches_float64(backend, dtype, reference, device_of):
+    device = device_of("kl_chunk_", backend, dtype)
+    hidden, weight, _ = sample(13, 16, 301, dtype, device=device)
+    ref_hidden, ref_weight, _ = sample(13, 24, 301, dtype, device=device, seed=1)
+    if reference == "logprobs":
+        given_reference = {"ref_logprobs": (ref_hidden @ ref_weight.T).float().log_softmax(-1)}
+        exact = given_reference["ref_logprobs"].cpu().double()
+        plain = given_reference["ref_logprobs"]
+    else:
+        given_reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
+        exact = ref_hidden.cpu().double() @ ref_weight.cpu().double().T
+        plain = ref_hidden @ ref_weight.T
+    with use_backend(backend), testing.poisoned_memory():
+        got = gradients(lambda h, w: K.linear_kl(h, w, **given_reference, chunk=4), hidden, weight)
+    truth = gradients(lambda h, w: naive_kl(h, w, exact), *_double(hidden, weight))
+    assert_as_close_as(got, gradients(lambda h, w: naive_kl(h, w, plain), hidden, weight), truth)
+
+
+def _double(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.cpu().double() for t in tensors)
+
+
+def test_written_out_references_are_their_own_gradients():
+    hidden, weight, labels = sample(11, 6, 19, torch.float64)
+    loss, *grads = gradients(lambda h, w: cross_entropy(h @ w.T, labels, reduction="sum"), hidden, weight)
+    torch.testing.assert_close(linear_cross_entropy_ref(hidden, weight, labels), (loss, *grads), rtol=1e-12, atol=1e-12)
+    logprobs = torch.randn(11, 19, dtype=torch.float64).log_softmax(-1)
+    loss, *grads = gradients(lambda h, w: 11 * naive_kl(h, w, logprobs), hidden, weight)
+    torch.testing.assert_close(linear_kl_ref(hidden, weight, logprobs), (loss, *grads), rtol=1e-12, atol=1e-12)
+
+
+@given(
+    rows=st.integers(0, 12),
+    width=st.sampled_from([1, 3, 16]),
+    vocab=st.sampled_from([1, 2, 17, 2048, 4096, 4099]),
+    chunk=st.one_of(st.none(), st.integers(1, 13)),
+    contiguous=st.booleans(),
+    backend=st.sampled_from(BACKENDS),
+)
+def test_any_shape_and_chunk(rows, width, vocab, chunk, contiguous, backend):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    hidden, weight, labels = sample(rows, width, vocab, torch.float32, device=device, seed=rows)
+    if not contiguous:
+        hidden = hidden.t().contiguous().t()
+    ref = torch.randn(rows, vocab).to(device).t().contiguous().t() if not contiguous else torch.randn(rows, vocab)
+    ref = ref.to(device)
+    with use_backend(backend), testing.poisoned_memory():
+        ce = gradients(lambda h: K.linear_cross_entropy(h, weight, labels, chunk=chunk), hidden)
+        kl = gradients(lambda h: K.linear_kl(h, weight, ref_logprobs=ref, chunk=chunk, reduction="sum"), hidden)
+    d_hidden = _double(hidden)[0]
+    ce_truth = linear_cross_entropy_ref(d_hidden, *_double(weight), labels.cpu())
+    kl_truth = linear_kl_ref(d_hidden, *_double(weight), ref.cpu().double())
+    for got, truth in ((ce, ce_truth), (kl, kl_truth)):
+        for value, exact in zip(got, truth[:2], strict=True):
+            torch.testing.assert_close(value.cpu().double(), exact, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "kl"])
+def test_gradcheck(op):
+    hidden, weight, labels = sample(5, 4, 7, torch.float64)
+    logprobs = torch.randn(5, 7, dtype=torch.float64).log_softmax(-1)
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        if op == "kl":
+            return K.linear_kl(h, w, ref_logprobs=logprobs, chunk=2)
+        return K.linear_cross_entropy(h, w, labels, chunk=2, reduction="mean")
+
+    torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+def test_opcheck(needs):
+    hidden, weight, labels = sample(5, 4, 7, torch.float32)
+    hidden.requires_grad_(needs[0])
+    weight.requires_grad_(needs[1])
+    torch.library.opcheck(ops.linear_cross_entropy, (hidden, weight, labels, 2, -100, True, *needs))
+    logprobs = torch.randn(5, 7).log_softmax(-1)
+    torch.library.opcheck(ops.linear_kl, (hidden, weight, logprobs, None, None, 2, True, *needs))
+    reference = (None, torch.randn(5, 3), torch.randn(7, 3))
+    torch.library.opcheck(ops.linear_kl, (hidden, weight, *reference, 2, True, *needs))
+
+
+def test_ignored_rows_are_never_multiplied_and_a_frozen_head_gets_no_gradient(monkeypatch):
+    hidden, weight, labels = sample(40, 8, 50, torch.float32)
+    seen: list[tuple[int, ...]] = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **k: seen.append(tuple(a.shape)) or mm(a, b, **k))
+    hidden[labels == -100] = 1e30  # would overflow, were it used
+    hidden.requires_grad_()
+    loss = K.linear_cross_entropy(hidden, weight, labels, chunk=7)
+    loss.backward()
+    assert sum(rows for rows, _ in seen) == int((labels != -100).sum()) < 40
+    assert weight.grad is None
+    assert torch.count_nonzero(hidden.grad[labels == -100]) == 0
+    assert torch.count_nonzero(hidden.grad[labels != -100]) > 0
+
+
+def test_the_chunk_does_not_change_the_loss_and_no_rows_give_zero():
+    hidden, weight, labels = sample(30, 8, 50, torch.float64)
+    whole = gradients(lambda h, w: K.linear_cross_entropy(h, w, labels, chunk=30), hidden, weight)
+    for chunk in (1, 7, 64, None):
+        parts = gradients(lambda h, w, c=chunk: K.linear_cross_entropy(h, w, labels, chunk=c), hidden, weight)
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    nothing = torch.full((30,), -100)
+    loss, d_hidden = gradients(lambda h: K.linear_cross_entropy(h, weight, nothing, reduction="mean"), hidden)
+    assert loss == 0
+    assert torch.count_nonzero(d_hidden) == 0
+
+
+def test_permuting_rows_permutes_the_gradient():
+    hidden, weight, labels = sample(30, 8, 50, torch.float64)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(4))
+    loss, grad = gradients(lambda h: K.linear_cross_entropy(h, weight, labels, chunk=7), hidden)
+    moved, moved_grad = gradients(lambda h: K.linear_cross_entropy(h, weight, labels[order], chunk=7), hidden[order])
+    torch.testing.assert_close((moved, moved_grad), (loss, grad[order]), rtol=1e-12, atol=1e-12)
+
+
+def test_kl_of_a_model_to_itself_is_zero_and_impossible_tokens_add_nothing():
+    hidden, weight, _ = sample(9, 8, 50, torch.float64)
+    loss, grad = gradients(lambda h: K.linear_kl(h, weight, ref_hidden=hidden, ref_weight=weight), hidden)
+    assert abs(float(loss)) < 1e-12
+    assert grad.abs().max() < 1e-12
+    certain = torch.full((9, 50), -torch.inf, dtype=torch.float64)
+    labels = torch.arange(9)
+    certain[labels, labels] = 0.0
+    loss = K.linear_kl(hidden, weight, ref_logprobs=certain, reduction="sum")
+    torch.testing.assert_close(loss, K.linear_cross_entropy(hidden, weight, labels))
+
+
+def test_a_nan_is_an_error_unless_the_caller_deals_with_it():
+    hidden, weight, labels = sample(9, 8, 50, torch.float32)
+    hidden[0, 0] = torch.nan
+    labels[0] = 3
+    with pytest.raises(ValueError, match="hidden: expected no NaN"):
+        K.linear_cross_entropy(hidden, weight, labels)
+    assert torch.isnan(K.linear_cross_entropy(hidden, weight, labels, reject_nan=False))
+
+
+def test_default_chunk_is_bounded_by_its_bytes():
+    for dtype, rows in ((torch.float32, 64), (torch.bfloat16, 192)):
+        weight = torch.empty(151_936, 1, dtype=dtype, device="meta")
+        assert losses._chunk(None, torch.empty(1, 1, dtype=dtype, device="meta"), weight) == rows
+        assert rows * 151_936 * dtype.itemsize <= losses.CHUNK_BYTES
+
+
+# The peak of a process of its own, because the allocator of this one keeps what earlier tests had.
+MEMORY = """
+import resource, sys, threading, torch
+torch.set_num_threads(1)
+import lcdd_kernels as K
+dtype, op = getattr(torch, sys.argv[1]), sys.argv[2]
+V, D, T, kept = 151_936, 1024, 1024, 64
+hidden = torch.randn(T, D).to(dtype).requires_grad_()
+weight = torch.empty(V, D, dtype=dtype).uniform_(-0.02, 0.02)
+labels = torch.full((T,), -100); labels[-kept:] = torch.randint(0, V, (kept,))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+K.linear_cross_entropy(hidden[:2], weight, labels[-2:]).backward()   # the library's own start-up
+hidden.grad = None
+before = peak()
+if op == "ce":
+    loss = K.linear_cross_entropy(hidden, weight, labels, chunk=32)
+else:
+    loss = K.linear_kl(hidden[-kept:], weight, ref_hidden=hidden[-kept:].detach(), ref_weight=weight, chunk=32)
+loss.backward()
+assert hidden.grad[-1].abs().max() > 0 or op == "kl"
+print((peak() - before) / (T * V * dtype.itemsize))
+"""
+
+
+@pytest.mark.parametrize(("dtype", "op"), [("float32", "ce"), ("bfloat16", "ce"), ("float32", "kl")])
+def test_peak_memory_is_a_small_fraction_of_the_logits(dtype, op):
+    result = subprocess.run([sys.executable, "-c", MEMORY, dtype, op], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 0.15, f"{result.stdout.strip()} of the logits' bytes"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([0, 1, 7, 2])}, "labels: expected -100 or 0 to 6 .*, got 7 in row 2"),
+        ({"labels": torch.tensor([0, -1, 3, 2])}, "labels: expected -100 or 0 to 6 .*, got -1 in row 1"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels: expected shape"),
+        ({"labels": torch.zeros(4, dtype=torch.int32)}, "labels: expected dtype"),
+        ({"hidden": torch.zeros(2, 2, 5)}, "hidden: expected shape"),
+        ({"weight": torch.zeros(7, 6)}, "weight: expected shape"),
+        ({"weight": torch.zeros(7, 5, dtype=torch.float64)}, "weight: expected dtype"),
+        ({"weight": torch.zeros(0, 5)}, "weight: expected a vocabulary"),
+        ({"chunk": 0}, "chunk: expected an int"),
+        ({"reduction": "none"}, "reduction: expected one of"),
+    ],
+)
+def test_bad_input_of_cross_entropy_is_named(change, message, monkeypatch):
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: pytest.fail("something was computed"))
+    arguments = {"hidden": torch.zeros(4, 5), "weight": torch.zeros(7, 5), "labels": torch.tensor([0, -100, 6, 2])}
+    with pytest.raises(ValueError, match=message):
+        K.linear_cross_entropy(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "reference: expected either ref_logprobs, or ref_hidden and ref_weight, got none"),
+        ({"ref_hidden": torch.zeros(4, 3)}, "reference: expected either .* got ref_hidden"),
+        ({"ref_logprobs": torch.zeros(4, 6)}, "ref_logprobs: expected shape"),
+        ({"ref_logprobs": torch.full((4, 7), torch.nan)}, "ref_logprobs: expected no NaN"),
+        ({"ref_hidden": torch.zeros(4, 3), "ref_weight": torch.zeros(6, 3)}, "ref_weight: expected shape"),
+        ({"ref_hidden": torch.zeros(3, 3), "ref_weight": torch.zeros(7, 3)}, "ref_hidden: expected shape"),
+        ({"ref_logprobs": torch.zeros(4, 7), "ref_hidden": torch.zeros(4, 3)}, "reference: expected either"),
+    ],
+)
+def test_bad_input_of_kl_is_named(change, message, monkeypatch):
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: pytest.fail("something was computed"))
+    with pytest.raises(ValueError, match=message):
+        K.linear_kl(torch.zeros(4, 5), torch.zeros(7, 5), **change)
