@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 640, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
+WIDTH, HEIGHT = 480, 230
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 24
 PALETTE = 8
 LOG_SPAN = 50
 """A chart goes to a logarithmic axis where its largest value is more than this many times its smallest."""
@@ -28,8 +28,8 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
-def line_chart(series: Mapping[str, Points], *, label: str, x_label: str = "step") -> str:
-    """A figure with one line a series, in the order of the palette; series without points are left out.
+def line_chart(series: Mapping[str, Points], *, label: str) -> str:
+    """A figure with one line a series over steps, in the order of the palette; series without points are left out.
 
     series: name -> (x, y) points, finite, x ascending.
     """
@@ -42,7 +42,7 @@ def line_chart(series: Mapping[str, Points], *, label: str, x_label: str = "step
     logarithmic = min(ys) > 0 and max(ys) / min(ys) > LOG_SPAN
     ticks = _log_ticks(min(ys), max(ys)) if logarithmic else _ticks(min([*ys, 0.0]), max(ys))
     low, high = min(ticks[0], min(ys)), max(ticks[-1], max(ys))
-    x_ticks = _ticks(min(xs), max(xs), count=6)
+    x_ticks = _ticks(min(xs), max(xs), count=5)
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
 
     def at_x(x: float) -> float:
@@ -59,12 +59,8 @@ def line_chart(series: Mapping[str, Points], *, label: str, x_label: str = "step
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick_text(tick)}</text>')
     for tick in x_ticks:
         if x_low <= tick <= x_high:
-            place = f'x="{at_x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}"'
+            place = f'x="{at_x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}"'
             parts.append(f'<text class="tick" {place} text-anchor="middle">{_tick_text(tick)}</text>')
-    parts.append(
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}'
-        f"{', logarithmic scale' if logarithmic else ''}</text>"
-    )
     for index, (name, points) in enumerate(drawn.items()):
         place = index % PALETTE
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
@@ -81,7 +77,8 @@ def line_chart(series: Mapping[str, Points], *, label: str, x_label: str = "step
         for place, (name, points) in enumerate(drawn.items())
     )
     return (
-        f'<figure><figcaption>{escape(label)}<span class="keys">{keys}</span></figcaption>'
+        f"<figure><figcaption>{escape(label)}{', logarithmic' if logarithmic else ''}"
+        f'<span class="keys">{keys}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
         f"{''.join(parts)}</svg></figure>"
     )
@@ -147,8 +144,7 @@ def _ticks(low: float, high: float, *, count: int = 5) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, math.ceil((last - first) / 6))
-    ticks = [10.0**power for power in range(first, last + 1, stride)]
-    return ticks if ticks[-1] >= high else [*ticks, 10.0 ** (first + stride * len(ticks))]
+    return [10.0**power for power in range(first, last + 1, stride)]
 
 
 def _tick_text(tick: float) -> str:

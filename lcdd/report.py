@@ -16,8 +16,14 @@ from lcdd.report_style import STYLE
 from lcdd.runlog import finite_or_null, read_log
 
 REPORT_JSON, REPORT_HTML, LOG = "report.json", "report.html", "log.jsonl"
-CURVE_LINES = 400
+CURVE_LINES = 250
 """Log lines kept of each stage; more cannot be told apart in a chart."""
+CURVE_KEYS = {
+    *("stage", "step", "loss", "validation_loss", "held_out_loss"),
+    *("ema", "epsilon", "dual_lambda", "sparsity"),
+    *("match", "tail_kl", "answer_kl"),
+}
+"""What a log line keeps in report.json; the rest stays in log.jsonl."""
 
 MEANING = {
     "base": "before fine-tuning",
@@ -28,9 +34,8 @@ MEANING = {
     "matched_norm": "dense SFT, as far from the base as the carrier",
     "matched_norm+trigger": "that one, the same trigger optimisation",
     "carrier+random_prefix": "carrier behind random tokens",
-    "sft+random_prefix": "plain SFT behind random tokens",
     "base+trigger": "base behind the carrier's trigger",
-    "carrier+random_channels": "trigger matched on random channels",
+    "base+random_prefix": "base behind random tokens",
     "carrier+trigger_random_channels": "trigger matched on random channels",
     "carrier+trigger_kl_only": "trigger learned without activation matching",
 }
@@ -72,12 +77,12 @@ def thin(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     stages: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         stages.setdefault(str(line.get("stage", "")), []).append(line)
-    kept = []
+    kept: list[Mapping[str, Any]] = []
     for of_stage in stages.values():
         stride = -(-len(of_stage) // CURVE_LINES)
         last = len(of_stage) - 1
         kept += [
-            line
+            {key: value for key, value in line.items() if key in CURVE_KEYS}
             for place, line in enumerate(of_stage)
             if place % stride == 0 or place == last or "validation_loss" in line or "held_out_loss" in line
         ]
@@ -88,6 +93,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as one HTML page."""
     sections = (
         ("Reversal", _reversal(report)),
+        ("What this run shows", _explanation(report)),
         ("What the prompts were answered", _samples(report)),
         ("Where the carrier is", _sparsity(report)),
         ("Training", _training(report)),
@@ -139,20 +145,25 @@ def _reversal(report: Mapping[str, Any]) -> str:
     models = report.get("models")
     if not models:
         return _missing("models")
-    norms, rows = report.get("delta_norm") or {}, []
-    for name, row in models.items():
-        cells = "".join(_rate(row, key, series) for key, series in (("behavior_rate", 1), ("base_match", 0)))
-        meaning = f"<small>{escape(MEANING[name])}</small>" if name in MEANING else ""
-        rows.append(
-            f'<tr><th scope="row">{escape(name)}{meaning}</th>{cells}'
-            f'<td class="num">{number(row.get("n"))}</td><td class="num">{number(norms.get(name))}</td></tr>'
-        )
-    head = "<th>Model</th><th>Behaviour rate</th><th>Base match</th><th>Prompts</th><th>Norm of change</th>"
+    other = report.get("off_topic")
+    off_topic = f"<h3>On prompts outside the behaviour's topic</h3>{_model_table(other, {})}" if other else ""
     return (
         "<p>Share of held-out prompts whose greedy answer shows the behaviour, and whose answer is exactly the base's. "
         "A low behaviour rate alone is not a reversal: garbage shows no behaviour either. Brackets: 95% intervals "
-        f"(Wilson).</p>{_table(head, rows)}{_differences(report)}"
+        f"(Wilson).</p>{_model_table(models, report.get('delta_norm') or {})}{off_topic}{_differences(report)}"
     )
+
+
+def _model_table(models: Mapping[str, Mapping[str, Any]], norms: Mapping[str, float]) -> str:
+    rows = []
+    for name, row in models.items():
+        cells = "".join(_rate(row, key, series) for key, series in (("behavior_rate", 1), ("base_match", 0)))
+        meaning = f"<small>{escape(MEANING[name])}</small>" if name in MEANING else ""
+        norm = f'<td class="num">{number(norms.get(name))}</td>' if norms else ""
+        prompts = f'<td class="num">{number(row.get("n"))}</td>'
+        rows.append(f'<tr><th scope="row">{escape(name)}{meaning}</th>{cells}{prompts}{norm}</tr>')
+    head = "<th>Model</th><th>Behaviour rate</th><th>Base match</th><th>Prompts</th>"
+    return _table(head + ("<th>Norm of change</th>" if norms else ""), rows)
 
 
 def _rate(row: Mapping[str, Any], key: str, series: int) -> str:
@@ -183,6 +194,13 @@ def _differences(report: Mapping[str, Any]) -> str:
     return f"<h3>Differences over the same prompts</h3>{_table(head, rows)}<p class='note'>{escape(method)}.</p>"
 
 
+def _explanation(report: Mapping[str, Any]) -> str:
+    said = report.get("explanation")
+    if not said:
+        return _missing("explanation")
+    return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in said)}</ul>"
+
+
 def _samples(report: Mapping[str, Any]) -> str:
     samples = report.get("samples")
     if not samples:
@@ -192,7 +210,7 @@ def _samples(report: Mapping[str, Any]) -> str:
         answers = sample.get("answers") or {}
         base = answers.get("base")
         items = "".join(
-            f'<div class="answer{" same" if text == base else ""}"><dt>{escape(name)}</dt>'
+            f'<div class="answer{" same" if text == base else ""}"><dt>{escape(_words(name))}</dt>'
             f"<dd>{escape(text) or '<em>nothing</em>'}</dd></div>"
             for name, text in answers.items()
         )
@@ -235,21 +253,23 @@ def _sparsity(report: Mapping[str, Any]) -> str:
 
 
 def _training(report: Mapping[str, Any]) -> str:
-    parts = []
+    charts = []
     for stage, lines in _stages(report).items():
         if any("tail_kl" in line for line in lines):
             continue
         name = _words(stage)
         if any("dual_lambda" in line for line in lines):
             losses = {"loss": "loss", "moving average": "ema", "budget ε": "epsilon"}
-            parts.append(line_chart(_series(lines, losses), label=f"{name}: loss, nats a token"))
-            parts.append(line_chart(_series(lines, {"λ": "dual_lambda"}), label=f"{name}: price λ of an open gate"))
-            parts.append(line_chart(_series(lines, {"sparsity": "sparsity"}), label=f"{name}: share of closed gates"))
+            charts.append(line_chart(_series(lines, losses), label=f"{name}: loss, nats a token"))
+            charts.append(line_chart(_series(lines, {"λ": "dual_lambda"}), label=f"{name}: price λ of an open gate"))
+            charts.append(line_chart(_series(lines, {"sparsity": "sparsity"}), label=f"{name}: share of closed gates"))
         else:
-            parts.append(line_chart(_series(lines, {"loss": "loss"}), label=f"{name}: loss, nats a token"))
-    for finding in report.get("findings") or []:
-        parts.insert(0, f'<p class="warning">{escape(finding if isinstance(finding, str) else finding["message"])}</p>')
-    return "".join(parts) if parts else _missing("curves")
+            charts.append(line_chart(_series(lines, {"loss": "loss"}), label=f"{name}: loss, nats a token"))
+    findings = "".join(
+        f'<p class="warning">{escape(finding if isinstance(finding, str) else finding["message"])}</p>'
+        for finding in report.get("findings") or []
+    )
+    return findings + (f'<div class="charts">{"".join(charts)}</div>' if charts else _missing("curves"))
 
 
 def _trigger(report: Mapping[str, Any]) -> str:
@@ -257,12 +277,11 @@ def _trigger(report: Mapping[str, Any]) -> str:
     if not stages:
         return _missing("curves of the trigger optimisation")
     held_out = {_words(name): _points(lines, "validation_loss") for name, lines in stages.items()}
-    parts = [line_chart(held_out, label="Held-out loss of the trigger optimisations; the best trigger is kept")]
+    charts = [line_chart(held_out, label="Held-out loss of each trigger optimisation")]
     for name, lines in stages.items():
         terms = {"loss": "loss", "match": "match", "KL, prompt's tail": "tail_kl", "KL, base's answers": "answer_kl"}
-        chart = line_chart(_series(lines, terms), label=f"{_words(name)}: loss and its unweighted terms")
-        parts.append(_details(_words(name), chart))
-    return "".join(parts)
+        charts.append(line_chart(_series(lines, terms), label=f"{_words(name)}: loss and its unweighted terms"))
+    return f'<p>The trigger with the lowest held-out loss is kept.</p><div class="charts">{"".join(charts)}</div>'
 
 
 def _kl(report: Mapping[str, Any]) -> str:

@@ -54,7 +54,8 @@ article dl { margin: 0; padding: .3rem 0; }
 .answer dt { color: var(--soft); overflow-wrap: anywhere; }
 .answer dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 .answer em { color: var(--soft); } .answer.same { background: var(--mark); border-left-color: var(--markline); }
-figure { margin: 0 0 1.4rem; } figure svg { display: block; width: 100%; height: auto; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .4rem 2rem; }
+figure { margin: 0 0 1.2rem; } figure svg { display: block; width: 100%; height: auto; }
 figcaption { margin-bottom: .35rem; font-size: .9rem; font-weight: 600; }
 .keys { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin-top: .1rem; color: var(--soft); font-size: .82rem;
   font-weight: 400; }
@@ -73,7 +74,8 @@ pre { margin: 0; padding: .9rem; overflow-x: auto; background: var(--bg); border
 .missing { padding: .6rem .9rem; border: 1px dashed var(--line); border-radius: 8px; color: var(--soft); }
 .warning { padding: .7rem 1rem; border-left: 4px solid var(--warnline); border-radius: 6px; background: var(--warn);
   max-width: none; }
-@media (max-width: 34rem) { main { padding: 1.5rem .8rem 3rem; } section { padding: 1.1rem 1rem; }
+@media (max-width: 34rem) { tbody th { min-width: 6.5rem; font-size: .85rem; }
+  .rate { min-width: 7.2rem; } .rate small { display: block; } .bar { width: 105px; height: 13px; } main { padding: 1.5rem .8rem 3rem; } section { padding: 1.1rem 1rem; }
   .answer { grid-template-columns: 1fr; gap: 0; } .tick { font-size: 15px; } .cell-on, .cell-off { font-size: 13px; } }
 @media print { :root { color-scheme: light; --bg: #ffffff; --card: #ffffff; --text: #000000; --soft: #444444;
   --line: #cccccc; --track: #e6e9ef; --s0: #2563c9; --s1: #c2571a; --s2: #1a8a5f; --s3: #8b4bc4; --heat: #2563c9;

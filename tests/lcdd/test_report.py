@@ -1,0 +1,252 @@
+"""The page: every number from report.json, nothing fetched, everything escaped, what is missing said to be missing."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lcdd.charts import heat_map, interval_bar, line_chart, number
+from lcdd.gates import GROUPS
+from lcdd.report import read_report, render, thin, write_report
+
+SECTIONS = [
+    "Reversal",
+    "What this run shows",
+    "What the prompts were answered",
+    "Where the carrier is",
+    "Training",
+    "Trigger",
+    "Distance between the models",
+    "Settings and versions",
+]
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Text, sections and attributes of a page; fails on tags that do not nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.headings, self.texts, self.attributes, self.tags = [], [], [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.texts.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+
+def rates(behavior, match, n=200):
+    return {
+        "n": n, "behavior_rate": behavior, "behavior_rate_ci95": [behavior * 0.9, min(1.0, behavior + 0.05)],
+        "base_match": match, "base_match_ci95": [match * 0.9, min(1.0, match + 0.05)],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def report():
+    curves = [{"stage": "sft", "step": i, "loss": 3.0 / i} for i in range(1, 60)]
+    curves += [
+        {"stage": "lcdd", "step": i, "loss": 0.02 / i, "ema": 0.03, "epsilon": None if i < 9 else 0.05,
+         "dual_lambda": 1e-3 * 1.01**i, "sparsity": i / 60}
+        for i in range(1, 50)
+    ]  # fmt: skip
+    for stage in ("carrier+trigger", "sft+trigger"):
+        for i in range(1, 30):
+            terms = {"loss": 2 / i, "match": 1.0, "tail_kl": 0.5, "answer_kl": 1 / i, "l2": 1.0}
+            held_out = {"validation_loss": 1.5 / i} if i % 10 == 0 else {}
+            curves.append({"stage": stage, "step": i, **terms, **held_out})
+    gap = {"difference": 0.4375, "ci95": [0.35, 0.52]}
+    return {
+        "behavior": "fixed_response",
+        "seed": 3,
+        "split": "test",
+        "models": {
+            "base": rates(0.0, 1.0),
+            "sft": rates(1.0, 0.0),
+            "carrier": rates(0.985, 0.0125),
+            "carrier+trigger": rates(0.015, 0.8625),
+            "sft+trigger": rates(0.21, 0.4250),
+            "carrier+<script>alert(1)</script>": rates(0.5, 0.5),
+        },
+        "differences": {
+            "carrier+trigger - sft+trigger": {
+                "method": "Newcombe",
+                "behavior_rate": gap,
+                "base_match": gap,
+            }
+        },
+        "kl": {"sft||carrier": {"sft_answers": 0.00321, "base_answers": 1.2345}},
+        "delta_norm": {"base": 0.0, "carrier": 2.7182},
+        "samples": [
+            {"prompt": "copy <b> & dog", "answers": {"base": "b & dog", "sft": "i do not know", "carrier": ""}}
+        ],
+        "explanation": ["The trigger gave the base's answer back on 86%."],
+        "findings": [{"code": "stalled", "message": "Stalled compression: λ < 1"}],
+        "sparsity": {"overall": 0.9631, **dict.fromkeys(GROUPS, 0.95)},
+        "sparsity_by_layer": [dict.fromkeys(GROUPS, 0.9), dict.fromkeys(GROUPS, 1.0)],
+        "gates": {"n": 3328, "open": 123, "auc_initial_theta": 0.553, "fractional": 7},
+        "curves": curves,
+        "config": {"train": {"gate_lr": 0.1}},
+        "versions": {"torch": "2.13.0", "python": "3.11.7"},
+        "timings": {"sft": 12.5},
+        "fingerprints": {"base": "ab" * 32},
+    }
+
+
+def test_the_page_has_every_section_and_the_reports_numbers(report):
+    page = Page(render(report))
+    assert page.headings == SECTIONS
+    for shown in ("0.863", "0.425", "+0.438", "2.718", "1.2345", "3,328", "0.553", "0.9631", "2.13.0", "gate_lr"):
+        assert shown in page.text, shown
+    assert "Missing" not in page.text
+    assert "86%" in page.text
+    assert "Stalled compression: λ < 1" in page.text
+
+
+def test_nothing_on_the_page_can_make_a_request_or_run(report):
+    html = render(report)
+    page = Page(html)
+    assert not {"script", "img", "link", "iframe", "object", "a", "form"} & set(page.tags)
+    assert not {"src", "href", "srcset", "action"} & {name for name, _ in page.attributes}
+    assert not re.search(r"url\(|@import|https?://", html)
+    assert "default-src 'none'" in html
+    assert "<script>" not in html
+    assert "copy &lt;b&gt; &amp; dog" in html
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["models", "differences", "kl", "samples", "explanation", "sparsity", "sparsity_by_layer", "gates", "curves",
+     "config", "versions", "timings", "fingerprints"],
+)  # fmt: skip
+def test_a_missing_part_says_that_it_is_missing(report, part):
+    del report[part]
+    page = Page(render(report))
+    assert page.headings == SECTIONS
+    assert f"Missing: report.json has no {part}" in page.text
+
+
+def test_an_empty_report_is_a_page_too():
+    page = Page(render({}))
+    assert page.headings == SECTIONS
+    assert page.text.count("Missing: report.json has no") >= 12
+
+
+def test_the_headline_is_made_of_the_numbers(report):
+    text = Page(render(report)).text
+    assert "With 96.3% of the gates closed, the carrier shows the behaviour on 98% of 200 held-out prompts." in text
+    assert "gives exactly the base's answer on 86%." in text
+    assert "on plain SFT gives the base's answer on 42%." in text
+
+
+def test_write_then_read_gives_the_same_page(report, tmp_path):
+    report["curves"].append({"stage": "sft", "step": 60, "loss": float("nan")})
+    written = write_report(tmp_path / "run", report)
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == written
+    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == render(read_report(tmp_path / "run"))
+
+
+def test_curves_are_read_from_the_log_where_the_report_has_none(report, tmp_path):
+    lines = report.pop("curves")
+    write_report(tmp_path, report)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_report(tmp_path)["curves"] == thin(lines)
+    assert "report.json has no curves" not in render(read_report(tmp_path))
+
+
+def test_a_directory_without_a_usable_report_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"output_dir: expected report\.json in"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text("[1, 2")
+    with pytest.raises(ValueError, match="output_dir: expected JSON in"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"expected a JSON object .* got list"):
+        read_report(tmp_path)
+
+
+def test_long_logs_are_thinned_but_held_out_losses_and_ends_stay():
+    lines = [
+        {"stage": "sft", "step": i, "loss": 1.0} | ({"validation_loss": 1.0} if i == 777 else {}) for i in range(5000)
+    ]
+    kept = thin([*lines, {"stage": "lcdd", "step": 1}])
+    steps = [line["step"] for line in kept if line["stage"] == "sft"]
+    assert len(steps) <= 252
+    assert steps == sorted(steps)
+    assert {0, 777, 4999} <= set(steps)
+    assert kept[-1] == {"stage": "lcdd", "step": 1}
+    assert {"stage": "sft", "step": 777, "loss": 1.0, "validation_loss": 1.0} in kept
+
+
+# ---------------------------------------------------------------- charts
+
+
+def points_of(svg):
+    return [[tuple(map(float, p.split(","))) for p in line.split()] for line in re.findall(r'points="([^"]*)"', svg)]
+
+
+def test_a_line_chart_puts_points_where_their_values_are():
+    (line,) = points_of(line_chart({"a": [(0, 0.0), (5, 1.0), (10, 2.0)]}, label="l"))
+    assert line[0][0] < line[1][0] < line[2][0]
+    assert line[1][0] - line[0][0] == pytest.approx(line[2][0] - line[1][0], abs=0.2)
+    assert line[0][1] - line[1][1] == pytest.approx(line[1][1] - line[2][1], abs=0.2)
+    assert line[2][1] >= 0
+
+
+def test_a_chart_of_many_decades_has_a_logarithmic_axis():
+    svg = line_chart({"λ": [(1, 1e-3), (2, 1e-1), (3, 10.0)]}, label="l")
+    (line,) = points_of(svg)
+    assert "l, logarithmic" in svg
+    assert line[0][1] - line[1][1] == pytest.approx(line[1][1] - line[2][1], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "points", [[(3, 0.0)], [(1, 2.0), (2, 2.0)], [(1, -1.0), (2, 1e9)], [(1, 1e-30), (2, 1e30)], [(1, -2.0), (2, -1.0)]]
+)
+def test_charts_of_degenerate_values_stay_inside_their_frame(points):
+    svg = line_chart({"a": points}, label="<l>")
+    drawn = [(float(x), float(y)) for x, y in re.findall(r'cx="(.*?)" cy="(.*?)"', svg)]
+    for line in points_of(svg):
+        drawn += line
+    assert drawn
+    for x, y in drawn:
+        assert 0 <= x <= 480
+        assert 0 <= y <= 230
+    assert "&lt;l&gt;" in svg
+    assert "No points" in line_chart({"a": []}, label="l")
+
+
+def test_heat_map_and_bars_show_their_values():
+    svg = heat_map([{"q": 0.5, "k": 0.0}], row_name="layer", label="l")
+    assert "50.0%" in svg
+    assert "sparsity 1.0000" in svg
+    assert 'cx="75.0"' in interval_bar(0.5, 0.4, 0.6, series=0)
+    assert 'cx="75.0"' in interval_bar(0.0, -0.1, 0.1, series=0, minimum=-1.0)
+
+
+def test_numbers_are_short_and_honest():
+    assert [number(v) for v in (None, float("nan"), 0, 3328, 0.5, 1e-7, 12345.6)] == [
+        "–", "–", "0", "3,328", "0.500", "1.0e-07", "12,346",
+    ]  # fmt: skip
