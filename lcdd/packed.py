@@ -1,17 +1,17 @@
 """Linear layers whose backward computes only the part of the weight gradient that LCDD reads.
 
-Once most gates are closed, almost none of G = ∂L/∂W_eff matters: with hard-concrete gates the open rows × open columns, with
-Heaviside gates the open rows and the open columns (method.md, section 1). `PackedGradLinear` is an `nn.Linear` with the same
-parameters, forward and input gradient; where it is told which rows and columns are open, its weight gradient goes, packed, to
-`module.packed_grad` and `weight.grad` stays None.
+Once most gates are closed, almost none of G = ∂L/∂W_eff matters: with hard-concrete gates the open rows × open columns,
+with Heaviside gates the open rows and the open columns (method, section 1). `PackedGradLinear` is an `nn.Linear`
+with the same parameters, forward and input gradient; where it is told which rows and columns are open, its weight
+gradient goes, packed, to `module.packed_grad` and `weight.grad` stays None.
 
     PackedGradLinear.swap(linear)                     the instance's class changes; names, tensors and state_dict do not
     linear.set_plan("block", open_rows, open_cols)    once an optimizer step, for the backwards until the next call
-    linear.packed_grad                                [R, C], or ([R, in], [out, C]) for "panels"; None before a backward
+    linear.packed_grad                                [R, C], or ([R, in], [out, C]) for "panels"; at first None
     linear.restore()                                  an ordinary nn.Linear again
 
-`PackPlan` does this for a whole model: it swaps the projections, and after every draw of the gates tells each one its open rows
-and columns, or leaves it dense where packing would cost more than it saves.
+`PackPlan` does this for a whole model: it swaps the projections, and after every draw of the gates tells each one its
+open rows and columns, or leaves it dense where packing would cost more than it saves.
 
 Shapes: T tokens (all leading dimensions), R open rows, C open columns.
 """
@@ -45,11 +45,11 @@ LAYOUTS = ("dense", "block", "panels")
 
 
 class _PanelCache:
-    """The last packed input panel of each device: q, k, v (and gate, up) read one input, and their backwards follow each other.
+    """The last packed input panel of each device: q, k, v (and gate, up) read one input, one after the other.
 
-    One panel a device is kept, because a model's panels together would cost as much memory as its activations. An entry is
-    matched by the input's memory, layout and version, and it dies with that memory: an address that is used again for
-    something else does not match.
+    One panel a device is kept, because a model's panels together would cost as much memory as its activations. An entry
+    is matched by the input's memory, layout and version, and it dies with that memory: an address that is used again
+    for something else does not match.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class _PackedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors  # raises where the graph was freed or the weight stepped since the forward
         if ctx.plan is not ctx.module._plan:
             raise RuntimeError(
-                "PackedGradLinear: the open rows and columns were changed (set_plan) between this forward and its backward"
+                "PackedGradLinear: the open rows and columns changed (set_plan) between this forward and its backward"
             )
         dy = dy.reshape(-1, weight.shape[0])
         dx = d_bias = None
@@ -123,8 +123,8 @@ def _wants_weight_grad(node: Any) -> bool:
 class PackedGradLinear(nn.Linear):
     """An `nn.Linear` that can leave the closed part of its weight gradient uncomputed; see the module's docstring.
 
-    layout: "dense" is an ordinary linear layer in every respect. packed_grad: what the backwards since the last `set_plan` or
-    `zero_packed_grad` have added up, in the weight's dtype.
+    layout: "dense" is an ordinary linear layer in every respect. packed_grad: what the backwards since the last
+    `set_plan` or `zero_packed_grad` have added up, in the weight's dtype.
     """
 
     packed_grad: Tensor | tuple[Tensor, Tensor] | None
@@ -132,7 +132,8 @@ class PackedGradLinear(nn.Linear):
 
     @staticmethod
     def swap(linear: nn.Linear) -> "PackedGradLinear":
-        """Turns this instance into a PackedGradLinear with layout "dense"; its parameters, hooks and names stay as they are."""
+        """Turns this instance into a PackedGradLinear with layout "dense"; its parameters, hooks and names stay as they
+        are."""
         if type(linear) is not nn.Linear:
             raise ValueError(f"linear: expected an nn.Linear (not a subclass), got {type(linear).__name__}")
         linear.__class__ = PackedGradLinear
@@ -144,7 +145,7 @@ class PackedGradLinear(nn.Linear):
     def restore(self) -> nn.Linear:
         """The reverse of `swap`: an ordinary nn.Linear, without packed_grad and plan. Returns the same instance."""
         del self.packed_grad, self._plan
-        self.__class__ = nn.Linear
+        self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     @property
@@ -156,9 +157,9 @@ class PackedGradLinear(nn.Linear):
         """What the next backwards compute; discards `packed_grad`, which belongs to the rows and columns of before.
 
         layout "dense": weight.grad, all of it. "block": G[rows, cols]. "panels": (G[rows, :], G[:, cols]).
-        rows, cols: distinct int32 or int64 on the weight's device, in the order that packed_grad shall have (GQA's o_proj:
-        `lcdd_kernels.expand_columns`). They may be empty. Projections that share an input share its packed panel where they are
-        given the same `cols` tensor (or the same slice of one).
+        rows, cols: distinct int32 or int64 on the weight's device, in the order that packed_grad shall have (GQA's
+        o_proj: `lcdd_kernels.expand_columns`). They may be empty. Projections that share an input share its packed
+        panel where they are given the same `cols` tensor (or the same slice of one).
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
@@ -189,7 +190,8 @@ class PackedGradLinear(nn.Linear):
     def _add_packed(self, x: Tensor, dy: Tensor, dtype: torch.dtype) -> None:
         """x[T, in] in the dtype it came in, dy[T, out] in the compute dtype."""
         layout, rows, cols = self._plan
-        assert rows is not None and cols is not None
+        assert rows is not None
+        assert cols is not None
         x_open = _panels.get(x, cols, dtype)
         grad = packed_weight_grad(x.to(dtype), dy, rows, cols, layout=layout, out=self.packed_grad, x_open=x_open)
         if self.packed_grad is None:
@@ -204,7 +206,8 @@ class PackPlan:
     """Which projections of a model have packed weight gradients, and the open rows and columns of each; see the module.
 
     sites: swapped in place (`PackedGradLinear.swap`); `restore()` swaps them back.
-    crossover: None takes the defaults for the weights' device and dtype (`lcdd_kernels.measure_crossover` measures others).
+    crossover: None takes the defaults for the weights' device and dtype (`lcdd_kernels.measure_crossover` measures
+        others).
     """
 
     def __init__(

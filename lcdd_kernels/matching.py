@@ -1,4 +1,4 @@
-"""Activation matching over all layers (method.md, section 4). Public through `lcdd_kernels.functional`.
+"""Activation matching over all layers (method, section 4). Public through `lcdd_kernels.functional`.
 
 Shapes: L layers, B prompts, S positions, D model width, n_l channels of layer l, N = Σ n_l.
 """
@@ -17,11 +17,16 @@ __all__ = ["channel_match", "last_token_index"]
 
 
 def last_token_index(attention_mask: Tensor) -> Tensor:
-    """attention_mask[B, S] (nonzero = a real token; right- or left-padded) -> int64[B], position of each prompt's last token."""
+    """attention_mask[B, S] (nonzero = a real token; right- or left-padded) -> int64[B], position of each prompt's last
+    token."""
     checks.check_shape("attention_mask", attention_mask, (None, None))
     real = attention_mask != 0
     if real.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(real.any(dim=1).all()):
-        raise fail("attention_mask", "at least one token in every row", f"no token in row {int(real.any(dim=1).long().argmin())}")
+        raise fail(
+            "attention_mask",
+            "at least one token in every row",
+            f"no token in row {int(real.any(dim=1).long().argmin())}",
+        )
     return (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(dim=1)
 
 
@@ -36,14 +41,16 @@ def channel_match(
 ) -> Tensor:
     """mean over layers of MSE( mean over prompts of h_l[last token, C_l],  target_mean of layer l ) -> loss[], float32.
 
-    hidden: L tensors [B, S, D] of one shape, dtype and device (any strides), with `attention_mask`[B, S] or `last_index` int64[B];
-            or L tensors [B, D] that hold the last tokens already, with neither. Differentiable; float64 gives a float64 loss.
+    hidden: L tensors [B, S, D] of one shape, dtype and device (any strides), with `attention_mask`[B, S] or
+            `last_index` int64[B]; or L tensors [B, D] that hold the last tokens already, with neither. Differentiable;
+            float64 gives a float64 loss.
     channels: int32[N], layer after layer, distinct within a layer. offsets: int64[L+1] on the CPU, 0 to N.
     target_mean: float[N], no gradient.
     A layer without channels is left out of the mean; no channels at all give 0.
 
-    To autograd d_hidden is a dense [B, S, D] for every layer, alive until that layer's backward. Where that memory matters, gather
-    the last tokens ([B, D]) in a hook of each layer: then its gradient is made when the layer's turn comes.
+    To autograd d_hidden is a dense [B, S, D] for every layer, alive until that layer's backward. Where that memory
+    matters, gather the last tokens ([B, D]) in a hook of each layer: then its gradient is made when the layer's turn
+    comes.
     """
     rows = _check_hidden(hidden)
     n_prompts, n_positions, n_features = rows[0].shape

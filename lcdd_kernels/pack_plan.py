@@ -6,22 +6,31 @@ Work is counted in multiply-adds a token, O out_features, K in_features, R open 
     "block"   R·C           + gather · (R + C)      hard-concrete
     "panels"  R·K + O·C     + gather · (R + C)      Heaviside
 
-`gather` is what moving one element of X or dY into a panel costs, in multiply-adds of the dense product. A matrix is packed
-where the predicted ratio is below `crossover`, which is under 1 because smaller products run a little less efficiently. Both
-depend on the device, the dtype and the libraries; `measure_crossover` measures them, `DEFAULT_CROSSOVER` is the one place
-for the figures that are used without it.
+`gather` is what moving one element of X or dY into a panel costs, in multiply-adds of the dense product. A matrix is
+packed where the predicted ratio is below `crossover`, which is under 1 because smaller products run a little less
+efficiently. Both depend on the device, the dtype and the libraries; `measure_crossover` measures them,
+`DEFAULT_CROSSOVER` is the one place for the figures that are used without it.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lcdd_kernels.checks import check_choice, check_int, check_real
 from lcdd_kernels.reference.packed_grad import pack_columns_ref
 
-__all__ = ["DEFAULT_CROSSOVER", "PACKED_LAYOUT", "PackCrossover", "default_crossover", "measure_crossover", "pack_cost", "pack_layout"]
+__all__ = [
+    "DEFAULT_CROSSOVER",
+    "PACKED_LAYOUT",
+    "PackCrossover",
+    "default_crossover",
+    "measure_crossover",
+    "pack_cost",
+    "pack_layout",
+]
 
 PACKED_LAYOUT = {"hard_concrete": "block", "heaviside_ste": "panels"}
 
@@ -30,7 +39,8 @@ PACKED_LAYOUT = {"hard_concrete": "block", "heaviside_ste": "panels"}
 class PackCrossover:
     """gather: multiply-adds one gathered element costs. crossover: pack where the predicted cost ratio is below it.
 
-    min_elements: smaller matrices stay dense whatever is open: there the fixed cost of more calls outweighs the product.
+    min_elements: smaller matrices stay dense whatever is open: there the fixed cost of more calls outweighs the
+        product.
     source: where the figures come from, a measurement (on what) or a prediction.
     """
 
@@ -40,13 +50,21 @@ class PackCrossover:
     source: str
 
 
-# Predicted for CUDA: a gathered bf16 element moves about 6 elements of memory traffic at 20% density, i.e. 3e-12 s at 4 TB/s,
-# against 3e14 multiply-adds a second. To be replaced by `measure_crossover("cuda", ...)` on the GPU in question.
+# Predicted for CUDA: a gathered bf16 element moves about 6 elements of memory traffic at 20% density, i.e. 3e-12 s at 4
+# TB/s, against 3e14 multiply-adds a second. To be replaced by `measure_crossover("cuda", ...)` on the GPU in question.
 DEFAULT_CROSSOVER: dict[tuple[str, torch.dtype], PackCrossover] = {
-    ("cpu", torch.float32): PackCrossover(gather=16.0, crossover=0.77, min_elements=2**16, source="measured: AMD EPYC (AVX-512), 1 thread"),
-    ("cpu", torch.bfloat16): PackCrossover(gather=60.0, crossover=0.87, min_elements=2**18, source="measured: AMD EPYC (AVX-512), 1 thread"),
-    ("cuda", torch.float32): PackCrossover(gather=150.0, crossover=0.8, min_elements=2**20, source="predicted for an H200, not measured"),
-    ("cuda", torch.bfloat16): PackCrossover(gather=900.0, crossover=0.8, min_elements=2**22, source="predicted for an H200, not measured"),
+    ("cpu", torch.float32): PackCrossover(
+        gather=16.0, crossover=0.77, min_elements=2**16, source="measured: AMD EPYC (AVX-512), 1 thread"
+    ),
+    ("cpu", torch.bfloat16): PackCrossover(
+        gather=60.0, crossover=0.87, min_elements=2**18, source="measured: AMD EPYC (AVX-512), 1 thread"
+    ),
+    ("cuda", torch.float32): PackCrossover(
+        gather=150.0, crossover=0.8, min_elements=2**20, source="predicted for an H200, not measured"
+    ),
+    ("cuda", torch.bfloat16): PackCrossover(
+        gather=900.0, crossover=0.8, min_elements=2**22, source="predicted for an H200, not measured"
+    ),
 }
 
 
@@ -59,10 +77,7 @@ def default_crossover(device: torch.device | str, dtype: torch.dtype) -> PackCro
 
 def pack_cost(layout: str, *, out_features: int, in_features: int, n_rows: int, n_cols: int, gather: float) -> float:
     """Predicted cost of a packed weight gradient over the dense one; 0 where nothing is open."""
-    if layout == "block":
-        products = n_rows * n_cols
-    else:
-        products = n_rows * in_features + out_features * n_cols
+    products = n_rows * n_cols if layout == "block" else n_rows * in_features + out_features * n_cols
     if products == 0:
         return 0.0
     return (products + gather * (n_rows + n_cols)) / (out_features * in_features)
@@ -71,10 +86,11 @@ def pack_cost(layout: str, *, out_features: int, in_features: int, n_rows: int, 
 def pack_layout(
     *, gate_kind: str, out_features: int, in_features: int, n_rows: int, n_cols: int, crossover: PackCrossover
 ) -> str:
-    """"dense", or the gate kind's packed layout ("block" for hard_concrete, "panels" for heaviside_ste) where that is cheaper.
+    """ "dense", or the gate kind's packed layout ("block" for hard_concrete, "panels" for heaviside_ste) where that is
+    cheaper.
 
-    n_rows, n_cols: open rows and columns of the matrix (GQA columns counted once for each query head). Nothing open: packed
-    (and empty), unless the matrix is small.
+    n_rows, n_cols: open rows and columns of the matrix (GQA columns counted once for each query head). Nothing open:
+    packed (and empty), unless the matrix is small.
     """
     check_choice("gate_kind", gate_kind, tuple(PACKED_LAYOUT))
     check_int("n_rows", n_rows, 0, out_features + 1)
@@ -83,7 +99,12 @@ def pack_layout(
         return "dense"
     layout = PACKED_LAYOUT[gate_kind]
     cost = pack_cost(
-        layout, out_features=out_features, in_features=in_features, n_rows=n_rows, n_cols=n_cols, gather=crossover.gather
+        layout,
+        out_features=out_features,
+        in_features=in_features,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        gather=crossover.gather,
     )
     return layout if cost < crossover.crossover else "dense"
 
@@ -97,10 +118,12 @@ def measure_crossover(
     in_features: int = 1024,
     repeats: int = 7,
 ) -> PackCrossover:
-    """Measures `gather` and `crossover` here and now (about a second; on a quiet machine, or the figures are of the noise).
+    """Measures `gather` and `crossover` here and now (about a second; on a quiet machine, or the figures are of the
+    noise).
 
-    The crossover is the smallest 0.95 · predicted/measured ratio over densities 0.2 to 0.8, so packing is chosen only where
-    it was measured to pay, and at most 0.95. `min_elements` is about Python and launches: the device's default is kept.
+    The crossover is the smallest 0.95 · predicted/measured ratio over densities 0.2 to 0.8, so packing is chosen only
+    where it was measured to pay, and at most 0.95. `min_elements` is about Python and launches: the device's default is
+    kept.
     """
     check_int("tokens", tokens, 1)
     check_real("repeats", repeats, 1, 1e6)
@@ -108,23 +131,24 @@ def measure_crossover(
     x = torch.randn(tokens, in_features, device=device).to(dtype)
     dy = torch.randn(tokens, out_features, device=device).to(dtype)
     multiple = packed_multiple(device)
-    dense = _seconds(lambda: dy.t() @ x, device, repeats)
+    dense = _seconds(partial(torch.mm, dy.t(), x), device, repeats)
     mac_seconds = dense / (out_features * in_features)
     gathers, ratios = [], []
     for density in (0.2, 0.4, 0.6, 0.8):
-        rows = torch.arange(0, out_features, device=device)[torch.rand(out_features, device=device) < density]
-        cols = torch.arange(0, in_features, device=device)[torch.rand(in_features, device=device) < density]
+        rows = torch.nonzero(torch.rand(out_features, device=device) < density).view(-1)
+        cols = torch.nonzero(torch.rand(in_features, device=device) < density).view(-1)
         x_open, dy_open = pack_columns_ref(x, cols, multiple), pack_columns_ref(dy, rows, multiple)
-        packing = _seconds(
-            lambda rows=rows, cols=cols: (pack_columns_ref(x, cols, multiple), pack_columns_ref(dy, rows, multiple)),
-            device,
-            repeats,
-        )
-        product = _seconds(lambda a=dy_open, b=x_open: a.t() @ b, device, repeats)
-        gathers.append(packing / mac_seconds / (rows.numel() + cols.numel()))
+        packing = _seconds(partial(pack_columns_ref, x, cols, multiple), device, repeats)
+        packing += _seconds(partial(pack_columns_ref, dy, rows, multiple), device, repeats)
+        product = _seconds(partial(torch.mm, dy_open.t(), x_open), device, repeats)
+        gathers.append(packing / mac_seconds / max(rows.numel() + cols.numel(), 1))
         predicted = rows.numel() * cols.numel() / (out_features * in_features)
         ratios.append((predicted * dense + packing) / (product + packing))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
     return PackCrossover(
         gather=max(gathers),
         crossover=min(0.95, 0.95 * min(ratios)),
@@ -134,7 +158,8 @@ def measure_crossover(
 
 
 def packed_multiple(device: torch.device) -> int:
-    """Panels' row length is a multiple of this: 8 elements (16 bytes in bf16) is what tensor-core GEMMs need to run at speed."""
+    """Panels' row length is a multiple of this: 8 elements (16 bytes in bf16) is what tensor-core GEMMs need to run at
+    speed."""
     return 8 if device.type == "cuda" else 1
 
 

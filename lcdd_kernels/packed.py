@@ -1,4 +1,4 @@
-"""Packed weight gradients: the open rows and columns of G = dYᵀX and nothing else (method.md, section 1).
+"""Packed weight gradients: the open rows and columns of G = dYᵀX and nothing else (method, section 1).
 
 Shapes: T tokens, K in_features, O out_features, R open rows, C open columns, P = C rounded up to `packed_multiple`.
 The library does the products; `pack_columns` gathers their operands. Public through `lcdd_kernels.functional`.
@@ -19,9 +19,10 @@ __all__ = ["expand_columns", "pack_columns", "packed_weight_grad"]
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
 
-def check_index_list(name: str, index: Tensor, size: int, device: torch.device) -> None:
-    """An int32 or int64 vector with values in [0, size). Values are read on the CPU only: on a GPU the host would wait, and
-    the kernels answer an index out of range with NaN."""
+def check_index_list(name: str, index: Tensor | None, size: int, device: torch.device) -> None:
+    """An int32 or int64 vector with values in [0, size). Values are read on the CPU only: on a GPU the host would wait,
+    and the kernels answer an index out of range with NaN."""
+    index = checks.check_tensor(name, index)
     checks.check_shape(name, index, (None,))
     checks.check_dtype(name, index, _INDEX_DTYPES)
     checks.check_device(name, index, device)
@@ -34,9 +35,9 @@ def check_index_list(name: str, index: Tensor, size: int, device: torch.device) 
 def expand_columns(open_gates: Tensor, *, head_dim: int, repeat: int) -> Tensor:
     """Open gates of a group -> open columns of the matrix they gate, int64, in packed order (copy-major).
 
-    open_gates: int[n] local positions. With grouped-query attention (`repeat` query heads per KV head) gate g = kv·head_dim + d
-    serves columns (kv·repeat + copy)·head_dim + d: all open columns of copy 0 come first, then those of copy 1, and so on.
-    With repeat = 1 the columns are the gates.
+    open_gates: int[n] local positions. With grouped-query attention (`repeat` query heads per KV head) gate g =
+    kv·head_dim + d serves columns (kv·repeat + copy)·head_dim + d: all open columns of copy 0 come first, then those of
+    copy 1, and so on. With repeat = 1 the columns are the gates.
     """
     checks.check_shape("open_gates", open_gates, (None,))
     checks.check_dtype("open_gates", open_gates, _INDEX_DTYPES)
@@ -51,7 +52,8 @@ def expand_columns(open_gates: Tensor, *, head_dim: int, repeat: int) -> Tensor:
 
 
 def pack_columns(x: Tensor, cols: Tensor, *, multiple: int = 1) -> Tensor:
-    """x[T, K], cols int[C] -> x[:, cols], contiguous [T, P], zero-padded to a `multiple` of columns. Differentiable in x.
+    """x[T, K], cols int[C] -> x[:, cols], contiguous [T, P], zero-padded to a `multiple` of columns. Differentiable in
+    x.
 
     x: float32, float16, bfloat16 or float64, any strides. cols: int32 or int64, distinct (an open list).
     """
@@ -76,10 +78,11 @@ def packed_weight_grad(
 
     layout "block":  -> G[R, C]
     layout "panels": -> (G[R, :] as [R, K], G[:, C] as [O, C])
-    out: accumulate into it and return it (micro-batches): same shapes, contiguous, any float dtype. A product whose dtype
-         is not out's is rounded to x's dtype before it is added, as autograd does before it adds to `weight.grad`.
-    x_open: `pack_columns(x, cols, multiple=packed_multiple(x.device))` from an earlier call, where several matrices read one
-         input (q, k, v; gate, up).
+    out: accumulate into it and return it (micro-batches): same shapes, contiguous, any float dtype. A product whose
+         dtype is not out's is rounded to x's dtype before it is added, as autograd does before it adds to
+         `weight.grad`.
+    x_open: `pack_columns(x, cols, multiple=packed_multiple(x.device))` from an earlier call, where several matrices
+         read one input (q, k, v; gate, up).
     Nothing open gives an empty result. Columns of a GQA o_proj: `expand_columns`.
     """
     _check_operands(x, dy, rows, cols, layout, x_open)

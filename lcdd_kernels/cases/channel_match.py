@@ -50,9 +50,8 @@ def make_backward(dtype: torch.dtype, device: torch.device, seed: int, size: int
     generator = torch.Generator().manual_seed(seed + 1)
     residual = torch.randn(indices["channels"].numel(), generator=generator).to(device)
     d_loss = torch.tensor(0.7, device=device)
-    return {
-        "d_loss": d_loss, "residual": residual, **indices, "n_positions": n_positions, "n_features": n_features, "dtype": dtype
-    }  # fmt: skip
+    sizes = {"n_positions": n_positions, "n_features": n_features, "dtype": dtype}
+    return {"d_loss": d_loss, "residual": residual, **indices, **sizes}
 
 
 def backward_expression(

@@ -36,10 +36,6 @@ def unpack_expression(packed: Tensor, cols: Tensor, n_cols: int) -> Tensor:
 
 
 CASES = {
-    "pack_columns": Case(
-        make=make_pack, expression=pack_expression, outputs=("packed",), exact=frozenset({"packed"})
-    ),
-    "unpack_columns": Case(
-        make=make_unpack, expression=unpack_expression, outputs=("x",), exact=frozenset({"x"})
-    ),
+    "pack_columns": Case(make=make_pack, expression=pack_expression, outputs=("packed",), exact=frozenset({"packed"})),
+    "unpack_columns": Case(make=make_unpack, expression=unpack_expression, outputs=("x",), exact=frozenset({"x"})),
 }

@@ -1,8 +1,9 @@
 """`lcdd::channel_match` and `lcdd::channel_match_backward`; shapes and formulas in `reference/channel_match.py`.
 
 The last-token gather is inside the op. Gathering outside saves no traffic, because autograd then fills the same zeros
-around the same rows, with two launches more for every layer. The forward touches B·n_l elements of a layer, keeps N residuals
-for the backward and no hidden state; the backward is one memset a layer (its gradient is dense to autograd) and one kernel.
+around the same rows, with two launches more for every layer. The forward touches B·n_l elements of a layer, keeps N
+residuals for the backward and no hidden state; the backward is one memset a layer (its gradient is dense to autograd)
+and one kernel.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcdd_kernels.backends import choose, declare
 
-declare("pack_columns", stem="packed_grad", backends=("reference", "triton"))
+declare("pack_columns", stem="packed_grad", backends=("reference", "triton", "cuda"))
 declare("unpack_columns", stem="packed_grad", backends=("reference", "triton"))
 
 

@@ -1,16 +1,19 @@
-"""Activation matching in plain PyTorch (method.md, section 4; the first term of SFT-Eraser's loss).
+"""Activation matching in plain PyTorch (method, section 4; the first term of SFT-Eraser's loss).
 
 Shapes: L layers, B prompts, S positions, D model width, n_l channels of layer l, N = Σ n_l.
 
-    loss = (1/L') Σ_l (1/n_l) Σ_{c ∈ C_l} ( (1/B) Σ_b h_l[b, last_b, c] − target_l[c] )²        L' = layers with channels
+    loss = (1/L') Σ_l (1/n_l) Σ_{c ∈ C_l} ( (1/B) Σ_b h_l[b, last_b, c] − target_l[c] )²        L' = layers with
+    channels
 
     residual[c]            = (mean − target) / (L' n_l)      so that loss = Σ residual · (mean − target)
     dloss/dh_l[b, last_b, c] = 2 residual[c] / B             zero everywhere else
 
-The residual (N numbers) is all that the backward needs. Low-precision inputs are accumulated in float32, float64 in float64.
+The residual (N numbers) is all that the backward needs. Low-precision inputs are accumulated in float32, float64 in
+float64.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -18,7 +21,8 @@ __all__ = ["channel_match_backward_ref", "channel_match_ref"]
 
 
 def _layer_weights(offsets: torch.Tensor) -> list[float]:
-    """offsets int64[L+1] (CPU) -> 1/(L' n_l) of each layer; 0 for a layer without channels, which is left out of the mean."""
+    """offsets int64[L+1] (CPU) -> 1/(L' n_l) of each layer; 0 for a layer without channels, which is left out of the
+    mean."""
     counts = offsets.diff().tolist()
     n_layers = sum(count > 0 for count in counts)
     return [1.0 / (n_layers * count) if count else 0.0 for count in counts]
@@ -35,7 +39,8 @@ def channel_match_ref(
     offsets: torch.Tensor,
     target_mean: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden L × [B, S, D], last_index int64[B], channels int32[N], offsets int64[L+1] CPU, target_mean[N] -> (loss[], residual[N]).
+    """hidden L × [B, S, D], last_index int64[B], channels int32[N], offsets int64[L+1] CPU, target_mean[N] -> (loss[],
+    residual[N]).
 
     loss and residual are float32, or float64 for float64 `hidden`.
     """
@@ -63,7 +68,8 @@ def channel_match_backward_ref(
     n_features: int,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """-> d_hidden, L × [B, S, D] in `dtype`, zero outside the last tokens' channels. Channels of a layer are distinct."""
+    """-> d_hidden, L × [B, S, D] in `dtype`, zero outside the last tokens' channels. Channels of a layer are
+    distinct."""
     n_prompts = last_index.shape[0]
     prompts = torch.arange(n_prompts, device=residual.device)
     if residual.dtype == torch.float64:  # only float64 hidden states have float64 residuals
@@ -71,7 +77,7 @@ def channel_match_backward_ref(
     bounds = offsets.tolist()
     d_channel = residual * (d_loss.to(residual.dtype) * (2.0 / n_prompts))
     d_hidden = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         row = residual.new_zeros(n_features).index_add_(0, channels[start:stop].long(), d_channel[start:stop])
         d_h = torch.zeros(n_prompts, n_positions, n_features, dtype=dtype, device=residual.device)
         d_h[prompts, last_index] = row.to(dtype)

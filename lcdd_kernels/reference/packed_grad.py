@@ -1,10 +1,10 @@
-"""Packed weight gradients in plain PyTorch: only the open rows and columns of G = dYᵀX (method.md, section 1).
+"""Packed weight gradients in plain PyTorch: only the open rows and columns of G = dYᵀX (method, section 1).
 
 Shapes: T tokens, K in_features, O out_features, C open columns, R open rows.
 
     "block"   G[R, C]             = dY[:, R]ᵀ X[:, C]            hard-concrete: a clamped gate has no gradient at all
-    "panels"  G[R, :], G[:, C]    = dY[:, R]ᵀ X, dYᵀ X[:, C]     Heaviside: every gate has one, through the open gates of
-                                                                 the other side
+    "panels"  G[R, :], G[:, C]    = dY[:, R]ᵀ X, dYᵀ X[:, C]     Heaviside: every gate has one, through the open gates
+                                                                 of the other side
 
 Both are sums over tokens, so micro-batches accumulate. Every function keeps the dtype of its inputs (float64 included).
 """
@@ -18,7 +18,8 @@ def pack_columns_ref(x: torch.Tensor, cols: torch.Tensor, multiple: int = 1) -> 
     """x[T, K], cols int[C] -> x[:, cols] as a contiguous [T, P]: P is C rounded up to `multiple`, the padding zero."""
     padding = -cols.numel() % multiple
     if x.element_size() == 2:
-        # On the CPU index_select copies 16-bit elements one at a time; gather over the same bits is three times as fast.
+        # On the CPU index_select copies 16-bit elements one at a time; gather over the same bits is three times as
+        # fast.
         index = cols.long().expand(x.shape[0], -1)
         packed = torch.gather(x.view(torch.int16), 1, index).view(x.dtype)
     else:

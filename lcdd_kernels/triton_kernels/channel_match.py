@@ -6,13 +6,15 @@ L layers, B prompts, S positions, D model width, n_l channels of layer l (ragged
     residual  = (m_c − target_c) / (L' n_l)                      loss = Σ residual · (m_c − target_c)
     d h_l[b, last_b, c] = 2 residual_c / B · dloss               everything else is zero
 
-A program owns BLOCK_C channels of one layer. The kernel reads the last tokens' open channels where they lie (B·n_l elements of
-a layer's B·S·D), and the backward writes them into zero-filled gradients. Each program's share of the loss is stored and
-the shares are added in a fixed order: no atomics. A channel or a last token outside its range gives a NaN loss and no stray access.
+A program owns BLOCK_C channels of one layer. The kernel reads the last tokens' open channels where they lie (B·n_l
+elements of a layer's B·S·D), and the backward writes them into zero-filled gradients. Each program's share of the loss
+is stored and the shares are added in a fixed order: no atomics. A channel or a last token outside its range gives a NaN
+loss and no stray access.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import triton
@@ -20,7 +22,8 @@ import triton.language as tl
 
 from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch, triton_dtype
 
-# Columns of the table (5): address of h_l, its strides by prompt and by position (elements), first channel, number of channels.
+# Columns of the table (5): address of h_l, its strides by prompt and by position (elements), first channel, number of
+# channels.
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -95,7 +98,8 @@ def channel_match_bwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Programs (layer, block of channels): writes the last tokens' channels of the zero-filled d_hidden in the table."""
+    """Programs (layer, block of channels): writes the last tokens' channels of the zero-filled d_hidden in the
+    table."""
     row = table_ptr + tl.program_id(0) * 5
     d_hidden = tl.load(row).to(tl.pointer_type(DTYPE))
     stride_b = tl.load(row + 1)
@@ -126,7 +130,7 @@ def _table(tensors: Sequence[torch.Tensor], bounds: Sequence[int], device: torch
 
 
 def _blocks(bounds: Sequence[int]) -> int:
-    return triton.cdiv(max(b - a for a, b in zip(bounds, bounds[1:], strict=False)), CONFIG.block_c)
+    return triton.cdiv(max(b - a for a, b in pairwise(bounds)), CONFIG.block_c)
 
 
 def channel_match_triton(
@@ -136,14 +140,15 @@ def channel_match_triton(
     offsets: torch.Tensor,
     target_mean: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden L × [B, S, D], last_index int64[B], channels int32[N], offsets int64[L+1] CPU, target_mean[N] -> (loss[], residual[N])."""
+    """hidden L × [B, S, D], last_index int64[B], channels int32[N], offsets int64[L+1] CPU, target_mean[N] -> (loss[],
+    residual[N])."""
     device = hidden[0].device
     bounds = offsets.tolist()
     rows = [h if h.stride(2) == 1 else h.contiguous() for h in hidden]
     residual = torch.empty(bounds[-1], dtype=torch.float32, device=device)
     n_blocks = _blocks(bounds)
     partial = torch.empty(len(rows), n_blocks, dtype=torch.float32, device=device)
-    n_layers = sum(b > a for a, b in zip(bounds, bounds[1:], strict=False))
+    n_layers = sum(b > a for a, b in pairwise(bounds))
     launch(
         channel_match_fwd_kernel,
         (len(rows), n_blocks),
@@ -180,7 +185,8 @@ def channel_match_backward_triton(
     bounds = offsets.tolist()
     n_prompts = last_index.shape[0]
     d_hidden = [
-        torch.zeros(n_prompts, n_positions, n_features, dtype=dtype, device=residual.device) for _ in range(len(bounds) - 1)
+        torch.zeros(n_prompts, n_positions, n_features, dtype=dtype, device=residual.device)
+        for _ in range(len(bounds) - 1)
     ]
     launch(
         channel_match_bwd_kernel,

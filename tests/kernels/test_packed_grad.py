@@ -14,7 +14,8 @@ BACKENDS = ("reference", "triton")
 
 
 def _backend_takes(backend: str, dtype: torch.dtype) -> bool:
-    # Interpreter only: its bfloat16 arithmetic is not to be trusted. Packing moves bits, so it is tested in every dtype.
+    # Interpreter only: its bfloat16 arithmetic is not to be trusted. Packing moves bits, so it is tested in every
+    # dtype.
     return backend != "triton" or torch.cuda.is_available() or dtype != torch.bfloat16
 
 
@@ -127,7 +128,7 @@ def test_padding_is_zero_and_dropped(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_permuting_tokens_permutes_nothing_else(backend):
-    x, dy, rows, cols = (t.to(_device(backend)) for t in _problem(50, 19, 23, 0.4, torch.float32))
+    x, _, _, cols = (t.to(_device(backend)) for t in _problem(50, 19, 23, 0.4, torch.float32))
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1)).to(x.device)
     with use_backend(backend):
         assert torch.equal(K.pack_columns(x[order], cols), K.pack_columns(x, cols)[order])
@@ -200,7 +201,12 @@ def test_the_kernel_answers_a_column_out_of_range_with_nan():
 def _layout(kind: str, rows: int, cols: int, **change) -> str:
     figures = {"gather": 10.0, "crossover": 0.8, "min_elements": 0, "source": "test"} | change
     return K.pack_layout(
-        gate_kind=kind, out_features=1000, in_features=500, n_rows=rows, n_cols=cols, crossover=K.PackCrossover(**figures)
+        gate_kind=kind,
+        out_features=1000,
+        in_features=500,
+        n_rows=rows,
+        n_cols=cols,
+        crossover=K.PackCrossover(**figures),
     )
 
 

@@ -1,4 +1,5 @@
-"""PackedGradLinear is nn.Linear but for its weight gradient; PackPlan tells a whole model's projections what is open."""
+"""PackedGradLinear is nn.Linear but for its weight gradient; PackPlan tells a whole model's projections what is
+open."""
 
 import gc
 
@@ -227,7 +228,9 @@ def test_shared_inputs_are_packed_once_also_under_checkpointing(mode, layout, mo
         PackedGradLinear.swap(getattr(model, name)).set_plan(layout, ROWS if name != "o" else COLS, cols)
     for seed in range(3):
         x = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        torch.testing.assert_close(_gradients(mode, model, x), _gradients("plain", reference, x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            _gradients(mode, model, x), _gradients("plain", reference, x), rtol=1e-12, atol=1e-12
+        )
         gc.collect()
     for name in "qkv":
         _assert_packed(getattr(model, name), getattr(reference, name).weight.grad)
@@ -269,13 +272,13 @@ def test_only_a_plain_linear_can_be_swapped_and_inputs_keep_the_weights_dtype():
     class Other(nn.Linear):
         pass
 
-    with pytest.raises(ValueError, match="linear: expected an nn.Linear .not a subclass., got Other"):
+    with pytest.raises(ValueError, match=r"linear: expected an nn.Linear .not a subclass., got Other"):
         PackedGradLinear.swap(Other(2, 2))
     _, packed = _pair()
     with pytest.raises(ValueError, match="got PackedGradLinear"):
         PackedGradLinear.swap(packed)
     packed.set_plan("block", ROWS, COLS)
-    with pytest.raises(ValueError, match="x: expected dtype torch.float64"):
+    with pytest.raises(ValueError, match=r"x: expected dtype torch\.float64"):
         packed(torch.randn(2, 5))
 
 
@@ -312,8 +315,12 @@ def test_plan_gives_every_projection_its_open_rows_and_columns(kind, layout):
         period = gate_map.repeat * gate_map.head_dim
         col_gate = gates.values[gate_map.col_start + j // period * gate_map.head_dim + j % gate_map.head_dim]
         # copy-major: columns in order of their copy, then of their position
-        cols = sorted(torch.nonzero(col_gate).view(-1).tolist(), key=lambda c: (c // gate_map.head_dim % gate_map.repeat, c))
-        _assert_packed(site.linear, other.linear.weight.grad, rows=rows, cols=torch.tensor(cols, dtype=torch.long), rtol=1e-9)
+        cols = sorted(
+            torch.nonzero(col_gate).view(-1).tolist(), key=lambda c: (c // gate_map.head_dim % gate_map.repeat, c)
+        )
+        _assert_packed(
+            site.linear, other.linear.weight.grad, rows=rows, cols=torch.tensor(cols, dtype=torch.long), rtol=1e-9
+        )
     plan.restore()
     assert all(type(site.linear) is nn.Linear for site in projections(model))
 
@@ -323,7 +330,9 @@ def test_plan_leaves_open_and_small_matrices_dense():
     geometry = GateLayout(shape_of(model.config))
     gates = Gates(geometry, kind="hard_concrete", seed=0, logits=torch.full((geometry.n_gates,), 4.0))
     figures = {"gather": 0.0, "crossover": 0.8, "source": "test"}
-    plan = PackPlan(projections(model), geometry, gate_kind="hard_concrete", crossover=PackCrossover(min_elements=0, **figures))
+    plan = PackPlan(
+        projections(model), geometry, gate_kind="hard_concrete", crossover=PackCrossover(min_elements=0, **figures)
+    )
     plan.update(gates)
     assert set(plan.layouts()) == {"dense"}
     with torch.no_grad():
