@@ -38,6 +38,7 @@ from lcdd.models import (
     projections,
     shape_of,
 )
+from lcdd.patching import changed_parameters, cpu_copy, expanded_gates, open_block
 from lcdd_kernels import GateMap, weight_eff_
 
 if TYPE_CHECKING:
@@ -97,21 +98,21 @@ class Carrier:
         gate = optimizer.gates.evaluation_values()
         deltas = {}
         for name, (_, delta, gate_map) in optimizer.masked().items():
-            rows, cols = _open_block(gate, gate_map, tuple(delta.shape))
-            deltas[name] = _kept(delta[rows[:, None], cols])
-        unmasked, norm = _changed_parameters(
+            rows, cols = open_block(gate, gate_map, delta.shape)
+            deltas[name] = cpu_copy(delta[rows[:, None], cols])
+        unmasked, norm = changed_parameters(
             optimizer.base, optimizer.model, masked={f"{name}.weight" for name in deltas}
         )
         return cls(
             shape=optimizer.gates.layout.shape,
             gate_kind=optimizer.config.gate_kind,
-            gate_logits=_kept(optimizer.gates.logits),
-            gate=_kept(gate),
+            gate_logits=cpu_copy(optimizer.gates.logits),
+            gate=cpu_copy(gate),
             deltas=deltas,
             unmasked=unmasked,
             unmasked_norm=norm,
             base_fingerprint=model_fingerprint(optimizer.base),
-            initial_logits=_kept(optimizer.gates.initial_logits),
+            initial_logits=cpu_copy(optimizer.gates.initial_logits),
         )
 
     @classmethod
@@ -131,8 +132,8 @@ class Carrier:
             if fixed.dtype != weight.dtype:
                 raise ValueError(f"other: expected {ours.name}.weight as {fixed.dtype}, got {weight.dtype}")
             wide = torch.promote_types(fixed.dtype, torch.float32)
-            deltas[ours.name] = _kept(weight.to(fixed.device, wide) - fixed.to(wide))
-        unmasked, norm = _changed_parameters(base, other, masked={f"{name}.weight" for name in deltas})
+            deltas[ours.name] = cpu_copy(weight.to(fixed.device, wide) - fixed.to(wide))
+        unmasked, norm = changed_parameters(base, other, masked={f"{name}.weight" for name in deltas})
         dtype = torch.promote_types(next(iter(deltas.values())).dtype, torch.float32)
         ones = torch.ones(GateLayout(shape).n_gates, dtype=dtype)
         return cls(
@@ -210,7 +211,7 @@ class Carrier:
         """L2 norm of everything that `apply` adds to the base, before rounding to the weights' dtype."""
         squared = self.unmasked_norm**2
         for name, gate_map, shape in self._sites():
-            row_gate, col_gate = (g[g != 0] for g in _expanded(self.gate, gate_map, shape))
+            row_gate, col_gate = (g[g != 0] for g in expanded_gates(self.gate, gate_map, shape))
             squared += float((row_gate[:, None] * col_gate * self.deltas[name]).double().square().sum())
         return math.sqrt(squared)
 
@@ -262,13 +263,13 @@ class Carrier:
             raise ValueError(f"model: expected a base without a patch, got one with {same} applied; revert it first")
         if check:
             self.check_base(model)
-        blocks = []
+        blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for projection in projections(model):
             weight, delta = projection.linear.weight, self.deltas[projection.name]
             if delta.numel() == 0:
                 continue
             gate_map = self.layout.gate_map(projection.kind, projection.layer)
-            row_gate, col_gate = _expanded(self.gate.to(weight.device), gate_map, tuple(weight.shape))
+            row_gate, col_gate = expanded_gates(self.gate.to(weight.device), gate_map, weight.shape)
             rows, cols = row_gate.nonzero()[:, 0], col_gate.nonzero()[:, 0]
             original = weight[rows[:, None], cols]
             patched = original.clone()
@@ -278,7 +279,7 @@ class Carrier:
             weight_eff_([patched], [original], [delta.to(weight.device)], open_gate, [block_map])
             weight[rows[:, None], cols] = patched
             blocks.append((weight, rows, cols, original))
-        unmasked = []
+        unmasked: list[tuple[Tensor, Tensor]] = []
         for name, value in self.unmasked.items():
             parameter = model.get_parameter(name)
             unmasked.append((parameter, parameter.detach().clone()))
@@ -393,10 +394,9 @@ class Carrier:
             expected = self.shape.n_layers * len(PROJECTION_PATHS)
             raise ValueError(f"deltas: expected one block for each of {expected} linears, got {len(self.deltas)}")
         for name, gate_map, shape in self._sites():
-            rows, cols = _open_block(self.gate, gate_map, shape)
-            expected = (len(rows), len(cols))
-            if self.deltas[name].shape != expected:
-                raise ValueError(f"deltas[{name!r}]: expected shape {expected}, got {tuple(self.deltas[name].shape)}")
+            block = tuple(len(indices) for indices in open_block(self.gate, gate_map, shape))
+            if self.deltas[name].shape != block:
+                raise ValueError(f"deltas[{name!r}]: expected shape {block}, got {tuple(self.deltas[name].shape)}")
 
     def _open_lists(self) -> list[Tensor]:
         """Open channels of each group of each layer, in the layout's order, int32 ascending."""
@@ -412,38 +412,6 @@ class Carrier:
             if kind is None or not layer.isdecimal():
                 raise ValueError(f"deltas: expected names of masked linears, got {name!r}")
             yield name, self.layout.gate_map(kind, int(layer)), self.shape.weight_shape(kind)
-
-
-def _open_block(gate: Tensor, gate_map: GateMap, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Open rows and columns of a matrix [out, in], int64 ascending."""
-    row_gate, col_gate = _expanded(gate, gate_map, shape)
-    return row_gate.nonzero()[:, 0], col_gate.nonzero()[:, 0]
-
-
-def _expanded(gate: Tensor, gate_map: GateMap, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Row gates [out] and column gates [in] of a matrix, each KV head's gates repeated for its query heads."""
-    column = torch.arange(shape[1], device=gate.device)
-    head = column // (gate_map.repeat * gate_map.head_dim)
-    col_gate = gate[gate_map.col_start + head * gate_map.head_dim + column % gate_map.head_dim]
-    return gate[gate_map.row_start : gate_map.row_start + shape[0]], col_gate
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, in row order."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _changed_parameters(
-    base: PreTrainedModel, other: PreTrainedModel, *, masked: set[str]
-) -> tuple[dict[str, Tensor], float]:
-    """Parameters of `other` that differ from `base`'s, `masked` ones aside, and the L2 norm of the differences."""
-    changed, squared = {}, 0.0
-    for (name, theirs), ours in zip(other.named_parameters(), base.parameters(), strict=True):
-        if name in masked or torch.equal(theirs, ours.to(theirs.device)):
-            continue
-        changed[name] = _kept(theirs)
-        squared += float((changed[name].double() - ours.detach().cpu().double()).square().sum())
-    return changed, math.sqrt(squared)
 
 
 def _tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

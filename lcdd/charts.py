@@ -59,8 +59,8 @@ def line_chart(series: Mapping[str, Points], *, label: str) -> str:
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick_text(tick)}</text>')
     for tick in x_ticks:
         if x_low <= tick <= x_high:
-            place = f'x="{at_x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}"'
-            parts.append(f'<text class="tick" {place} text-anchor="middle">{_tick_text(tick)}</text>')
+            at = f'x="{at_x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}"'
+            parts.append(f'<text class="tick" {at} text-anchor="middle">{_tick_text(tick)}</text>')
     for index, (name, points) in enumerate(drawn.items()):
         place = index % PALETTE
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)

@@ -5,7 +5,7 @@ near zero is not a reversal (garbage also has none), so every state's answers ar
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
@@ -120,7 +120,7 @@ def evaluate(
         "differences": _differences(outcomes),
         "samples": [
             {
-                "prompt": tokenizer.decode(ids[i], skip_special_tokens=True).strip(),
+                "prompt": decode(tokenizer, ids[i : i + 1])[0],
                 "answers": {name: outcomes[name].texts[i] for name in states},
             }
             for i in range(min(n_samples, n))
@@ -163,7 +163,7 @@ def newcombe_paired_interval(first: Sequence[bool], second: Sequence[bool]) -> t
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     phi = 0.0
     if margins:
-        numerator = both * neither - only_first * only_second
+        numerator: float = both * neither - only_first * only_second
         if numerator > 0:
             numerator = max(numerator - n / 2, 0)
         phi = numerator / math.sqrt(margins)
@@ -217,7 +217,7 @@ def gate_overlap(carriers: Sequence[Carrier]) -> dict[str, float]:
 # ---------------------------------------------------------------- parts
 
 
-def _patched(model: PreTrainedModel, states: Mapping[str, ModelState]) -> Iterator[tuple[str, ModelState]]:
+def _patched(model: PreTrainedModel, states: Mapping[str, ModelState]) -> Generator[tuple[str, ModelState], None, None]:
     """Every state while its patch is applied: the base first, and each patch applied once. Close it to revert."""
     patches: list[Carrier | None] = [None]
     for state in states.values():

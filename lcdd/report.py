@@ -161,7 +161,7 @@ def _model_table(models: Mapping[str, Mapping[str, Any]], norms: Mapping[str, fl
         meaning = f"<small>{escape(MEANING[name])}</small>" if name in MEANING else ""
         norm = f'<td class="num">{number(norms.get(name))}</td>' if norms else ""
         prompts = f'<td class="num">{number(row.get("n"))}</td>'
-        rows.append(f'<tr><th scope="row">{escape(name)}{meaning}</th>{cells}{prompts}{norm}</tr>')
+        rows.append(f'<tr><th scope="row">{_breakable(name)}{meaning}</th>{cells}{prompts}{norm}</tr>')
     head = "<th>Model</th><th>Behaviour rate</th><th>Base match</th><th>Prompts</th>"
     return _table(head + ("<th>Norm of change</th>" if norms else ""), rows)
 
@@ -359,6 +359,11 @@ def _details(title: str, content: str, *, is_open: bool = False) -> str:
 
 def _missing(what: str) -> str:
     return f'<p class="missing">Missing: report.json has no {escape(what)}.</p>'
+
+
+def _breakable(name: str) -> str:
+    """A state's name, escaped, that may break after its joints."""
+    return escape(name).replace("+", "+<wbr>").replace("_", "_<wbr>")
 
 
 def _words(name: Any) -> str:

@@ -75,7 +75,8 @@ pre { margin: 0; padding: .9rem; overflow-x: auto; background: var(--bg); border
 .warning { padding: .7rem 1rem; border-left: 4px solid var(--warnline); border-radius: 6px; background: var(--warn);
   max-width: none; }
 @media (max-width: 34rem) { tbody th { min-width: 6.5rem; font-size: .85rem; }
-  .rate { min-width: 7.2rem; } .rate small { display: block; } .bar { width: 105px; height: 13px; } main { padding: 1.5rem .8rem 3rem; } section { padding: 1.1rem 1rem; }
+  .rate { min-width: 7.2rem; } .rate small { display: block; } .bar { width: 105px; height: 13px; }
+  main { padding: 1.5rem .8rem 3rem; } section { padding: 1.1rem 1rem; }
   .answer { grid-template-columns: 1fr; gap: 0; } .tick { font-size: 15px; } .cell-on, .cell-off { font-size: 13px; } }
 @media print { :root { color-scheme: light; --bg: #ffffff; --card: #ffffff; --text: #000000; --soft: #444444;
   --line: #cccccc; --track: #e6e9ef; --s0: #2563c9; --s1: #c2571a; --s2: #1a8a5f; --s3: #8b4bc4; --heat: #2563c9;

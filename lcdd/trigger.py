@@ -213,7 +213,7 @@ def generate(
 
 def decode(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]]) -> list[str]:
     """Answers as text, special tokens and surrounding white space removed."""
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    return [str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in answers]
 
 
 @torch.no_grad()
@@ -239,10 +239,11 @@ def generate_ids(
     settings, ends = _greedy(model, tokenizer, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     batches = list(length_batches([len(ids) for ids in prompts], batch_size))
+    greedily: Any = model.generate  # transformers types it as a module's attribute
     with evaluation_mode(model), _generation_settings(model, settings):
         for indices in tqdm(batches, desc="generate", unit="batch", disable=not progress):
             embeds, mask = _left_padded(model, [prompts[i] for i in indices], trigger)
-            output = model.generate(inputs_embeds=embeds, attention_mask=mask)
+            output = greedily(inputs_embeds=embeds, attention_mask=mask)
             for index, ids in zip(indices, output.tolist(), strict=True):
                 stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
                 answers[index] = ids[:stop]

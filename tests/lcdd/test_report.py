@@ -20,7 +20,7 @@ SECTIONS = [
     "Distance between the models",
     "Settings and versions",
 ]
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "wbr"}
 
 
 class Page(HTMLParser):
