@@ -1,0 +1,103 @@
+"""The command line: exit codes, one-line errors, and what a command says at its end."""
+
+from pathlib import Path
+
+import pytest
+
+from lcdd import cli, pipeline
+from lcdd.config import LCDDConfig, SFTConfig
+from lcdd.runlog import TrainingStopped
+from lcdd.stage import StageResult
+
+REQUIRED = ["--model_name_or_path", "m", "--output_dir", "o", "--dataset_name", "d.jsonl"]
+
+
+def test_a_stage_gets_its_configs_and_its_result_is_told(monkeypatch, capsys) -> None:
+    seen = []
+
+    def sft(*configs):
+        seen.extend(configs)
+        return StageResult(written=(Path("o/model"),), next_step="lcdd train ...")
+
+    monkeypatch.setattr(pipeline, "sft", sft)
+    assert cli.main(["sft", *REQUIRED, "--learning_rate", "1e-3", "--behavior", "own"]) == 0
+    assert seen[0] == SFTConfig(model_name_or_path="m", output_dir="o", learning_rate=1e-3)
+    assert seen[1].behavior == "own"
+    assert capsys.readouterr().out == "wrote o/model\nnext: lcdd train ...\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("x: expected a,\n  got b"), 2), (TrainingStopped("lr"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, error: BaseException, code: int) -> None:
+    def sft(*_):
+        raise error
+
+    monkeypatch.setattr(pipeline, "sft", sft)
+    assert cli.main(["sft", *REQUIRED]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("lcdd sft: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_bugs_are_not_swallowed(monkeypatch) -> None:
+    def sft(*_):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(pipeline, "sft", sft)
+    with pytest.raises(KeyError):
+        cli.main(["sft", *REQUIRED])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sft"], "SFTConfig.model_name_or_path: expected a value, got nothing"),
+        (["sft", *REQUIRED, "--learning_rate", "-1"], "SFTConfig.learning_rate: expected a value >= 0, got -1.0"),
+        (["sft", *REQUIRED, "--config", "no.yaml"], "config: expected a readable YAML file"),
+        (["run", "no.yaml"], "expected a readable YAML file, got 'no.yaml'"),
+        (["erase", "--output_dir", "x"], "EraserConfig.base_model_name_or_path: expected a value"),
+    ],
+)
+def test_bad_settings(argv: list[str], message: str, capsys) -> None:
+    assert cli.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["audit"],
+        ["plan"],
+        ["sft", "--learning"],
+        ["train", *REQUIRED, "--gate_l", "1"],
+        ["sft", "--max_steps", "x"],
+    ],
+)
+def test_unknown_commands_abbreviations_and_types_are_usage_errors(argv: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_run_reads_sections_and_overrides_the_output(monkeypatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda config: seen.append(config) or StageResult(written=(), next_step=""))
+    path = tmp_path / "p.yaml"
+    path.write_text("model_name_or_path: m\noutput_dir: a\ntrain: {gate_lr: 1e-2, loss_budget: 1}\n")
+    assert cli.main(["run", str(path), "--output_dir", "b"]) == 0
+    assert (seen[0].output_dir, seen[0].train) == ("b", LCDDConfig(gate_lr=1e-2, loss_budget=1))
+
+
+def test_version_and_kernels(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert cli.main(["kernels"]) == 0
+    out = capsys.readouterr().out
+    assert "delta_adamw" in out
+    assert "reference" in out
