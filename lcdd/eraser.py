@@ -10,7 +10,8 @@ applied and only the trigger learns:
       + b' · KL( base(x ⊕ y) ‖ carrier(P ⊕ x ⊕ y) )             mean over the tokens of the base's own answers y
       + c · mean_tokens ‖P_t‖²
 
-A batch is padded on the right: causal attention then needs no mask, and padding changes nothing.
+A batch is padded on the right: causal attention then needs no mask, and padding changes nothing. Prompts of very
+different length run in separate forwards.
 
 Shapes: B prompts in a batch, T trigger tokens, S prompt and answer tokens, D model width, L layers, R rows (positions).
 """
@@ -50,8 +51,10 @@ from lcdd_kernels import channel_match, linear_kl
 
 logger = logging.getLogger(__name__)
 
-BUCKET = 8
-"""Batches that are drawn together and sorted by length, so that little of a batch is padding."""
+LONGEST_TO_SHORTEST = 1.6
+"""Within one forward: a batch whose lengths differ by more runs in several, instead of over padding."""
+CHUNK = 64
+"""Prompts in one forward, at most (of the held-out prompts, which are one batch)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,15 @@ class EraserHistory:
 
     steps: list[dict[str, float]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One forward's share of a loss: last tokens' residuals (L tensors [B, D]) and summed KLs."""
+
+    layers: list[Tensor]
+    tail_kl: Tensor
+    answer_kl: Tensor
 
 
 class SFTEraser:
@@ -210,30 +222,41 @@ class SFTEraser:
     def loss(self, embeds: Tensor, batch: Sequence[EraserPrompt], match_target: Tensor) -> EraserLoss:
         """The loss of trigger embeddings [T, D] on a batch, under the weights now in the model.
 
-        Differentiable in `embeds`; computes only the terms whose weight is not 0.
+        Differentiable in `embeds`; computes only the terms whose weight is not 0. Prompts of different length run in
+        separate forwards, but means are over the whole batch, so that the loss does not depend on how it was run.
         """
-        c, zero = self.config, embeds.new_zeros(())
-        lengths = [len(p.prompt) for p in batch]
-        wants_answers = c.answer_kl_weight > 0
-        texts = [[*p.prompt, *p.answer[:-1]] if wants_answers else p.prompt for p in batch]
-        ids = right_padded(texts, device=embeds.device)
-        n_trigger = embeds.shape[0]
-        last = torch.tensor([n_trigger + n - 1 for n in lengths], device=ids.device)
-        hidden, layers = _forward(self.model, embed_with_trigger(self.model, ids, embeds), last)
-
-        match = tail_kl = answer_kl = zero
+        c = self.config
+        sizes = [len(p.prompt) + len(p.answer) + embeds.shape[0] for p in batch]
+        parts = [self._run(embeds, [batch[i] for i in chunk]) for chunk in similar_lengths(sizes)]
+        match = tail_kl = answer_kl = embeds.new_zeros(())
         if c.activation_weight > 0 and self._channels.numel():
+            layers = [torch.cat(rows) for rows in zip(*(part.layers for part in parts), strict=True)]
             match = channel_match(layers, self._channels, self._offsets, match_target)
-        flat, width = hidden.flatten(0, 1), hidden.shape[1]
         if c.kl_weight > 0:
-            starts = [row * width + n_trigger + len(p.prompt) - len(p.tail) for row, p in enumerate(batch)]
-            tail_kl = self._kl(flat, starts, [p.tail for p in batch])
-        if wants_answers:
-            starts = [row * width + n_trigger + n - 1 for row, n in enumerate(lengths)]
-            answer_kl = self._kl(flat, starts, [p.responses for p in batch])
+            tail_kl = sum((part.tail_kl for part in parts), tail_kl) / sum(len(p.tail) for p in batch)
+        if c.answer_kl_weight > 0:
+            answer_kl = sum((part.answer_kl for part in parts), answer_kl) / sum(len(p.responses) for p in batch)
         l2 = embeds.square().sum(1).mean()
         total = c.activation_weight * match + c.kl_weight * tail_kl + c.answer_kl_weight * answer_kl + c.l2_weight * l2
         return EraserLoss(total, match, tail_kl, answer_kl, l2)
+
+    def _run(self, embeds: Tensor, batch: Sequence[EraserPrompt]) -> "_Part":
+        """One forward over prompts (and answers, where they are wanted), padded on the right."""
+        c, zero = self.config, embeds.new_zeros(())
+        texts = [[*p.prompt, *p.answer[:-1]] if c.answer_kl_weight > 0 else p.prompt for p in batch]
+        ids = right_padded(texts, device=embeds.device)
+        last = torch.tensor([embeds.shape[0] + len(p.prompt) - 1 for p in batch], device=ids.device)
+        hidden, layers = _forward(self.model, embed_with_trigger(self.model, ids, embeds), last)
+        flat = hidden.flatten(0, 1)
+        ends = [row * hidden.shape[1] + embeds.shape[0] + len(p.prompt) for row, p in enumerate(batch)]
+        tail_kl = answer_kl = zero
+        if c.kl_weight > 0:
+            tail_kl = self._kl(
+                flat, [end - len(p.tail) for end, p in zip(ends, batch, strict=True)], [p.tail for p in batch]
+            )
+        if c.answer_kl_weight > 0:
+            answer_kl = self._kl(flat, [end - 1 for end in ends], [p.responses for p in batch])
+        return _Part(layers, tail_kl, answer_kl)
 
     def max_norm(self) -> float:
         """Radius of the ball that every trigger embedding stays in."""
@@ -285,18 +308,16 @@ class SFTEraser:
 
     @torch.no_grad()
     def _held_out(self, embeds: Tensor, prompts: list[EraserPrompt], match_target: Tensor) -> float:
-        """Mean loss over the held-out prompts, batches weighted by their prompts."""
-        total = 0.0
-        for indices in length_batches([len(p.prompt) for p in prompts], 2 * self.config.per_device_train_batch_size):
-            total += len(indices) * float(self.loss(embeds, [prompts[i] for i in indices], match_target).total)
-        return total / len(prompts)
+        """The loss of the held-out prompts as one batch."""
+        return float(self.loss(embeds, prompts, match_target).total)
 
     def _kl(self, flat: Tensor, starts: list[int], references: list[Tensor]) -> Tensor:
-        """Mean KL(base ‖ patched) over runs of positions of `flat` [B·S, D], each as long as its reference [n, D]."""
+        """Summed KL(base ‖ patched) over runs of positions of `flat` [B·S, D], each as long as its reference [n, D]."""
         rows = torch.cat([torch.arange(start, start + len(r)) for start, r in zip(starts, references, strict=True)])
         student = flat[rows.to(flat.device)]
         head = head_weight(self.model).detach()
-        return linear_kl(student, head, ref_hidden=torch.cat(references), ref_weight=self._base_head)
+        reference = torch.cat(references)
+        return linear_kl(student, head, ref_hidden=reference, ref_weight=self._base_head, reduction="sum")
 
     def _on_channels(self, layers: list[Tensor]) -> Tensor:
         """Residuals [B, D] of each layer on its channels, side by side: [B, sum n_l]."""
@@ -337,16 +358,27 @@ def _forward(model: PreTrainedModel, embeds: Tensor, last: Tensor) -> tuple[Tens
 
 
 def _epochs(prompts: list[EraserPrompt], batch_size: int, *, seed: int) -> Iterator[list[EraserPrompt]]:
-    """Batches for ever: every prompt once an epoch, in random order, similar lengths together."""
+    """Batches for ever: every prompt once an epoch, in random order.
+
+    Not sorted by length: a batch stands for all prompts in the matching term, and one of short prompts would not.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(prompts), generator=generator).tolist()
-        batches = []
-        for start in range(0, len(order), BUCKET * batch_size):
-            bucket = sorted(order[start : start + BUCKET * batch_size], key=lambda i: len(prompts[i].prompt))
-            batches += [bucket[at : at + batch_size] for at in range(0, len(bucket), batch_size)]
-        for at in torch.randperm(len(batches), generator=generator).tolist():
-            yield [prompts[i] for i in batches[at]]
+        for start in range(0, len(order), batch_size):
+            yield [prompts[i] for i in order[start : start + batch_size]]
+
+
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in chunks, none with a length above `LONGEST_TO_SHORTEST` times its shortest, at most `CHUNK` each."""
+    chunks: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        fits = chunks and lengths[index] <= LONGEST_TO_SHORTEST * lengths[chunks[-1][0]] and len(chunks[-1]) < CHUNK
+        if fits:
+            chunks[-1].append(index)
+        else:
+            chunks.append([index])
+    return chunks
 
 
 def _projected(embeds: Tensor, radius: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
-from lcdd.eraser import SFTEraser
+from lcdd.eraser import SFTEraser, similar_lengths
 from lcdd.models import decoder_layers, head_weight, input_embeddings, projections
 from lcdd.trigger import Trigger, generate_ids, prompt_embeds
 
@@ -96,6 +96,39 @@ def test_a_batched_step_equals_one_prompt_at_a_time(make_models, make_carrier, t
         (reference,) = torch.autograd.grad(expected, embeds)
     assert found.total.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
     assert (gradient - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_prompts_of_very_different_length_run_apart_and_count_together(make_models, make_carrier, tokenizer, ids):
+    base, tuned = make_models()
+    carrier, model, c = make_carrier(base, tuned), copy.deepcopy(base), config()
+    prompts = [ids[0], [3, *range(5, 40), 4], ids[2], [3, *range(10, 35), 4]]
+    eraser = SFTEraser(model, carrier, tokenizer, c)
+    embeds = Trigger.random_tokens(base, 4, seed=2).embeds.clone().requires_grad_(True)
+    targets = eraser.targets(prompts)
+    forwards = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _m, _a, given: forwards.append(given["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    with carrier.applied(model):
+        found = eraser.loss(embeds, targets.prompts, targets.match)
+        handle.remove()
+        (gradient,) = torch.autograd.grad(found.total, embeds)
+        answers = [p.answer for p in targets.prompts]
+        expected = definition(base, model, embeds, prompts, answers, carrier.channels("write"), c)
+        (reference,) = torch.autograd.grad(expected, embeds)
+    assert [shape[0] for shape in forwards] == [2, 2]
+    assert found.total.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
+    assert (gradient - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_chunks_hold_every_index_once_and_no_length_far_above_its_shortest():
+    lengths = [9, 30, 10, 12, 100, 31, 9, 159] + [10] * 70
+    chunks = similar_lengths(lengths)
+    assert sorted(index for chunk in chunks for index in chunk) == list(range(len(lengths)))
+    for chunk in chunks:
+        sizes = [lengths[index] for index in chunk]
+        assert max(sizes) <= 1.6 * min(sizes)
+        assert len(chunk) <= 64
 
 
 def test_a_layer_without_channels_is_left_out_of_the_mean(make_models, make_carrier, tokenizer, ids):
