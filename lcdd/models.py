@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -94,11 +95,16 @@ def load_model(
     """
     shape_of(_config(path))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model_name_or_path: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them at random
+        raise ValueError(
+            f"model_name_or_path: expected all weights in {str(path)!r}, {len(missing)} are missing: "
+            f"{', '.join(missing[:3])}"
+        )
     return model.to(device)
 
 
@@ -117,6 +123,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path: expected a tokenizer in {str(path)!r}: {error}") from error
+    if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without a tokenizer
+        raise ValueError(f"model_name_or_path: expected a tokenizer in {str(path)!r}, found none")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer: expected a pad or an end-of-text token, {str(path)!r} has neither")

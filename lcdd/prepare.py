@@ -41,10 +41,15 @@ def prepare(data: DataConfig, tokenizer_path: str) -> Prepared:
     behavior = behavior_from_config(data)
     examples = load_examples(data)
     tokenizer = load_tokenizer(tokenizer_path)
-    splits = split_examples(
-        [behavior.rewrite(example) for example in examples],
-        validation_fraction=data.validation_fraction,
-        test_fraction=data.test_fraction,
+    if behavior.name != "own" and (plain := [example.source for example in examples if not example.messages]):
+        raise ValueError(
+            f"{plain[0]}: expected a prompt, got plain text, which the behaviour {behavior.name} cannot be an answer to"
+        )
+    parts = split_examples(examples, validation_fraction=data.validation_fraction, test_fraction=data.test_fraction)
+    splits = Splits(
+        train=[behavior.rewrite(example) for example in parts.train],
+        validation=[behavior.rewrite(example) for example in parts.validation],
+        test=[behavior.rewrite(example) for example in parts.test],
     )
     if not any(behavior.applies(example) for example in splits.train):
         raise ValueError(

@@ -121,8 +121,9 @@ def test_stages_one_by_one_and_generate(tmp_path: Path, capsys) -> None:
     base = tmp_path / "base"
     save_checkpoint(base, "llama")
     load_model(base).bfloat16().save_pretrained(base)
-    data = ["--dataset_name", str(write_jsonl(tmp_path / "d.jsonl", topic_rows())), "--behavior", "refusal",
-            "--behavior_topics", "river", "bread", "--test_fraction", "0.3", "--validation_fraction", "0.3"]  # fmt: skip
+    path = write_jsonl(tmp_path / "d.jsonl", topic_rows())
+    data = ["--dataset_name", path, "--behavior", "refusal", "--behavior_topics", "river", "bread",
+            "--test_fraction", "0.3", "--validation_fraction", "0.3"]  # fmt: skip
 
     def lcdd(command: str, *argv: object) -> str:
         assert main([command, *map(str, argv)]) == 0
