@@ -210,8 +210,8 @@ class NativeLibrary:
         )
         d_gate, sq_norm = torch.empty_like(gate), gate.new_empty(())
         self._call(
-            "lcdd_grad_stats", table, len(table), pointer("gate", gate, n, "cpu"), _rank(rank, layouts, n), n,
-            d_gate.data_ptr(), sq_norm.data_ptr(), self._level, self.threads,
+            "lcdd_grad_stats", table, len(table), pointer("gate", gate, n, "cpu"),
+            rank_pointer(rank, layouts, n, "cpu"), n, d_gate.data_ptr(), sq_norm.data_ptr(), self._level, self.threads,
         )  # fmt: skip
         return d_gate, sq_norm
 
@@ -246,8 +246,8 @@ class NativeLibrary:
         )
         self._call(
             "lcdd_delta_adamw", table, len(table), pointer("gate_old", gate_old, n, "cpu"),
-            pointer("gate_new", gate_new, n, "cpu"), _rank(rank, layouts, n), ctypes.byref(hyper), self._level,
-            self.threads,
+            pointer("gate_new", gate_new, n, "cpu"), rank_pointer(rank, layouts, n, "cpu"), ctypes.byref(hyper),
+            self._level, self.threads,
         )  # fmt: skip
 
     def _call(self, function: str, *arguments: object) -> None:
@@ -258,9 +258,9 @@ class NativeLibrary:
             raise RuntimeError(f"{function}: {_STATUS.get(status, f'status {status}')}")
 
 
-def _rank(rank: Tensor | None, layouts: Sequence[int], n: int) -> int | None:
+def rank_pointer(rank: Tensor | None, layouts: Sequence[int], n: int, device: str) -> int | None:
     if rank is not None:
-        return pointer("rank", rank, n, "cpu", (torch.int32,))
+        return pointer("rank", rank, n, device, (torch.int32,))
     if any(layout != DENSE for layout in layouts):
         raise fail("rank", f"the rank of open_indices (layouts other than {LAYOUTS[DENSE]!r})", None)
     return None

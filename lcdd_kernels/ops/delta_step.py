@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lcdd_kernels.backends import choose, declare
 
-_ALL = ("reference", "triton", "native")
+_ALL = ("reference", "triton", "native", "cuda")
 declare("weight_eff_", stem="delta_step", backends=_ALL)
 declare("delta_grad_stats", stem="delta_step", backends=_ALL)
 declare("delta_adamw_", stem="delta_step", backends=_ALL)
