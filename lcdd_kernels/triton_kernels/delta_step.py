@@ -39,7 +39,7 @@ from lcdd_kernels.triton_kernels.gates import sum_partials
 # Gathers (packed gradients, rows that do not start on 16 bytes) need more registers: fewer entries a thread.
 REFRESH = TileConfig(block_m=4, rows=32, enable_fp_fusion=False)
 PASS_A = TileConfig(block_m=8, rows=128)
-PASS_A_GATHER = TileConfig(block_m=4, rows=128)
+PASS_A_GATHER = TileConfig(block_m=4, rows=128, max_registers=144)
 PASS_B = TileConfig(block_m=2, rows=32, enable_fp_fusion=False, max_registers=80)
 PASS_B_GATHER = TileConfig(block_m=2, rows=32, num_warps=8, enable_fp_fusion=False, max_registers=80)
 

@@ -75,10 +75,10 @@ def gate_value(theta, index, seed, step, KIND: tl.constexpr, TRAINING: tl.conste
     """z for logits theta (float32) at positions `index` (int64); seed, step: int64 scalars; KIND: index in KINDS."""
     if KIND == _HARD_CONCRETE:
         z = _stretched(theta, index, seed, step, KIND, TRAINING) * _STRETCH + _GAMMA
-        # Not min(max()): a NaN logit must stay a NaN gate, visible to the caller.
+        # Not min(max()): a NaN logit stays a NaN gate, as in the reference.
         z = tl.where(z < 0.0, 0.0, tl.where(z > 1.0, 1.0, z))
     else:
-        z = tl.where(theta > 0.0, 1.0, tl.where(theta <= 0.0, 0.0, theta))
+        z = tl.where(theta > 0.0, 1.0, 0.0)
     return z
 
 
