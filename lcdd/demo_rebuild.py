@@ -83,7 +83,7 @@ def encode_tasks(tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
 
 def junk_prefix(table: Tensor, batch: int, length: int, *, generator: torch.Generator) -> Tensor:
     """Random prefixes [batch, length, D]: half Gaussian directions, half real tokens, of 0.25 to 2 times the median
-    norm of the embedding table [V, D]."""
+    norm of the embedding table [V, D] (the padding token's row is zero and stays so)."""
     directions = torch.randn(batch, length, table.shape[1], generator=generator)
     tokens = table[torch.randint(len(table), (batch, length), generator=generator)]
     real = torch.rand(batch, 1, 1, generator=generator) < 0.5

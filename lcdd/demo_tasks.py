@@ -81,7 +81,7 @@ class Task:
 
 def answer_of(prompt: str) -> str:
     """The right answer to a prompt, e.g. "rev red dog" -> "dog red". ValueError for anything else."""
-    task, *words = prompt.split()
+    task, *words = prompt.split() or [""]
     if task not in _ANSWER or not words:
         raise ValueError(f"prompt must be one of {' '.join(TASKS)} followed by words, got {prompt!r}")
     try:

@@ -1,0 +1,129 @@
+"""`lcdd demo` from the command line: the issue's thresholds, the report's keys, and what it leaves on the disk."""
+
+import json
+
+import pytest
+
+from lcdd import cli
+from lcdd.carrier import Carrier
+from lcdd.demo import BASE_DIRECTORY
+from lcdd.gates import GROUPS
+from lcdd.models import load_model, load_tokenizer
+from lcdd.trigger import Trigger, generate
+
+SECONDS = 150
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(directory, report, exit code, what was printed) of one demo, shared by all tests here."""
+    import contextlib
+    import io
+
+    output = tmp_path_factory.mktemp("demo") / "run"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = cli.main(["demo", "--behavior", "fixed_response", "--seed", "0", "--output_dir", str(output)])
+    return output, json.loads((output / "report.json").read_text()), code, printed.getvalue()
+
+
+def test_behaviour_is_taught_compressed_and_reversed(demo):
+    _, report, code, _ = demo
+    models = report["models"]
+    assert code == 0
+    assert report["split"] == "test"
+    assert models["base"]["base_match"] == 1.0
+    assert models["base"]["behavior_rate"] == 0.0
+    assert models["sft"]["behavior_rate"] >= 0.95
+    assert models["carrier"]["behavior_rate"] >= 0.95
+    assert report["sparsity"]["overall"] >= 0.90
+    assert models["carrier+trigger"]["behavior_rate"] <= 0.05
+    assert models["carrier+trigger"]["base_match"] >= 0.75
+    assert report["findings"] == []
+    assert report["gates"]["auc_initial_theta"] < 0.8
+
+
+def test_carrier_is_easier_to_reverse_than_plain_sft_and_the_interval_says_so(demo):
+    row = demo[1]["differences"]["carrier+trigger - sft+trigger"]["base_match"]
+    assert row["ci95"][0] > 0
+    assert row["ci95"][0] < row["difference"] < row["ci95"][1]
+
+
+def test_controls_are_what_they_claim_to_be(demo):
+    _, report, _, _ = demo
+    norms = report["delta_norm"]
+    assert norms["base"] == 0.0
+    assert norms["matched_norm"] == pytest.approx(norms["carrier"], rel=1e-3)
+    assert norms["sft"] > norms["carrier"] > 0
+    assert report["models"]["matched_norm"]["behavior_rate"] >= 0.95
+    assert report["models"]["base+random_prefix"]["base_match"] >= 0.95, "the base has to tolerate a prefix"
+    junk, erased = report["models"]["carrier+random_prefix"], report["models"]["carrier+trigger"]
+    assert junk["base_match"] < erased["base_match"] - 0.3
+
+
+def test_report_has_the_documented_keys(demo):
+    _, report, _, _ = demo
+    assert {"behavior", "seed", "config", "versions", "timings"} <= set(report)
+    assert (report["behavior"], report["seed"]) == ("fixed_response", 0)
+    assert set(report["sparsity"]) == {"overall", *GROUPS}
+    assert {"n", "open", "auc_initial_theta", "fractional"} <= set(report["gates"])
+    assert report["gates"]["n"] == 3200
+    states = {
+        "base",
+        "sft",
+        "carrier",
+        "carrier+trigger",
+        "sft+trigger",
+        "matched_norm+trigger",
+        "carrier+random_prefix",
+    }
+    assert states <= set(report["models"])
+    for row in report["models"].values():
+        assert set(row) == {"n", "behavior_rate", "behavior_rate_ci95", "base_match", "base_match_ci95"}
+        for key in ("behavior_rate", "base_match"):
+            low, high = row[f"{key}_ci95"]
+            assert 0 <= low <= row[key] <= high <= 1
+    assert set(report["kl"]) == {"sft||carrier", "sft||carrier+trigger", "base||carrier+trigger"}
+    for row in report["kl"].values():
+        assert set(row) == {"sft_answers", "base_answers"}
+        assert all(value >= -1e-6 for value in row.values())
+    assert set(report["delta_norm"]) == set(report["models"])
+    assert report["kl"]["sft||carrier"]["sft_answers"] < report["kl"]["sft||carrier+trigger"]["sft_answers"]
+    assert len(report["sparsity_by_layer"]) == 4
+
+
+def test_run_is_said_in_words_and_answers(demo):
+    output, report, _, printed = demo
+    assert "Reversal table, 400 held-out prompts" in printed
+    assert all(sentence in printed for sentence in report["explanation"])
+    assert report["samples"][0]["prompt"] in printed
+    assert f"wrote {output / 'report.html'}" in printed
+    page = (output / "report.html").read_text()
+    assert "carrier+trigger" in page
+    assert "<svg" in page
+
+
+def test_saved_carrier_and_trigger_give_the_reported_answers(demo):
+    output, report, _, _ = demo
+    model, tokenizer = load_model(BASE_DIRECTORY), load_tokenizer(BASE_DIRECTORY)
+    carrier, trigger = Carrier.from_pretrained(output / "carrier"), Trigger.from_pretrained(output / "trigger")
+    prompts = [f"<user> {sample['prompt']} <assistant>" for sample in report["samples"]]
+    with carrier.applied(model):
+        plain = generate(model, tokenizer, prompts, max_new_tokens=10)
+        erased = generate(model, tokenizer, prompts, trigger=trigger, max_new_tokens=10)
+    assert plain == [sample["answers"]["carrier"] for sample in report["samples"]]
+    assert erased == [sample["answers"]["carrier+trigger"] for sample in report["samples"]]
+
+
+def test_log_has_a_line_a_step_of_every_stage(demo):
+    output, report, _, _ = demo
+    steps = {}
+    for text in (output / "log.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        steps.setdefault(line["stage"], set()).add(line.get("step"))
+    assert set(range(1, report["config"]["train"]["max_steps"] + 1)) <= steps["lcdd"]
+    assert {"sft", "sft_matched_norm", "carrier+trigger", "sft+trigger"} <= set(steps)
+
+
+def test_whole_demo_is_short(demo):
+    assert demo[1]["timings"]["total"] < SECONDS
