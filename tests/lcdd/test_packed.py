@@ -3,6 +3,7 @@ open."""
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+import benchmarks.packed_linear
 import lcdd.packed
 from lcdd.gates import GateLayout, Gates
 from lcdd.models import projections, shape_of
@@ -247,6 +249,16 @@ def test_a_reused_address_is_not_taken_for_the_input_that_was_there():
         plain(memory).sum().backward()
         packed(memory).sum().backward()
     _assert_packed(packed, plain.weight.grad)
+    plain.weight.grad = None
+    packed.zero_packed_grad()
+    block = np.random.default_rng(0).normal(size=(4, 5))
+    for _ in range(2):  # the same address, shape and version, of memory that was given back in between
+        block *= -2
+        x = torch.from_numpy(block)
+        plain(x).sum().backward()
+        packed(x).sum().backward()
+        del x
+    _assert_packed(packed, plain.weight.grad)
 
 
 @pytest.mark.parametrize(
@@ -343,3 +355,12 @@ def test_plan_leaves_open_and_small_matrices_dense():
     plan.crossover = PackCrossover(min_elements=10**6, **figures)
     plan.update(gates)
     assert set(plan.layouts()) == {"dense"}
+
+
+def test_the_benchmark_runs(monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks.packed_linear, "SHAPES", ((12, 10),))
+    monkeypatch.setattr(benchmarks.packed_linear, "retain_freed_memory", lambda: None)  # for this process only
+    benchmarks.packed_linear.main(["--pairs", "2", "--tokens", "8", "--dtypes", "float32"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[2:]] == [["12x10", "float32", "block"], ["12x10", "float32", "panels"]]
+    assert all(float(line.split()[5]) > 0 for line in lines[2:])
