@@ -38,7 +38,7 @@ class TileConfig(LaunchConfig):
 
 
 WEIGHT_CONFIGS = {aligned: TileConfig(block_rows=8, aligned=aligned) for aligned in (True, False)}
-GRAD_CONFIGS = {aligned: TileConfig(block_rows=8, aligned=aligned) for aligned in (True, False)}
+GRAD_CONFIGS = {aligned: TileConfig(block_rows=4, aligned=aligned) for aligned in (True, False)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Runtime arguments that both tile kernels share. Logits are slices of a model's vector, so of any alignment.
 _SCALAR_TYPES = {

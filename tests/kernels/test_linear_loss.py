@@ -226,35 +226,33 @@ def test_default_chunk_is_bounded_by_its_bytes():
         assert rows * 151_936 * dtype.itemsize <= losses.CHUNK_BYTES
 
 
-# The peak of a process of its own, because the allocator of this one keeps what earlier tests had.
+# The peak of a process of its own, because the allocator of this one keeps what earlier tests had. An eighth of the
+# rows counts: dropping the others alone would leave 1/8 of the logits, and as much again for softmax and gradient.
 MEMORY = """
-import resource, sys, threading, torch
+import resource, sys, torch
 torch.set_num_threads(1)
 import lcdd_kernels as K
-dtype, op = getattr(torch, sys.argv[1]), sys.argv[2]
-V, D, T, kept = 151_936, 1024, 1024, 64
+dtype = getattr(torch, sys.argv[1])
+V, D, T, kept = 151_936, 1024, 1024, 128
 hidden = torch.randn(T, D).to(dtype).requires_grad_()
 weight = torch.empty(V, D, dtype=dtype).uniform_(-0.02, 0.02)
-labels = torch.full((T,), -100); labels[-kept:] = torch.randint(0, V, (kept,))
+labels = torch.full((T,), -100)
+labels[-kept:] = torch.randint(0, V, (kept,))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-K.linear_cross_entropy(hidden[:2], weight, labels[-2:]).backward()   # the library's own start-up
+K.linear_cross_entropy(hidden[:2], weight, labels[-2:]).backward()  # the libraries' own start-up
 hidden.grad = None
 before = peak()
-if op == "ce":
-    loss = K.linear_cross_entropy(hidden, weight, labels, chunk=32)
-else:
-    loss = K.linear_kl(hidden[-kept:], weight, ref_hidden=hidden[-kept:].detach(), ref_weight=weight, chunk=32)
-loss.backward()
-assert hidden.grad[-1].abs().max() > 0 or op == "kl"
+K.linear_cross_entropy(hidden, weight, labels, chunk=32).backward()
+assert hidden.grad[-1].abs().max() > 0
 print((peak() - before) / (T * V * dtype.itemsize))
 """
 
 
-@pytest.mark.parametrize(("dtype", "op"), [("float32", "ce"), ("bfloat16", "ce"), ("float32", "kl")])
-def test_peak_memory_is_a_small_fraction_of_the_logits(dtype, op):
-    result = subprocess.run([sys.executable, "-c", MEMORY, dtype, op], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_is_a_small_fraction_of_the_logits(dtype):
+    result = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 0.15, f"{result.stdout.strip()} of the logits' bytes"
+    assert 0 < float(result.stdout) < 0.16, f"{result.stdout.strip()} of the logits' bytes"
 
 
 @pytest.mark.parametrize(
