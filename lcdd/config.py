@@ -167,11 +167,6 @@ class LCDDConfig(TrainConfig):
     moment_dtype: str | None = option(
         None, "dtype of AdamW's moments; null: float32 (float64 for float64 weights)", choices=DTYPES
     )
-    gating: str = option(
-        "optimizer",
-        "where gates are applied: in the optimizer step, or inside the forward pass",
-        choices=("optimizer", "forward"),
-    )
     pack: str = option(
         "auto",
         "weight gradients on the open block alone where that pays, or never",
@@ -218,6 +213,14 @@ class EraserConfig(Config):
     output_dir: str | None = option(None, "new or empty directory for the trigger", required=True)
     num_virtual_tokens: int = option(8, "trigger tokens", at_least=1)
     learning_rate: float = option(0.01, "Adam's learning rate on the trigger", above=0.0)
+    lr_scheduler_type: str = option(
+        "cosine",
+        "schedule of the trigger's learning rate; constant is the authors'",
+        choices=("cosine", "constant"),
+    )
+    lr_scheduler_type: str = option(
+        "cosine", "schedule of the learning rate (the authors': constant)", choices=("cosine", "linear", "constant")
+    )
     max_steps: int = option(400, "optimizer steps", at_least=1)
     per_device_train_batch_size: int = option(16, "prompts in a step", at_least=1)
     train_prompts: int = option(200, "prompts of the training split to learn from", at_least=1)

@@ -56,7 +56,7 @@ def _remedies(config: LCDDConfig) -> str:
         advice.append("--violation_clip 1")
     if config.dual_lambda_init > 1e-3:
         advice.append("--dual_lambda_init 1e-3")
-    if config.dual_lr > 0.05:
+    if config.dual_lr > 0.05 or config.dual_lr == 0:
         advice.append("--dual_lr 0.05")
     if not config.completion_only:
         advice.append("--completion_only (the prompt's entropy hides the loss of the behaviour)")
@@ -106,7 +106,7 @@ def diagnose(
         findings.append(
             Finding(
                 code="dead_carrier",
-                message=f"Dead carrier: {numbers}. The gates were closed faster than the loss could object. "
+                message=f"Dead carrier: {numbers}. The gates went down faster than the loss could object. "
                 f"Change: {_remedies(config)}.",
             )
         )
@@ -118,7 +118,7 @@ def diagnose(
                 f"Change: {_remedies(config)}; or a smaller --loss_budget (now {config.loss_budget:g}).",
             )
         )
-    if math.isfinite(auc_initial_theta) and auc_initial_theta >= NOISE_AUC:
+    if sparsity >= STALLED_SPARSITY and auc_initial_theta >= NOISE_AUC:  # False for NaN
         findings.append(
             Finding(
                 code="noise_chosen",
@@ -127,7 +127,7 @@ def diagnose(
                 f"The penalty's gradient outweighs the loss's at every gate. Change: {_remedies(config)}.",
             )
         )
-    if sparsity < STALLED_SPARSITY:
+    if sparsity < STALLED_SPARSITY and not findings:
         findings.append(Finding(code="stalled", message=_stalled(config, sparsity, dual_lambda, ema, epsilon)))
     return findings
 

@@ -15,7 +15,7 @@ AUTHORS = [
     "--gate_kind", "heaviside_ste", "--gate_init_mean", "1.5", "--gate_init_std", "0.5",
     "--gate_optimizer", "sgd", "--gate_lr", "0.1", "--dual_lambda_init", "0.01", "--dual_lr", "0.1",
     "--violation_clip", "1e9", "--loss_budget", "0.3", "--loss_floor", "0", "--freeze_fraction", "0",
-    "--no-completion_only", "--learning_rate", "2e-5", "--warmup_steps", "20", "--max_steps", "150",
+    "--no-completion_only", "--learning_rate", "2e-5", "--warmup_steps", "20", "--max_steps", "220",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_a_stalled_compression_is_explained(sft, tmp_path: Path, capsys) -> None
 def test_an_over_pruned_run_is_explained(sft, tmp_path: Path, capsys) -> None:
     """A price that starts high and is frozen closes too much, and the last steps cannot repair it."""
     argv = ["--max_steps", "60", "--warmup_steps", "5", "--dual_lr", "0", "--learning_rate", "2e-5",
-            "--dual_lambda_init", "0.02"]  # fmt: skip
+            "--dual_lambda_init", "0.045"]  # fmt: skip
     out = lcdd(sft, tmp_path / "out", capsys, *argv)
     assert "WARNING Over-pruned" in out
     assert "--loss_budget" in out

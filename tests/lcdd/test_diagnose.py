@@ -38,6 +38,8 @@ def test_a_sound_run_has_no_findings() -> None:
         ({"auc_initial_theta": 0.99}, ["noise_chosen"]),
         ({"auc_initial_theta": math.nan}, []),
         ({"sparsity": 0.1}, ["stalled"]),
+        ({"sparsity": 0.1, "auc_initial_theta": 1.0}, ["stalled"]),  # few gates are closed: no choice to speak of
+        ({"sparsity": 0.1, "loss_carrier": 5.0}, ["dead_carrier"]),
         ({"loss_carrier": 5.9, "auc_initial_theta": 1.0}, ["dead_carrier", "noise_chosen"]),
         # The base had nothing to learn: no share to speak of, and no verdict of death from 0/0.
         ({"loss_base": 0.01, "loss_carrier": 0.01}, []),
