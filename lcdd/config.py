@@ -218,9 +218,6 @@ class EraserConfig(Config):
         "schedule of the trigger's learning rate; constant is the authors'",
         choices=("cosine", "constant"),
     )
-    lr_scheduler_type: str = option(
-        "cosine", "schedule of the learning rate (the authors': constant)", choices=("cosine", "linear", "constant")
-    )
     max_steps: int = option(400, "optimizer steps", at_least=1)
     per_device_train_batch_size: int = option(16, "prompts in a step", at_least=1)
     train_prompts: int = option(200, "prompts of the training split to learn from", at_least=1)

@@ -37,6 +37,7 @@ from lcdd.models import (
     head_weight,
     input_embeddings,
 )
+from lcdd.schedules import schedule
 from lcdd.trigger import (
     Prompt,
     Trigger,
@@ -277,6 +278,8 @@ class SFTEraser:
         start = Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed, skip=special)
         embeds = nn.Parameter(_projected(start.embeds.to(self._base_head.device), radius))
         optimizer = torch.optim.Adam([embeds], lr=c.learning_rate)
+        factor = schedule(c.lr_scheduler_type, warmup=0, steps=c.max_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         batches = _epochs(targets.prompts, c.per_device_train_batch_size, seed=c.seed)
         best, best_loss = embeds.detach().clone(), self._held_out(embeds, validation, targets.match)
         self.history.validation.append({"step": 0, "loss": best_loss})
@@ -291,6 +294,7 @@ class SFTEraser:
             if c.max_grad_norm:
                 nn.utils.clip_grad_norm_([embeds], c.max_grad_norm)
             optimizer.step()
+            scheduler.step()
             with torch.no_grad():
                 embeds.copy_(_projected(embeds, radius))
             if step % c.eval_steps == 0 or step == c.max_steps:
