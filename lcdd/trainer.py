@@ -25,6 +25,7 @@ from lcdd.losses import completion_loss, loss_sum, response_tokens, to_batch
 from lcdd.models import PreTrainedModel, head_weight, projections, unmasked_parameters
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.runlog import RunLog, TrainingStopped
+from lcdd.schedules import schedule
 
 __all__ = [
     "SFTOptimizer",
@@ -84,20 +85,6 @@ def step_batches(items: Sequence[Encoded], config: TrainConfig, steps: int) -> I
             yield micro[start : start + groups]
             step += 1
         epoch += 1
-
-
-def schedule(kind: str, *, warmup: int, steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate at a step counted from 0: transformers' cosine, linear and constant."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / max(1, warmup)
-        progress = (step - warmup) / max(1, steps - warmup)
-        if kind == "cosine":
-            return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-        return max(0.0, 1 - progress) if kind == "linear" else 1.0
-
-    return factor
 
 
 # ---------------------------------------------------------------- SFT's optimizer
