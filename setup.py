@@ -14,7 +14,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY = "lcdd_kernels/liblcdd_native.so"
 
 
 def cmake_command() -> list[str] | None:
@@ -30,7 +29,7 @@ class BuildNative(build_ext):
     """`build_ext` that hands its one extension to CMake; `--inplace` (editable) writes into the source tree."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return LIBRARY  # a plain library that ctypes loads by path: no Python suffix
+        return f"{fullname.replace('.', '/')}.so"  # a plain library that ctypes loads by path: no Python suffix
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
