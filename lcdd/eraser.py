@@ -179,10 +179,11 @@ class SFTEraser:
         c = self.config
         train = self._encode(train_prompts, "train_prompts")
         held_out = self._encode(validation_prompts, "validation_prompts")
+        self.patch.check_base(self.model)
         with _frozen(self.model):
             targets = self.targets(train, progress=progress)
             validation = self.targets(held_out, progress=progress).prompts
-            with self.patch.applied(self.model):
+            with self.patch.applied(self.model, check=False):
                 best, losses = self._optimise(targets, validation, log, progress)
         metadata = {
             "base_fingerprint": self.patch.base_fingerprint,
@@ -286,7 +287,7 @@ class SFTEraser:
         bar = tqdm(range(1, c.max_steps + 1), desc="eraser", unit="step", disable=not progress)
         for step in bar:
             loss = self.loss(embeds, next(batches), targets.match)
-            line = {"step": step, **loss.log()}
+            line = {"step": step, "learning_rate": scheduler.get_last_lr()[0], **loss.log()}
             if not math.isfinite(line["loss"]):
                 raise RuntimeError(f"eraser: the loss became {line['loss']} at step {step}; lower --learning_rate")
             optimizer.zero_grad()

@@ -92,6 +92,10 @@ def evaluate(
     if reference is None or reference.patch is not None or reference.triggers:
         raise ValueError("states: expected 'base' without patch and trigger among them")
     ids = encode_prompts(tokenizer, prompts)
+    # reading every weight of a large model takes a while: once for all patches of one base
+    patches = {state.patch.base_fingerprint: state.patch for state in states.values() if state.patch is not None}
+    for patch in patches.values():
+        patch.check_base(model)
 
     outcomes: dict[str, Outcome] = {}
     base_texts: list[str] = []
@@ -218,13 +222,13 @@ def gate_overlap(carriers: Sequence[Carrier]) -> dict[str, float]:
 
 
 def _patched(model: PreTrainedModel, states: Mapping[str, ModelState]) -> Generator[tuple[str, ModelState], None, None]:
-    """Every state while its patch is applied: the base first, and each patch applied once. Close it to revert."""
+    """Every state while its patch is applied: the base first, each patch once. Close it to revert."""
     patches: list[Carrier | None] = [None]
     for state in states.values():
         if not any(state.patch is patch for patch in patches):
             patches.append(state.patch)
     for patch in patches:
-        context: AbstractContextManager[Any] = nullcontext() if patch is None else patch.applied(model)
+        context: AbstractContextManager[Any] = nullcontext() if patch is None else patch.applied(model, check=False)
         with context:
             names = [name for name, state in states.items() if state.patch is patch]
             for name in sorted(names, key=lambda name: name != "base"):

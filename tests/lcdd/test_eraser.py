@@ -182,6 +182,16 @@ def test_the_best_trigger_is_kept_not_the_last(make_models, make_carrier, tokeni
     assert float(again) == pytest.approx(min(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "last"), [("cosine", 0.0), ("constant", 0.01)])
+def test_the_learning_rate_follows_its_schedule(make_models, make_carrier, tokenizer, ids, kind, last):
+    base, tuned = make_models()
+    eraser = SFTEraser(base, make_carrier(base, tuned), tokenizer, config(max_steps=20, lr_scheduler_type=kind))
+    eraser.fit(ids[:4], ids[4:])
+    rates = [line["learning_rate"] for line in eraser.history.steps]
+    assert rates[0] == 0.01
+    assert rates[-1] == pytest.approx(last, abs=1e-4)
+
+
 def test_the_same_seed_gives_the_same_trigger(make_models, make_carrier, tokenizer, ids):
     base, tuned = make_models()
     carrier = make_carrier(base, tuned)
