@@ -95,11 +95,12 @@ def load_model(
     """
     shape_of(_config(path))
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model_name_or_path: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
+    model, loaded = found
     if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them at random
         raise ValueError(
             f"model_name_or_path: expected all weights in {str(path)!r}, {len(missing)} are missing: "

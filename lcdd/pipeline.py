@@ -84,7 +84,8 @@ def sft(
             log=log,
             save=save,
         )
-    checkpoint = save_checkpoint(model.to(stored), prepared.tokenizer, output / "model")
+    model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    checkpoint = save_checkpoint(model, prepared.tokenizer, output / "model")
     summary = write_summary(output, "sft", config, data, result=dataclasses.asdict(result))
     say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
     return StageResult(
@@ -362,7 +363,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     carrier = str(output / "train" / "carrier")
     erase_settings = replace(config.erase, base_model_name_or_path=base, carrier=carrier)
     timed("erase", erase, erase_settings)
-    controls: dict[str, str] = {}
+    controls: dict[str, Any] = {}
     if config.controls:
         timed("erase_sft", erase, replace(erase_settings, model_name_or_path=sft_model), stage="eraser_sft")
         norm = Carrier.from_pretrained(carrier).delta_norm()

@@ -64,13 +64,13 @@ class RunLog:
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, flushed at once."""
         seconds = round(time.perf_counter() - self._start, 4)
-        line = finite_or_null({"stage": self.stage, "seconds": seconds, **line})
-        self.lines.append(line)
+        entry: dict[str, Any] = finite_or_null({"stage": self.stage, "seconds": seconds, **line})
+        self.lines.append(entry)
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         if self._board is not None:
-            self._write_scalars(line)
+            self._write_scalars(entry)
 
     def _write_scalars(self, line: Mapping[str, Any]) -> None:
         step = int(line.get("step", 0))

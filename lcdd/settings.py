@@ -221,7 +221,7 @@ def from_flags(namespace: argparse.Namespace, *configs: type[Config]) -> tuple[A
     """The configs that a parsed command line, over the YAML file it names, describes."""
     flags = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(namespace).items()}
     path = flags.pop("config", None)
-    values = read_yaml(path) if path else {}
+    values = read_yaml(str(path)) if path else {}
     names = {item.name for config in configs for item in dataclasses.fields(config)}
     for key in values:
         if key not in names:
