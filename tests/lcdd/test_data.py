@@ -1,6 +1,7 @@
 """Data: formats, errors that name the line, labels on the completion alone, stable splits."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,3 +230,32 @@ def test_split_sizes_and_empty_training_split() -> None:
     one = splits.test[0]
     with pytest.raises(ValueError, match="expected examples in the training split, got none: 1 examples"):
         split_examples([one], validation_fraction=0.1, test_fraction=0.2)
+
+
+def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="the optional package `datasets` is not installed")
+    asked = []
+
+    def load(name, config, *, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(instruction_rows(5))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    config = DataConfig(dataset_name="someone/data", dataset_config="en", dataset_train_split="all", max_samples=3)
+    examples = load_examples(config)
+    assert asked == [("someone/data", "en", "all")]
+    assert [example.source for example in examples] == [f"someone/data[{n}]" for n in range(3)]
+    assert examples[0] == parse_row(instruction_rows(1)[0], where="x")
+
+    def absent(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("no such data set")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(ValueError, match=r"data set of the hub, got 'someone/data' \(no such data set\)"):
+        load_examples(config)
+
+
+def test_hub_data_without_the_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'lcdd\[hub\]'"):
+        load_examples(DataConfig(dataset_name="someone/data"))

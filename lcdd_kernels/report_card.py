@@ -1,0 +1,67 @@
+"""`lcdd kernels`: which backend serves each op here, why the others do not, and how exact each is, measured now."""
+
+import platform
+
+import torch
+
+from lcdd_kernels.backends import Row, report
+from lcdd_kernels.testing import Comparison, report_card
+
+CPU = torch.device("cpu")
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def backend_table(rows: list[Row]) -> str:
+    """A line an op and device: the backend that serves it, and the others that could; then why the rest cannot."""
+    table = [["op", "device", "serves", "also there"]]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for op, device in dict.fromkeys((row.op, row.device) for row in rows):
+        own = [row for row in rows if (row.op, row.device) == (op, device)]
+        serves = [row.backend for row in own if row.chosen]
+        also = [row.backend for row in own if row.reason is None and not row.chosen]
+        table.append([op, device, ", ".join(serves), ", ".join(also) or "-"])
+        for row in own:
+            if row.reason is not None:
+                reasons.setdefault((row.backend, row.reason), []).append(op)
+    n_ops = len({row.op for row in rows})
+    why = [
+        f"{backend} not for {'any' if len(set(ops)) == n_ops else ', '.join(dict.fromkeys(ops))}: {reason}"
+        for (backend, reason), ops in reasons.items()
+    ]
+    return "\n".join([_table(table), "", *why])
+
+
+def numerics_table(comparisons: list[Comparison]) -> str:
+    """A line an op, backend and dtype: its worst output's error to the float64 reference."""
+    worst: dict[tuple[str, str, str], Comparison] = {}
+    failed: dict[tuple[str, str, str], list[str]] = {}
+    for item in comparisons:
+        key = (item.op, item.backend, item.dtype)
+        if key not in worst or item.ratio_max > worst[key].ratio_max:
+            worst[key] = item
+        if not item.ok:
+            failed.setdefault(key, []).append(item.output)
+    table = [["op", "backend", "dtype", "worst output", "error", "PyTorch's error", "verdict"]]
+    for key, item in worst.items():
+        verdict = f"FAILED: {', '.join(failed[key])}" if key in failed else "ok"
+        numbers = [f"{item.error_max:.1e}", f"{item.expression_max:.1e}"]
+        table.append([*key, item.output, *numbers, verdict])
+    return _table(table)
+
+
+def main() -> int:
+    """Print the report card; 0 if everything that is available passes, else 1."""
+    devices = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
+    for device in devices[1:]:
+        print(f"{device}: {torch.cuda.get_device_name(device)}")
+    print("\nBackends\n" + backend_table(report()))
+    comparisons = [item for device in devices for item in report_card(device=device, size=1)]
+    print("\nLargest error to the float64 reference, beside the same-dtype PyTorch expression's")
+    print(numerics_table(comparisons))
+    return 0 if all(item.ok for item in comparisons) else 1
