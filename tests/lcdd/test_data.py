@@ -212,7 +212,7 @@ def test_split_is_stable_disjoint_and_blind_to_completions(prompts: list[str], r
         names = ("train", "validation", "test")
         return {json.dumps(row.messages): name for name in names for row in getattr(parts, name)}
 
-    anchor = parse_row({"prompt": "a training prompt", "completion": "x"}, where="x")
+    anchor = parse_row({"prompt": "anchor", "completion": "x"}, where="x")
     first = split(prompts, "one")
     shuffled = list(prompts)
     random.shuffle(shuffled)
