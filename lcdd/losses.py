@@ -34,11 +34,12 @@ def loss_sum(model: PreTrainedModel, batch: dict[str, Tensor], teacher: PreTrain
     keep, labels = _response_positions(batch)
     hidden, head = _hidden(model, batch, keep), head_weight(model)
     if teacher is None:
-        return linear_cross_entropy(hidden, head.to(hidden.dtype), labels, reduction="sum")
+        return linear_cross_entropy(hidden, head.to(hidden.dtype), labels, reduction="sum", reject_nan=False)
     with torch.no_grad():
         ref_hidden = _hidden(teacher, batch, keep)
     ref_head = head_weight(teacher).to(ref_hidden.dtype)
-    mean = linear_kl(hidden, head.to(hidden.dtype), ref_hidden=ref_hidden, ref_weight=ref_head)
+    # A NaN loss is the optimizer's to skip, not an error.
+    mean = linear_kl(hidden, head.to(hidden.dtype), ref_hidden=ref_hidden, ref_weight=ref_head, reject_nan=False)
     return mean * len(labels)
 
 

@@ -53,16 +53,18 @@ def _in_chunks(
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
     # Chunks are summed in float32: a bfloat16 sum would drop the later ones.
     d_weight = torch.zeros(vocab, width, dtype=wide, device=hidden.device) if need_weight else None
-    for start in range(0, count, chunk):
-        part = slice(start, min(start + chunk, count))
-        index = part if rows is None else rows[part]
-        h = hidden[index]
-        logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
-        loss_of(index, logits, losses[part])
-        if need_hidden:
-            d_hidden[index] = logits @ weight
-        if d_weight is not None:
-            d_weight += logits.T @ h
+    # Under autocast the products would come back in its dtype, whatever the operands are.
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, count, chunk):
+            part = slice(start, min(start + chunk, count))
+            index = part if rows is None else rows[part]
+            h = hidden[index]
+            logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
+            loss_of(index, logits, losses[part])
+            if need_hidden:
+                d_hidden[index] = logits @ weight
+            if d_weight is not None:
+                d_weight += logits.T @ h
     return losses.sum(), d_hidden, hidden.new_empty(0) if d_weight is None else d_weight.to(weight.dtype)
 
 

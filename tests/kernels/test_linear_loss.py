@@ -219,6 +219,14 @@ def test_a_nan_is_an_error_unless_the_caller_deals_with_it():
     assert torch.isnan(K.linear_cross_entropy(hidden, weight, labels, reject_nan=False))
 
 
+def test_autocast_does_not_change_the_products():
+    hidden, weight, labels = sample(9, 8, 50, torch.float32)
+    plain = gradients(lambda h: K.linear_cross_entropy(h, weight, labels), hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gradients(lambda h: K.linear_cross_entropy(h, weight, labels), hidden)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
 def test_default_chunk_is_bounded_by_its_bytes():
     for dtype, rows in ((torch.float32, 64), (torch.bfloat16, 192)):
         weight = torch.empty(151_936, 1, dtype=dtype, device="meta")
