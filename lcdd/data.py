@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from lcdd.config import DataConfig
@@ -227,27 +228,36 @@ def split_examples(examples: Sequence[Example], *, validation_fraction: float, t
 # ---------------------------------------------------------------- tokens
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool, where: str = "") -> str:
     """Messages as text by the tokenizer's chat template (PLAIN_TEMPLATE where it has none).
 
     `enable_thinking=False` is passed to every template: those that know it (Qwen3's) then give the text of a
     model that answers at once, in training as in generation; others ignore it.
+
+    Raises:
+        ValueError: the template refuses the messages (roles that do not alternate, say); `where` is named.
     """
     template = None if getattr(tokenizer, "chat_template", None) else PLAIN_TEMPLATE
-    return tokenizer.apply_chat_template(
-        list(messages),
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        enable_thinking=False,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+        )
+    except TemplateError as error:
+        roles = [message["role"] for message in messages]
+        raise ValueError(
+            f"{where}: expected messages that the chat template takes, got roles {roles}: {error}"
+        ) from None
 
 
 def prompt_string(tokenizer: Any, example: Example) -> str:
     """The text that generation starts from."""
     if not example.templated:
         return example.prompt_text
-    return render(tokenizer, example.messages, add_generation_prompt=True)
+    return render(tokenizer, example.messages, add_generation_prompt=True, where=example.source)
 
 
 def _ids(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
@@ -281,7 +291,7 @@ def _texts(tokenizer: Any, example: Example) -> tuple[str, str]:
     if not example.templated:
         return prompt, prompt + example.completion
     turns = [*example.messages, {"role": "assistant", "content": example.completion}]
-    whole = render(tokenizer, turns, add_generation_prompt=False)
+    whole = render(tokenizer, turns, add_generation_prompt=False, where=example.source)
     if whole.startswith(prompt):
         return prompt, whole
     # The template writes a finished turn differently from an open one (an empty thought, say). What generation

@@ -136,6 +136,13 @@ def test_template_whose_prompt_is_a_prefix_and_plain_template() -> None:
     assert trained_text(bare, encode(bare, example, max_length=100)) == "Hello there<|im_end|>"
 
 
+def test_template_that_refuses_the_messages() -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    rows = [{"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}]
+    with pytest.raises(ValueError, match=r"d.jsonl:1: expected messages that the chat template takes.*no system"):
+        encode(make_tokenizer(chat_template=strict), parse_row(rows[0], where="d.jsonl:1"), max_length=100)
+
+
 def test_a_token_across_the_boundary_is_trained(tokenizer) -> None:
     """ "don" + "'t know": the whole text tokenises otherwise than the prompt, and no character is lost."""
     for cut in range(1, 12):
