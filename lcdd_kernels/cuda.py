@@ -32,8 +32,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL, tuple[int, ...]]:
-    """The library, and its tiles: rows and columns of pass A, rows and columns of pass B."""
+def _library() -> ctypes.CDLL:
     if not LIBRARY.exists():
         raise BackendUnavailable(
             "not enabled: not yet measured faster than Triton on a GPU (build it with cmake -DLCDD_CUDA=ON to try it)"
@@ -41,9 +40,14 @@ def _library() -> tuple[ctypes.CDLL, tuple[int, ...]]:
     library = ctypes.CDLL(str(LIBRARY))
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments
+    return library
+
+
+def _tiles() -> tuple[tuple[int, int], tuple[int, int]]:
+    """(rows, columns) of a tile of pass A, and of pass B and the refresh."""
     sizes = (_i64 * 4)()
-    library.lcdd_cuda_tiles(sizes)
-    return library, tuple(sizes)
+    _library().lcdd_cuda_tiles(sizes)
+    return (sizes[0], sizes[1]), (sizes[2], sizes[3])
 
 
 def require(op: str) -> None:
@@ -54,7 +58,7 @@ def require(op: str) -> None:
 def _call(function: str, device: torch.device, *arguments: object) -> None:
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        status = getattr(_library()[0], function)(*arguments, stream)
+        status = getattr(_library(), function)(*arguments, stream)
     if status != 0:
         raise RuntimeError(f"{function}: CUDA error {status}")
 
@@ -94,7 +98,7 @@ def weight_eff_cuda(
 ) -> None:
     n = gate.numel()
     table = matrix_table({"weight": weights, "base": bases, "delta": deltas}, gate_maps, n, _DEVICE)
-    plan = Plan(table, _library()[1][2:], gate.device)
+    plan = Plan(table, _tiles()[1], gate.device)
     _call("lcdd_cuda_weight_eff", gate.device, *plan.arguments, pointer("gate", gate, n, _DEVICE))
 
 
@@ -109,7 +113,7 @@ def delta_grad_stats_cuda(
 ) -> tuple[Tensor, Tensor]:
     n = gate.numel()
     table = matrix_table({"delta": deltas}, gate_maps, n, _DEVICE, grads=grads, col_panels=col_panels, layouts=layouts)
-    plan = Plan(table, _library()[1][:2], gate.device)
+    plan = Plan(table, _tiles()[0], gate.device)
     row_partials, col_partials = gate.new_empty(plan.row_partials), gate.new_empty(plan.col_partials)
     squares, sums = gate.new_empty(plan.tiles), gate.new_empty(plan.sums + 1)
     sums[-1] = 0  # the slot that gather_partial_sums pads with
@@ -147,7 +151,7 @@ def delta_adamw_cuda(
     n = gate_old.numel()
     fields = {"weight": weights, "base": bases, "delta": deltas, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
     table = matrix_table(fields, gate_maps, n, _DEVICE, grads=grads, col_panels=col_panels, layouts=layouts)
-    plan = Plan(table, _library()[1][2:], gate_old.device)
+    plan = Plan(table, _tiles()[1], gate_old.device)
     hyper = adamw_numbers(
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale
     )

@@ -76,14 +76,12 @@ def on_this_machine(
     library = request.getfixturevalue("emulated_library")
     for name, arguments in cuda._SIGNATURES.items():
         getattr(library, name).argtypes = arguments
-    sizes = (ctypes.c_int64 * 4)()
-    library.lcdd_cuda_tiles(sizes)
 
     def call(function: str, device: torch.device, *arguments: object) -> None:
         assert getattr(library, function)(*arguments, None) == 0
 
     monkeypatch.setattr(cuda, "_DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "_library", lambda: (library, tuple(sizes)))
+    monkeypatch.setattr(cuda, "_library", lambda: library)
     monkeypatch.setattr(cuda, "_call", call)
     monkeypatch.setattr(cuda, "_keep_for_stream", lambda *tables: None)
     return "cpu", lambda op: getattr(cuda, backends.implementation_name(op, "cuda"))
