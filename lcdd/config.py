@@ -167,6 +167,12 @@ class LCDDConfig(TrainConfig):
     moment_dtype: str | None = option(
         None, "dtype of AdamW's moments; null: float32 (float64 for float64 weights)", choices=DTYPES
     )
+    gating: str = option(
+        "optimizer",
+        "where gates meet the weights: in the optimizer step, or inside every forward (a second route to the same "
+        "gradients, slower)",
+        choices=("optimizer", "forward"),
+    )
     pack: str = option(
         "auto",
         "weight gradients on the open block alone where that pays, or never",

@@ -24,6 +24,7 @@ from lcdd.config import LCDDConfig
 from lcdd.dual import DualController
 from lcdd.gates import GateLayout, Gates
 from lcdd.models import PreTrainedModel, check_same_architecture, projections, shape_of, unmasked_parameters
+from lcdd.modules import ForwardGates
 from lcdd.packed import PackedGradLinear, PackPlan
 from lcdd_kernels import delta_adamw_, delta_grad_stats, weight_eff_
 
@@ -129,7 +130,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self.last_loss = self.grad_norm = math.nan
         self._observed: float | Tensor | None = None
         self._in_eval = False
-        self._plan = PackPlan.for_sites(sites, layout, config) if config.pack == "auto" else None
+        self._forward = self._forward_route() if config.gating == "forward" else None
+        packs = config.pack == "auto" and self._forward is None
+        self._plan = PackPlan.for_sites(sites, layout, config) if packs else None
         self._handles = [
             model.register_forward_pre_hook(self._refuse_sampled_evaluation),
             model.register_state_dict_pre_hook(self._refuse_sampled_state),
@@ -162,11 +165,18 @@ class LCDDOptimizer(torch.optim.Optimizer):
         loss = self._take_loss(loss)
         grads, layouts = self._gradients()
         deltas, old = self._state_of("delta"), self.gates.values
-        d_gate, sq_norm = delta_grad_stats(
-            grads, deltas, old, self._maps, layouts=layouts, rank=self.gates.rank if layouts else None
-        )
+        if self._forward is None:
+            chained = None
+            d_gate, sq_norm = delta_grad_stats(
+                grads, deltas, old, self._maps, layouts=layouts, rank=self.gates.rank if layouts else None
+            )
+        else:  # autograd has been through the gates: nothing is left to chain or to mask
+            chained = self.gates.logits.grad
+            d_gate, old = torch.zeros_like(old), torch.ones_like(old)
+            sq_norm = sum((grad.float().square().sum() for grad in grads), old.new_zeros(()))
         sq_norm = sq_norm + sum(p.grad.float().square().sum() for p in self._unmasked() if p.grad is not None)
-        norm, probe = torch.stack([sq_norm.sqrt(), d_gate.sum().to(sq_norm.dtype)]).tolist()
+        gate_sum = (d_gate if chained is None else chained).sum()
+        norm, probe = torch.stack([sq_norm.sqrt(), gate_sum.to(sq_norm.dtype)]).tolist()
         if not all(map(math.isfinite, (loss, norm, probe))):
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
@@ -179,7 +189,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
 
         frozen = self.gates_frozen
         if not frozen:
-            self.gates.logits.grad = self.gates.logits_grad(d_gate, l0_weight=self.dual.penalty)
+            d_logits = self.gates.logits_grad(d_gate, l0_weight=self.dual.penalty)
+            self.gates.logits.grad = d_logits if chained is None else d_logits + chained
             self._inner_step("gates", group=1)
             self.gates.logits.grad = None
         self.dual.update(loss, frozen=frozen)
@@ -221,6 +232,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
         for site in self._sites:
             if isinstance(site.linear, PackedGradLinear):
                 site.linear.zero_packed_grad()
+        for delta in self._forward.deltas.values() if self._forward is not None else ():
+            delta.grad = None
 
     @property
     def gates_frozen(self) -> bool:
@@ -277,6 +290,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
         if self._plan is not None:
             self._plan.restore()
             self._plan = None
+        if self._forward is not None:
+            self._forward.restore()
+            self._forward = None
 
     def masked(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
         """name -> (weight_base, delta, gate map) of every masked linear, in order."""
@@ -385,6 +401,14 @@ class LCDDOptimizer(torch.optim.Optimizer):
                 state[key] = torch.zeros_like(weight, dtype=moment_dtype)
         return state
 
+    def _forward_route(self) -> ForwardGates:
+        """The model's projections swapped for ones that apply the gates themselves, on this optimizer's θ and Δ."""
+        deltas = dict(zip(self.names, self._state_of("delta"), strict=True))
+        for delta in deltas.values():
+            delta.requires_grad_(self.config.train_delta)
+        c, logits = self.config, self.gates.logits
+        return ForwardGates.attach(self.model, self.base, kind=c.gate_kind, logits=logits, seed=c.seed, deltas=deltas)
+
     def _state_of(self, key: str) -> list[Tensor]:
         return [self.state[weight][key] for weight in self._weights]
 
@@ -402,19 +426,28 @@ class LCDDOptimizer(torch.optim.Optimizer):
         return float(loss)
 
     def _gradients(self) -> tuple[list[Any], list[str] | None]:
-        """G of every masked weight, dense or packed, and the layouts where any is packed."""
+        """G of every masked weight, dense or packed, and the layouts where any is packed (forward route: dΔ)."""
+        if self._forward is not None:
+            trained = self._forward.deltas if self.config.train_delta else {}
+            return [self._present(name, delta.grad) for name, delta in trained.items()], None
         grads, layouts = [], []
         for name, site in zip(self.names, self._sites, strict=True):
             packed = isinstance(site.linear, PackedGradLinear) and site.linear.layout != "dense"
             grad = site.linear.packed_grad if packed else site.linear.weight.grad
-            if grad is None:
-                raise ValueError(f"{name}.weight: expected a gradient from backward(), got none")
-            grads.append(grad)
+            grads.append(self._present(name, grad))
             layouts.append(site.linear.layout if packed else "dense")
         return grads, layouts if any(kind != "dense" for kind in layouts) else None
 
+    @staticmethod
+    def _present(name: str, grad: Any) -> Any:
+        if grad is None:
+            raise ValueError(f"{name}.weight: expected a gradient from backward(), got none")
+        return grad
+
     def _draw_gates(self, *, training: bool) -> None:
         self.gates.draw(step=self.completed_steps + 1, training=training)
+        if self._forward is not None:
+            self._forward.draw(step=self.completed_steps + 1, training=training)
         if self._plan is not None:
             self._plan.update(self.gates)
 

@@ -170,6 +170,29 @@ def test_packed_gradients_train_exactly_as_dense_ones_do(kind, monkeypatch):
     torch.testing.assert_close(runs["auto"][1].gates.logits, runs["never"][1].gates.logits, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["hard_concrete", "heaviside_ste"])
+def test_the_forward_route_trains_as_the_optimizer_route_does(kind):
+    runs = {}
+    for gating in ("optimizer", "forward"):
+        base, tuned = models(torch.float64)
+        optimizer = attach(tuned, base, gating=gating, gate_kind=kind, gate_optimizer="sgd", total_steps=8)
+        losses = train(tuned, optimizer, 8, micro_batches=2)  # the last steps are frozen ones
+        folded = optimizer.fold().eval()
+        with torch.no_grad():
+            runs[gating] = (losses, optimizer.gates.logits.detach(), folded(TOKENS).logits)
+    assert runs["forward"][0] == pytest.approx(runs["optimizer"][0], rel=1e-7)
+    torch.testing.assert_close(runs["forward"][1], runs["optimizer"][1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(runs["forward"][2], runs["optimizer"][2], rtol=1e-5, atol=1e-5)
+
+
+def test_the_forward_route_trains_masks_alone():
+    base, tuned = models()
+    optimizer = attach(tuned, base, gating="forward", train_delta=False)
+    logits = optimizer.gates.logits.detach().clone()
+    train(tuned, optimizer, 2)
+    assert not torch.equal(optimizer.gates.logits, logits)
+
+
 @pytest.mark.parametrize("unmasked", [False, True])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(unmasked):
     settings = {"train_unmasked": unmasked, "gate_optimizer": "sgd", "gate_momentum": 0.9, "moment_dtype": "float32"}
