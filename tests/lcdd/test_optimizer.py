@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lcdd.config import LCDDConfig
@@ -278,5 +278,5 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match=r"base: expected .*torch.float32.*torch.float64"):
         attach(tuned, models(torch.float64)[0])
     optimizer = attach(tuned, base)
-    with pytest.raises(ValueError, match="q_proj.weight: expected a gradient"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight: expected a gradient"):
         optimizer.step(1.0)
