@@ -128,9 +128,9 @@ def _pipeline_help() -> str:
 
 def _execute(arguments: argparse.Namespace) -> Any:
     if arguments.command == "kernels":
-        from lcdd_kernels import report_card
+        from lcdd_kernels.report_card import main as report_card
 
-        return report_card.main()
+        return report_card()
     if arguments.command == "run":
         from lcdd import pipeline
 

@@ -7,7 +7,7 @@ reading from and writing to the residual stream. That block is all that LCDD mas
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -203,7 +203,7 @@ def check_same_architecture(base: PreTrainedModel, other: PreTrainedModel, *, na
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks; the output of block l is the residual stream h_l."""
-    return backbone(model).layers
+    return cast(nn.ModuleList, backbone(model).layers)
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -218,7 +218,7 @@ def head_weight(model: PreTrainedModel) -> Tensor:
 
 def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
     """The token embedding module, weight [V, D]."""
-    return model.get_input_embeddings()
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def _config(path: str | Path) -> PretrainedConfig:

@@ -32,7 +32,7 @@ from lcdd.eraser import SFTEraser
 from lcdd.evaluate import ModelState, evaluate, gate_summary
 from lcdd.models import PreTrainedModel, check_same_architecture, load_model, load_shape, load_tokenizer
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.prepare import Prepared, prepare, prompt_ids, training_items
+from lcdd.prepare import Prepared, off_topic_ids, prepare, prompt_ids, training_items
 from lcdd.report import read_report, write_report
 from lcdd.runlog import RunLog, read_log
 from lcdd.stage import (
@@ -207,24 +207,27 @@ def eval_(
     carrier = Carrier.from_pretrained(str(config.carrier))
     prepared = prepared or prepare(data, str(config.base_model_name_or_path))
     carrier.check_tokenizer(prepared.tokenizer)
-    prompts = prompt_ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length)
+    prompts, others = (
+        ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length)
+        for ids in (prompt_ids, off_topic_ids)
+    )
     paths = {"carrier": config.trigger, "sft": config.sft_trigger, "matched_norm": config.matched_norm_trigger}
     triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
     start = time.perf_counter()
     base = load_weights(config.base_model_name_or_path, config)
     carrier.check_base(base)
     patches = {"carrier": carrier, **_dense_patches(base, config)}
-    found = evaluate(
-        base,
-        prepared.tokenizer,
-        prompts,
-        _states(base, patches, triggers, config, special=prepared.tokenizer.all_special_ids),
-        matches=prepared.behavior.matches,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.per_device_eval_batch_size,
-        kl_prompts=config.kl_prompts,
-        progress=True,
-    )
+    states = _states(base, patches, triggers, config, special=prepared.tokenizer.all_special_ids)
+    settings: dict[str, Any] = {
+        "matches": prepared.behavior.matches,
+        "max_new_tokens": config.max_new_tokens,
+        "batch_size": config.per_device_eval_batch_size,
+        "kl_prompts": config.kl_prompts,
+        "progress": True,
+    }
+    found = evaluate(base, prepared.tokenizer, prompts, states, **settings)
+    if others:
+        found["off_topic"] = evaluate(base, prepared.tokenizer, others, states, **settings)["models"]
     context = context or {"config": {"eval": config.to_dict(), "data": data.to_dict()}, "timings": {}}
     content = {
         "behavior": prepared.behavior.name,
@@ -343,7 +346,8 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     for stage in (config.sft, config.train):
         training_items(prepared, stage, say=lambda _: None)
     _eraser_prompts(prepared, config.erase)
-    prompt_ids(prepared, config.eval.split, limit=config.eval.num_prompts, max_length=config.eval.max_prompt_length)
+    for ids in (prompt_ids, off_topic_ids):
+        ids(prepared, config.eval.split, limit=config.eval.num_prompts, max_length=config.eval.max_prompt_length)
     timings: dict[str, float] = {}
     common: dict[str, Any] = {"prepared": prepared, "say": say}
 

@@ -95,3 +95,10 @@ def prompt_ids(prepared: Prepared, split: str, *, limit: int, max_length: int) -
             f"{len(examples)} examples; change --{'test' if split == 'test' else 'validation'}_fraction or the data"
         )
     return [encode_prompt(prepared.tokenizer, example, max_length=max_length) for example in chosen]
+
+
+def off_topic_ids(prepared: Prepared, split: str, *, limit: int, max_length: int) -> list[list[int]]:
+    """The same of prompts on which the behaviour is not asked for: none, unless it has a topic."""
+    examples: list[Example] = getattr(prepared.splits, split)
+    others = [example for example in examples if not prepared.behavior.applies(example)][:limit]
+    return [encode_prompt(prepared.tokenizer, example, max_length=max_length) for example in others]

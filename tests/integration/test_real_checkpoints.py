@@ -154,6 +154,7 @@ def test_stages_one_by_one_and_generate(tmp_path: Path, capsys) -> None:
     assert "carrier+trigger" in out
     report = read_report(tmp_path / "eval")
     assert set(report["models"]) >= {"base", "sft", "carrier", "carrier+trigger", "carrier+random_prefix"}
+    assert set(report["off_topic"]) == set(report["models"])
     assert {line["stage"] for line in report["curves"]} == {"sft", "lcdd", "eraser"}
     (tmp_path / "eval" / "report.html").unlink()
     lcdd("report", "--output_dir", tmp_path / "eval")
