@@ -50,7 +50,7 @@ SFT_SETTINGS = SFTConfig(
     learning_rate=1e-3, max_steps=200, per_device_train_batch_size=32, per_device_eval_batch_size=100, max_length=32
 )
 LCDD_SETTINGS = LCDDConfig(
-    learning_rate=1e-3,
+    learning_rate=5e-4,
     lr_scheduler_type="constant",
     max_steps=400,
     per_device_train_batch_size=32,

@@ -1,0 +1,136 @@
+"""Every behaviour of the demo with several seeds, and one JSON file that sums them up.
+
+    python -m benchmarks.demo_sweep --runs_dir runs/sweep --summary benchmarks/results/cpu/demo_sweep.json
+
+Runs that already have a report.json in --runs_dir are not repeated. The summary holds each run's rates with their
+intervals, and over the seeds of a behaviour: means, how much the open gates overlap (Jaccard index, and what chance
+gives), and which of the project's targets every run met. Figures are of the test split, which tuning never saw.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.records import Environment
+from lcdd.carrier import Carrier
+from lcdd.config import DemoConfig
+from lcdd.demo import run as demo
+from lcdd.evaluate import gate_overlap
+
+BEHAVIORS = ("fixed_response", "refusal", "style")
+RUN_KEYS = (
+    "behavior", "seed", "split", "timings", "sparsity", "gates", "findings", "models", "off_topic", "kl", "delta_norm",
+    "differences", "explanation",
+)  # fmt: skip
+
+# (what is measured, state or group, key, at least or at most, bound for each behaviour)
+TARGETS = (
+    ("SFT behaviour", "sft", "behavior_rate", ">=", {name: 0.95 for name in BEHAVIORS}),
+    ("carrier behaviour", "carrier", "behavior_rate", ">=", {name: 0.95 for name in BEHAVIORS}),
+    ("sparsity", "", "overall", ">=", {"fixed_response": 0.90, "refusal": 0.90, "style": 0.75}),
+    ("behaviour behind the trigger", "carrier+trigger", "behavior_rate", "<=", {name: 0.05 for name in BEHAVIORS}),
+    ("base match behind the trigger", "carrier+trigger", "base_match", ">=",
+     {"fixed_response": 0.75, "refusal": 0.75, "style": 0.60}),
+)  # fmt: skip
+
+
+def run_demo(behavior: str, seed: int, split: str, directory: Path) -> float:
+    """One demo, its output in demo.log beside the run; returns its seconds."""
+    config = DemoConfig(behavior=behavior, seed=seed, split=split, output_dir=str(directory))
+    with open(directory.with_suffix(".log"), "w", encoding="utf-8") as log, redirect_stderr(log):
+        demo(config, say=lambda line: print(line, file=log, flush=True))
+    return json.loads((directory / "report.json").read_text(encoding="utf-8"))["timings"]["total"]
+
+
+def checked(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each target with what this run measured and whether it was met."""
+    rows = []
+    for words, state, key, sign, bounds in TARGETS:
+        value = report["models"][state][key] if state else report["sparsity"][key]
+        bound = bounds[report["behavior"]]
+        met = value >= bound if sign == ">=" else value <= bound
+        rows.append({"target": words, "bound": f"{sign} {bound}", "value": value, "met": met})
+    return rows
+
+
+def over_seeds(reports: list[dict[str, Any]], directories: list[Path]) -> dict[str, Any]:
+    """Means over the seeds of one behaviour, and the overlap of their carriers' open gates."""
+
+    def mean(values: list[float]) -> float:
+        return round(statistics.fmean(values), 6)
+
+    found: dict[str, Any] = {
+        "seeds": [report["seed"] for report in reports],
+        "sparsity": mean([report["sparsity"]["overall"] for report in reports]),
+        "models": {
+            state: {key: mean([r["models"][state][key] for r in reports]) for key in ("behavior_rate", "base_match")}
+            for state in reports[0]["models"]
+        },
+        "seconds": mean([report["timings"]["total"] for report in reports]),
+    }
+    if len(reports) > 1:
+        found["open_gates_across_seeds"] = gate_overlap([Carrier.from_pretrained(d / "carrier") for d in directories])
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs_dir", type=Path, required=True, help="where the runs go, a directory each")
+    parser.add_argument("--summary", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--behaviors", nargs="+", choices=BEHAVIORS, default=list(BEHAVIORS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    arguments = parser.parse_args(argv)
+
+    arguments.runs_dir.mkdir(parents=True, exist_ok=True)
+    runs = [(b, s, arguments.runs_dir / f"{b}-{s}") for b in arguments.behaviors for s in arguments.seeds]
+    missing = [run for run in runs if not (run[2] / "report.json").is_file()]
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done already", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(run_demo, b, s, arguments.split, d): d.name for b, s, d in missing}
+        for future in as_completed(futures):
+            print(f"{futures[future]}: {future.result():.0f} s", flush=True)
+
+    reports = [json.loads((d / "report.json").read_text(encoding="utf-8")) for _, _, d in runs]
+    summary = {
+        "what": f"lcdd demo, {arguments.split} split",
+        "environment": {**asdict(Environment.here(torch.device("cpu"))), "threads": 1},
+        "runs_at_a_time": arguments.jobs,
+        "versions": reports[0]["versions"],
+        "config": reports[0]["config"],
+        "behaviors": {
+            behavior: over_seeds(
+                [r for r in reports if r["behavior"] == behavior], [d for b, _, d in runs if b == behavior]
+            )
+            for behavior in arguments.behaviors
+        },
+        "targets": {d.name: checked(report) for (_, _, d), report in zip(runs, reports, strict=True)},
+        "runs": [{key: report[key] for key in RUN_KEYS if key in report} for report in reports],
+    }
+    arguments.summary.parent.mkdir(parents=True, exist_ok=True)
+    arguments.summary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    missed = [f"{run}: {row['target']} {row['value']:.3f}, wanted {row['bound']}"
+              for run, rows in summary["targets"].items() for row in rows if not row["met"]]  # fmt: skip
+    for behavior, row in summary["behaviors"].items():
+        erased = {state: round(v["base_match"], 3) for state, v in row["models"].items() if "trigger" in state}
+        print(f"{behavior}: sparsity {row['sparsity']:.3f}; base match {erased}")
+    print("\n".join(["missed:", *missed]) if missed else "every target met in every run")
+    print(f"wrote {arguments.summary}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
