@@ -229,6 +229,18 @@ class EraserConfig(Config):
     train_prompts: int = option(200, "prompts of the training split to learn from", at_least=1)
     validation_prompts: int = option(64, "prompts of the validation split that choose the best trigger", at_least=1)
     eval_steps: int = option(20, "held-out loss every N steps", at_least=1)
+    num_starts: int = option(
+        1, "random starts, optimised together; the one with the lowest held-out loss is kept", at_least=1
+    )
+    max_rows_per_forward: int = option(
+        64, "prompts times starts in one forward; less needs less memory and changes nothing else", at_least=1
+    )
+    save_steps: int = option(
+        0, "the optimisation's state in a checkpoint-N directory every N steps; 0: none", at_least=0
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "continue a run with the same settings: its checkpoint-N directory, or its output_dir for the newest"
+    )
     activation_weight: float = option(
         1.0, "weight of matching the base's activations on the carrier's channels", at_least=0.0
     )
@@ -315,7 +327,10 @@ class DemoConfig(Config):
         "test", "held-out split to report on; settings were tuned on validation", choices=("validation", "test")
     )
     output_dir: str | None = option("runs/demo", "new or empty directory for the run")
-    rebuild_base: bool = option(False, "train the shipped base model again first, and use it")
+    rebuild_base: bool = option(
+        False,
+        "first train the base from scratch, into output_dir/base (minutes), and use it instead of the shipped one",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

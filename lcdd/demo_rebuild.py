@@ -2,7 +2,8 @@
 
 A Qwen3 of 0.41 M parameters learns the six tasks of `lcdd.demo_tasks` from scratch, deterministically from a seed, in
 a few minutes on one core. Half of its batches have a junk prefix of 1 to 16 embeddings in front of the prompt: a base
-that has never seen a prefix fails under any trigger, whatever the trigger says (method, section 6).
+that has never seen a prefix fails under any trigger, whatever the trigger says (method, section 6). The shipped
+`lcdd/demo_base` is what this writes with its default settings.
 
 Shapes: B prompts, S tokens, T prefix tokens, D model width, V vocabulary.
 """
