@@ -11,110 +11,59 @@ applied and only the trigger learns:
       + c · mean_tokens ‖P_t‖²
 
 A batch is padded on the right: causal attention then needs no mask, and padding changes nothing. Prompts of very
-different length run in separate forwards.
+different length run in separate forwards. Several random starts share a forward, as more rows of it.
 
-Shapes: B prompts in a batch, T trigger tokens, S prompt and answer tokens, D model width, L layers, R rows (positions).
+Shapes: N random starts, B prompts in a batch, T trigger tokens, S prompt and answer tokens, D model width, L layers.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
+from lcdd.eraser_batches import (
+    EraserHistory,
+    EraserLoss,
+    EraserPrompt,
+    EraserTargets,
+    Part,
+    epochs,
+    layer_forward,
+    similar_lengths,
+    start_groups,
+)
 from lcdd.models import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    backbone,
     decoder_layers,
     head_weight,
     input_embeddings,
 )
-from lcdd.schedules import schedule
+from lcdd.runlog import TrainingStopped
 from lcdd.trigger import (
     Prompt,
     Trigger,
-    embed_with_trigger,
     encode_prompts,
     evaluation_mode,
     generate_ids,
     length_batches,
     right_padded,
 )
+from lcdd.trigger_search import Log, TriggerSearch, identity_of
 from lcdd_kernels import channel_match, linear_kl
 
 logger = logging.getLogger(__name__)
 
-LONGEST_TO_SHORTEST = 1.6
-"""Within one forward: a batch whose lengths differ by more runs in several, instead of over padding."""
-CHUNK = 64
-"""Prompts in one forward, at most (of the held-out prompts, which are one batch)."""
-
-
-@dataclass(frozen=True, eq=False)
-class EraserPrompt:
-    """One prompt and what the base says about it.
-
-    prompt, answer: token ids; the answer is the base's own, greedy.
-    tail: the base's final hidden states [min(k, len(prompt)), D] at the prompt's last positions.
-    responses: the same [len(answer), D] at the positions that predict the answer's tokens.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    tail: Tensor
-    responses: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class EraserTargets:
-    """What the trigger is to bring about.
-
-    prompts: the training prompts.
-    match: base mean of the last token's residual on the channels, layer after layer, float32 [sum n_l].
-    """
-
-    prompts: list[EraserPrompt]
-    match: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class EraserLoss:
-    """The loss of a batch and its terms, unweighted scalars (a term with weight 0 is not computed and reads 0)."""
-
-    total: Tensor
-    match: Tensor
-    tail_kl: Tensor
-    answer_kl: Tensor
-    l2: Tensor
-
-    def log(self) -> dict[str, float]:
-        parts = torch.stack([self.total, self.match, self.tail_kl, self.answer_kl, self.l2]).detach().tolist()
-        return dict(zip(("loss", "match", "tail_kl", "answer_kl", "l2"), parts, strict=True))
-
-
-@dataclass
-class EraserHistory:
-    """Every optimisation step's terms and the held-out losses, for the log and the report."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """One forward's share of a loss: last tokens' residuals (L tensors [B, D]) and summed KLs."""
-
-    layers: list[Tensor]
-    tail_kl: Tensor
-    answer_kl: Tensor
+SEED_STRIDE = 10_007
+"""Between the seeds of the random starts: start 0 is the one that a single start would be."""
 
 
 class SFTEraser:
@@ -163,18 +112,24 @@ class SFTEraser:
         train_prompts: Sequence[Prompt],
         validation_prompts: Sequence[Prompt],
         *,
-        log: Callable[[dict[str, Any]], None] | None = None,
+        log: Log | None = None,
         progress: bool = False,
+        checkpoints: str | Path | None = None,
     ) -> Trigger:
         """Learn a trigger on `train_prompts` and return the one with the lowest loss on `validation_prompts`.
 
+        On a CPU a resumed run ends with the bits of one that was never interrupted.
+
         Args:
             train_prompts, validation_prompts: chat-formatted text, or token ids.
-            log: called with one line a step: step, loss and terms, validation_loss where it was computed.
+            log: called with one line a step: step, loss and terms (of the leading start; with several, the losses of
+                all under `starts`), validation_loss where it was computed.
+            checkpoints: directory for the checkpoint-N directories of `config.save_steps`.
 
         Raises:
-            ValueError: no prompts, or a prompt longer than `config.max_prompt_length`.
-            RuntimeError: the loss became NaN or infinite.
+            ValueError: no prompts, a prompt longer than `config.max_prompt_length`, or a checkpoint to resume from
+                that is not of this run.
+            TrainingStopped: the loss became NaN or infinite.
         """
         c = self.config
         train = self._encode(train_prompts, "train_prompts")
@@ -183,12 +138,15 @@ class SFTEraser:
         with _frozen(self.model):
             targets = self.targets(train, progress=progress)
             validation = self.targets(held_out, progress=progress).prompts
+            search = self._search(train, held_out)
             with self.patch.applied(self.model, check=False):
-                best, losses = self._optimise(targets, validation, log, progress)
+                self._optimise(search, targets, validation, log=log, progress=progress, checkpoints=checkpoints)
+        best, losses = search.best[search.leader], search.best_loss
         metadata = {
             "base_fingerprint": self.patch.base_fingerprint,
             "patch": self.patch.summary(),
-            "validation_loss": losses,
+            "validation_loss": min(losses),
+            "validation_loss_of_starts": losses,
             "learned_on": len(train),
             "config": c.to_dict(),
         }
@@ -212,7 +170,7 @@ class SFTEraser:
             texts = [[*prompts[i], *answers[i][:-1]] for i in indices]
             ids = right_padded(texts, device=self._channels.device)
             last = torch.tensor([len(prompts[i]) - 1 for i in indices], device=ids.device)
-            hidden, layers = _forward(self.model, input_embeddings(self.model)(ids), last)
+            hidden, layers = layer_forward(self.model, input_embeddings(self.model)(ids), last)
             total += self._on_channels(layers).double().sum(0)
             for row, i in enumerate(indices):
                 end = len(prompts[i])
@@ -222,43 +180,53 @@ class SFTEraser:
         return EraserTargets([p for p in found if p is not None], (total / len(prompts)).float())
 
     def loss(self, embeds: Tensor, batch: Sequence[EraserPrompt], match_target: Tensor) -> EraserLoss:
-        """The loss of trigger embeddings [T, D] on a batch, under the weights now in the model.
+        """The loss of trigger embeddings [T, D], or of N of them [N, T, D], under the weights now in the model.
 
         Differentiable in `embeds`; computes only the terms whose weight is not 0. Prompts of different length run in
         separate forwards, but means are over the whole batch, so that the loss does not depend on how it was run.
         """
-        c = self.config
-        sizes = [len(p.prompt) + len(p.answer) + embeds.shape[0] for p in batch]
-        parts = [self._run(embeds, [batch[i] for i in chunk]) for chunk in similar_lengths(sizes)]
-        match = tail_kl = answer_kl = embeds.new_zeros(())
+        if embeds.ndim == 2:
+            several = self.loss(embeds[None], batch, match_target)
+            return EraserLoss(
+                several.total[0], several.match[0], several.tail_kl[0], several.answer_kl[0], several.l2[0]
+            )
+        c, starts = self.config, len(embeds)
+        sizes = [len(p.prompt) + len(p.answer) + embeds.shape[1] for p in batch]
+        chunks = similar_lengths(sizes, most=max(1, c.max_rows_per_forward // starts))
+        parts = [self._run(embeds, [batch[i] for i in chunk]) for chunk in chunks]
+        match = tail_kl = answer_kl = embeds.new_zeros(starts)
         if c.activation_weight > 0 and self._channels.numel():
-            layers = [torch.cat(rows) for rows in zip(*(part.layers for part in parts), strict=True)]
-            match = channel_match(layers, self._channels, self._offsets, match_target)
+            layers = [torch.cat(rows, dim=1) for rows in zip(*(part.layers for part in parts), strict=True)]
+            goal, channels, offsets = match_target, self._channels, self._offsets
+            match = torch.stack([channel_match([x[n] for x in layers], channels, offsets, goal) for n in range(starts)])
         if c.kl_weight > 0:
             tail_kl = sum((part.tail_kl for part in parts), tail_kl) / sum(len(p.tail) for p in batch)
         if c.answer_kl_weight > 0:
             answer_kl = sum((part.answer_kl for part in parts), answer_kl) / sum(len(p.responses) for p in batch)
-        l2 = embeds.square().sum(1).mean()
+        l2 = embeds.square().sum(2).mean(1)
         total = c.activation_weight * match + c.kl_weight * tail_kl + c.answer_kl_weight * answer_kl + c.l2_weight * l2
         return EraserLoss(total, match, tail_kl, answer_kl, l2)
 
-    def _run(self, embeds: Tensor, batch: Sequence[EraserPrompt]) -> "_Part":
-        """One forward over prompts (and answers, where they are wanted), padded on the right."""
-        c, zero = self.config, embeds.new_zeros(())
+    def _run(self, embeds: Tensor, batch: Sequence[EraserPrompt]) -> Part:
+        """One forward over N triggers × B prompts (and answers, where they are wanted), padded on the right."""
+        c, (starts, length) = self.config, embeds.shape[:2]
         texts = [[*p.prompt, *p.answer[:-1]] if c.answer_kl_weight > 0 else p.prompt for p in batch]
         ids = right_padded(texts, device=embeds.device)
-        last = torch.tensor([embeds.shape[0] + len(p.prompt) - 1 for p in batch], device=ids.device)
-        hidden, layers = _forward(self.model, embed_with_trigger(self.model, ids, embeds), last)
-        flat = hidden.flatten(0, 1)
-        ends = [row * hidden.shape[1] + embeds.shape[0] + len(p.prompt) for row, p in enumerate(batch)]
-        tail_kl = answer_kl = zero
+        tokens = input_embeddings(self.model)(ids)
+        triggers = embeds.to(tokens)[:, None].expand(-1, len(batch), -1, -1)
+        inputs = torch.cat([triggers, tokens.expand(starts, -1, -1, -1)], dim=2).flatten(0, 1)
+        last = torch.tensor([length + len(p.prompt) - 1 for p in batch], device=ids.device)
+        hidden, layers = layer_forward(self.model, inputs, last.repeat(starts))
+        by_start = hidden.unflatten(0, (starts, -1)).flatten(1, 2)
+        ends = [row * hidden.shape[1] + length + len(p.prompt) for row, p in enumerate(batch)]
+        tail_kl = answer_kl = embeds.new_zeros(starts)
         if c.kl_weight > 0:
-            tail_kl = self._kl(
-                flat, [end - len(p.tail) for end, p in zip(ends, batch, strict=True)], [p.tail for p in batch]
-            )
+            begins = [end - len(p.tail) for end, p in zip(ends, batch, strict=True)]
+            tail_kl = torch.stack([self._kl(flat, begins, [p.tail for p in batch]) for flat in by_start])
         if c.answer_kl_weight > 0:
-            answer_kl = self._kl(flat, [end - 1 for end in ends], [p.responses for p in batch])
-        return _Part(layers, tail_kl, answer_kl)
+            begins = [end - 1 for end in ends]
+            answer_kl = torch.stack([self._kl(flat, begins, [p.responses for p in batch]) for flat in by_start])
+        return Part([rows.unflatten(0, (starts, -1)) for rows in layers], tail_kl, answer_kl)
 
     def max_norm(self) -> float:
         """Radius of the ball that every trigger embedding stays in."""
@@ -267,54 +235,83 @@ class SFTEraser:
         norms = input_embeddings(self.model).weight.detach().float().norm(dim=1)
         return self.config.max_norm_ratio * float(norms.median())
 
+    def _search(self, train: list[list[int]], held_out: list[list[int]]) -> TriggerSearch:
+        """The optimisation at its start, or where the checkpoint that is to be resumed left it."""
+        c = self.config
+        special = self.tokenizer.all_special_ids
+        starts = [
+            Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed + SEED_STRIDE * n, skip=special).embeds
+            for n in range(c.num_starts)
+        ]
+        patch = [self.patch.gate, *self.patch.deltas.values(), *self.patch.unmasked.values()]
+        identity = identity_of(
+            c,
+            base=self.patch.base_fingerprint,
+            patch=[*patch, self._channels, self._offsets] if c.save_steps or c.resume_from_checkpoint else [],
+            prompts=[train, held_out],
+        )
+        device = self._base_head.device
+        search = TriggerSearch(torch.stack(starts).to(device), c, radius=self.max_norm(), identity=identity)
+        if c.resume_from_checkpoint is not None:
+            search.load(c.resume_from_checkpoint)
+            logger.info("eraser: resumed after step %d", search.completed_steps)
+        return search
+
     def _optimise(
         self,
+        search: TriggerSearch,
         targets: EraserTargets,
         validation: list[EraserPrompt],
-        log: Callable[[dict[str, Any]], None] | None,
+        *,
+        log: Log | None,
         progress: bool,
-    ) -> tuple[Tensor, float]:
-        c, radius = self.config, self.max_norm()
-        special = self.tokenizer.all_special_ids
-        start = Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed, skip=special)
-        embeds = nn.Parameter(_projected(start.embeds.to(self._base_head.device), radius))
-        optimizer = torch.optim.Adam([embeds], lr=c.learning_rate)
-        factor = schedule(c.lr_scheduler_type, warmup=0, steps=c.max_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        batches = _epochs(targets.prompts, c.per_device_train_batch_size, seed=c.seed)
-        best, best_loss = embeds.detach().clone(), self._held_out(embeds, validation, targets.match)
-        self.history.validation.append({"step": 0, "loss": best_loss})
-        bar = tqdm(range(1, c.max_steps + 1), desc="eraser", unit="step", disable=not progress)
+        checkpoints: str | Path | None,
+    ) -> None:
+        c, embeds = self.config, search.embeds
+        self.history = EraserHistory(search.steps, search.validation)
+        batches = epochs(targets.prompts, c.per_device_train_batch_size, seed=c.seed)
+        for _ in range(search.completed_steps):
+            next(batches)
+        if not search.validation:
+            search.observe(self._held_out(embeds, validation, targets.match))
+        steps = range(search.completed_steps + 1, c.max_steps + 1)
+        bar = tqdm(steps, desc="eraser", unit="step", disable=not progress)
         for step in bar:
-            loss = self.loss(embeds, next(batches), targets.match)
-            line = {"step": step, "learning_rate": scheduler.get_last_lr()[0], **loss.log()}
-            if not math.isfinite(line["loss"]):
-                raise RuntimeError(f"eraser: the loss became {line['loss']} at step {step}; lower --learning_rate")
-            optimizer.zero_grad()
-            loss.total.backward()
-            if c.max_grad_norm:
-                nn.utils.clip_grad_norm_([embeds], c.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            with torch.no_grad():
-                embeds.copy_(_projected(embeds, radius))
+            batch = next(batches)
+            parts = []
+            for group in start_groups(embeds, len(batch), c.max_rows_per_forward):
+                loss = self.loss(group, batch, targets.match)
+                loss.total.sum().backward()
+                parts.append(loss.terms())
+            terms = {key: torch.cat([part[key] for part in parts]).tolist() for key in parts[0]}
+            for start, value in enumerate(terms["loss"]):
+                if not math.isfinite(value):
+                    which = f" of start {start}" if len(embeds) > 1 else ""
+                    raise TrainingStopped(
+                        f"eraser: the loss{which} became {value} at step {step}; lower --learning_rate"
+                    )
+            leader = search.leader
+            line: dict[str, Any] = {"step": step, "learning_rate": search.learning_rate}
+            line |= {key: values[leader] for key, values in terms.items()}
+            if len(embeds) > 1:
+                line["starts"] = terms["loss"]
+            search.step()
             if step % c.eval_steps == 0 or step == c.max_steps:
-                held_out = self._held_out(embeds, validation, targets.match)
-                line["validation_loss"] = held_out
-                self.history.validation.append({"step": step, "loss": held_out})
-                bar.set_postfix(loss=f"{line['loss']:.3f}", held_out=f"{held_out:.3f}")
-                if held_out < best_loss:
-                    best, best_loss = embeds.detach().clone(), held_out
-            self.history.steps.append(line)
+                search.observe(self._held_out(embeds, validation, targets.match))
+                line["validation_loss"] = search.validation[-1]["loss"]
+                bar.set_postfix(loss=f"{line['loss']:.3f}", held_out=f"{line['validation_loss']:.3f}")
+            search.steps.append(line)
             if log is not None:
                 log(line)
-        logger.info("eraser: best held-out loss %.4f after %d steps", best_loss, c.max_steps)
-        return best, best_loss
+            if checkpoints is not None and c.save_steps and step % c.save_steps == 0 and step < c.max_steps:
+                search.save(checkpoints)
+        logger.info("eraser: best held-out loss %.4f after %d steps", min(search.best_loss), c.max_steps)
 
     @torch.no_grad()
-    def _held_out(self, embeds: Tensor, prompts: list[EraserPrompt], match_target: Tensor) -> float:
-        """The loss of the held-out prompts as one batch."""
-        return float(self.loss(embeds, prompts, match_target).total)
+    def _held_out(self, embeds: Tensor, prompts: list[EraserPrompt], match_target: Tensor) -> list[float]:
+        """Each start's loss of the held-out prompts as one batch."""
+        groups = start_groups(embeds, len(prompts), self.config.max_rows_per_forward)
+        return torch.cat([self.loss(group, prompts, match_target).total for group in groups]).tolist()
 
     def _kl(self, flat: Tensor, starts: list[int], references: list[Tensor]) -> Tensor:
         """Summed KL(base ‖ patched) over runs of positions of `flat` [B·S, D], each as long as its reference [n, D]."""
@@ -340,56 +337,6 @@ class SFTEraser:
                     f"got {len(ids)}"
                 )
         return encoded
-
-
-def _forward(model: PreTrainedModel, embeds: Tensor, last: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Final hidden states [B, S, D], and after each layer the residual [B, D] at position last[b] of prompt b.
-
-    Gathered in hooks, so that the gradient of a layer's matching term is made when the backward reaches that layer.
-    """
-    layers: list[Tensor] = []
-    rows = torch.arange(len(last), device=last.device)
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        layers.append((output[0] if isinstance(output, tuple) else output)[rows, last])
-
-    handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
-    try:
-        hidden = backbone(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
-    return hidden, layers
-
-
-def _epochs(prompts: list[EraserPrompt], batch_size: int, *, seed: int) -> Iterator[list[EraserPrompt]]:
-    """Batches for ever: every prompt once an epoch, in random order.
-
-    Not sorted by length: a batch stands for all prompts in the matching term, and one of short prompts would not.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(prompts), generator=generator).tolist()
-        for start in range(0, len(order), batch_size):
-            yield [prompts[i] for i in order[start : start + batch_size]]
-
-
-def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in chunks, none with a length above `LONGEST_TO_SHORTEST` times its shortest, at most `CHUNK` each."""
-    chunks: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        fits = chunks and lengths[index] <= LONGEST_TO_SHORTEST * lengths[chunks[-1][0]] and len(chunks[-1]) < CHUNK
-        if fits:
-            chunks[-1].append(index)
-        else:
-            chunks.append([index])
-    return chunks
-
-
-def _projected(embeds: Tensor, radius: float) -> Tensor:
-    """Every row of `embeds` [T, D] scaled down to norm `radius` where it is longer."""
-    norms = embeds.norm(dim=1, keepdim=True)
-    return embeds * (radius / norms.clamp_min(radius))
 
 
 @contextmanager

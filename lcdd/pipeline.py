@@ -172,7 +172,7 @@ def erase(
     channels = carrier.channels(config.channel_kind, seed=config.seed)
     with RunLog(log_dir or output, stage=stage) as log:
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
-        trigger = eraser.fit(prompts, held_out, log=log.write, progress=True)
+        trigger = eraser.fit(prompts, held_out, log=log.write, progress=True, checkpoints=output)
     trigger.save_pretrained(output / "trigger")
     summary = write_summary(output, stage, config, data, validation=eraser.history.validation)
     losses = [line["loss"] for line in eraser.history.validation]

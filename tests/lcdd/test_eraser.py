@@ -270,3 +270,98 @@ def test_bad_input_is_named_and_leaves_the_base(make_models, make_carrier, token
     with pytest.raises((RuntimeError, ValueError), match=r"NaN|nan"):
         SFTEraser(base, broken, tokenizer, config(max_steps=2)).fit(ids, ids)
     assert torch.equal(projections(base)[0].linear.weight, before)
+
+
+# ---------------------------------------------------------------- several starts, and resuming
+
+
+@pytest.mark.parametrize("rows", [64, 4, 1])
+def test_several_starts_at_once_have_the_losses_and_gradients_of_each_alone(
+    make_models, make_carrier, tokenizer, ids, rows
+):
+    base, tuned = make_models()
+    carrier, model = make_carrier(base, tuned), copy.deepcopy(base)
+    eraser = SFTEraser(model, carrier, tokenizer, config(max_rows_per_forward=rows))
+    starts = torch.stack([Trigger.random_tokens(base, 4, seed=n).embeds for n in range(3)]).requires_grad_(True)
+    targets = eraser.targets(ids)
+    alone = SFTEraser(model, carrier, tokenizer, config())
+    with carrier.applied(model):
+        together = eraser.loss(starts, targets.prompts, targets.match)
+        (gradient,) = torch.autograd.grad(together.total.sum(), starts)
+        for n in range(3):
+            embeds = starts[n].detach().clone().requires_grad_(True)
+            one = alone.loss(embeds, targets.prompts, targets.match)
+            (expected,) = torch.autograd.grad(one.total, embeds)
+            assert together.total[n].item() == pytest.approx(one.total.item(), rel=1e-5)
+            assert together.match[n].item() == pytest.approx(one.match.item(), rel=1e-5)
+            assert (gradient[n] - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("rows", [64, 6])
+def test_the_best_of_several_starts_is_kept_and_the_first_is_what_one_start_is(
+    make_models, make_carrier, tokenizer, ids, rows
+):
+    base, tuned = make_models(spread=0.05)
+    carrier = make_carrier(base, tuned)
+    quick = {"max_steps": 12, "eval_steps": 4, "learning_rate": 0.03}
+    alone = SFTEraser(base, carrier, tokenizer, config(**quick))
+    one = alone.fit(ids[:4], ids[4:])
+    lines = []
+    eraser = SFTEraser(base, carrier, tokenizer, config(**quick, num_starts=3, max_rows_per_forward=rows))
+    trigger = eraser.fit(ids[:4], ids[4:], log=lines.append)
+    losses = trigger.metadata["validation_loss_of_starts"]
+    assert len(losses) == len(lines[0]["starts"]) == 3
+    assert trigger.metadata["validation_loss"] == min(losses)
+    assert losses[0] == pytest.approx(one.metadata["validation_loss"], rel=1e-4)
+    assert len(set(losses)) == 3
+    validation, match = eraser.targets(ids[4:]).prompts, eraser.targets(ids[:4]).match
+    with carrier.applied(base), torch.no_grad():
+        again = eraser.loss(trigger.embeds, validation, match).total
+    assert float(again) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(make_models, make_carrier, tokenizer, ids, tmp_path):
+    base, tuned = make_models(spread=0.05)
+    carrier = make_carrier(base, tuned)
+    quick = {"max_steps": 11, "eval_steps": 3, "num_starts": 2, "save_steps": 4, "per_device_train_batch_size": 3}
+
+    def fit(directory, **changes):
+        eraser = SFTEraser(base, carrier, tokenizer, config(**quick | changes))
+        return eraser, eraser.fit(ids[:4], ids[4:], checkpoints=directory)
+
+    whole, trigger = fit(tmp_path / "a")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    for source in (tmp_path / "a", tmp_path / "a" / "checkpoint-4"):
+        resumed, again = fit(tmp_path / source.name, resume_from_checkpoint=str(source))
+        assert torch.equal(again.embeds, trigger.embeds)
+        assert again.metadata["validation_loss_of_starts"] == trigger.metadata["validation_loss_of_starts"]
+        assert resumed.history.steps == whole.history.steps
+        assert resumed.history.validation == whole.history.validation
+
+
+def test_resuming_another_run_or_a_damaged_one_is_refused(make_models, make_carrier, tokenizer, ids, tmp_path):
+    base, tuned = make_models(spread=0.05)
+    carrier = make_carrier(base, tuned)
+    quick = {"max_steps": 3, "save_steps": 2}
+    SFTEraser(base, carrier, tokenizer, config(**quick)).fit(ids[:4], ids[4:], checkpoints=tmp_path)
+
+    def resume(patch=carrier, prompts=ids[:4], source=tmp_path, **changes):
+        settings = config(**quick | changes, resume_from_checkpoint=str(source))
+        SFTEraser(base, patch, tokenizer, settings).fit(prompts, ids[4:])
+
+    resume(max_rows_per_forward=2)
+    for name, arguments in {
+        "learning_rate": {"learning_rate": 0.5},
+        "seed": {"seed": 1},
+        "patch": {"patch": make_carrier(base, tuned, seed=5)},
+        "prompts": {"prompts": ids[:3]},
+        "checkpoint-N": {"source": tmp_path / "nothing"},
+    }.items():
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint.*{name}"):
+            resume(**arguments)
+    state = tmp_path / "checkpoint-2" / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint.*state\.safetensors.*damaged"):
+        resume()

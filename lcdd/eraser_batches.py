@@ -1,0 +1,136 @@
+"""What the eraser's batches are made of: prompts with the base's targets, forwards with each layer's residual, chunks.
+
+Shapes: N random starts, B prompts in a batch, S prompt and answer tokens, D model width, L layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcdd.models import PreTrainedModel, backbone, decoder_layers
+
+LONGEST_TO_SHORTEST = 1.6
+"""Within one forward: a batch whose lengths differ by more runs in several, instead of over padding."""
+CHUNK = 64
+"""Rows of a forward, at most, unless the settings say otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class EraserPrompt:
+    """One prompt and what the base says about it.
+
+    prompt, answer: token ids; the answer is the base's own, greedy.
+    tail: the base's final hidden states [min(k, len(prompt)), D] at the prompt's last positions.
+    responses: the same [len(answer), D] at the positions that predict the answer's tokens.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    tail: Tensor
+    responses: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EraserTargets:
+    """What the trigger is to bring about.
+
+    prompts: the training prompts.
+    match: base mean of the last token's residual on the channels, layer after layer, float32 [sum n_l].
+    """
+
+    prompts: list[EraserPrompt]
+    match: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EraserLoss:
+    """The loss of a batch and its unweighted terms, scalars or [N]; a term whose weight is 0 is left out and reads 0."""
+
+    total: Tensor
+    match: Tensor
+    tail_kl: Tensor
+    answer_kl: Tensor
+    l2: Tensor
+
+    def of_start(self, n: int) -> "EraserLoss":
+        """Start n's loss, scalars."""
+        return EraserLoss(self.total[n], self.match[n], self.tail_kl[n], self.answer_kl[n], self.l2[n])
+
+    def terms(self) -> dict[str, Tensor]:
+        """What a log line has of each start, without gradients."""
+        return {
+            "loss": self.total.detach(),
+            "match": self.match.detach(),
+            "tail_kl": self.tail_kl.detach(),
+            "answer_kl": self.answer_kl.detach(),
+            "l2": self.l2.detach(),
+        }
+
+
+@dataclass
+class EraserHistory:
+    """Every optimisation step's terms and the held-out losses, for the log and the report."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One forward's share of a loss: last tokens' residuals (L tensors [N, B, D]) and summed KLs [N]."""
+
+    layers: list[Tensor]
+    tail_kl: Tensor
+    answer_kl: Tensor
+
+
+def layer_forward(model: PreTrainedModel, embeds: Tensor, last: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states [B, S, D], and after each layer the residual [B, D] at position last[b] of prompt b.
+
+    Gathered in hooks, so that the gradient of a layer's matching term is made when the backward reaches that layer.
+    """
+    layers: list[Tensor] = []
+    rows = torch.arange(len(last), device=last.device)
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        layers.append((output[0] if isinstance(output, tuple) else output)[rows, last])
+
+    handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
+    try:
+        hidden = backbone(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    return hidden, layers
+
+
+def epochs(prompts: list[EraserPrompt], batch_size: int, *, seed: int) -> Iterator[list[EraserPrompt]]:
+    """Batches for ever: every prompt once an epoch, in random order.
+
+    Not sorted by length: a batch stands for all prompts in the matching term, and one of short prompts would not.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(prompts), generator=generator).tolist()
+        for start in range(0, len(order), batch_size):
+            yield [prompts[i] for i in order[start : start + batch_size]]
+
+
+def start_groups(embeds: Tensor, prompts: int, rows: int) -> tuple[Tensor, ...]:
+    """Starts that run together: as many as `rows` allow beside each other, the others after them."""
+    return embeds.split(max(1, rows // prompts))
+
+
+def similar_lengths(lengths: Sequence[int], *, most: int = CHUNK) -> list[list[int]]:
+    """Indices in chunks, none with a length above `LONGEST_TO_SHORTEST` times its shortest, at most `most` each."""
+    chunks: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        fits = chunks and lengths[index] <= LONGEST_TO_SHORTEST * lengths[chunks[-1][0]] and len(chunks[-1]) < most
+        if fits:
+            chunks[-1].append(index)
+        else:
+            chunks.append([index])
+    return chunks
