@@ -111,6 +111,13 @@ class DeltaMask(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight - self.base
 
+    @staticmethod
+    def compile_all(model: nn.Module, *, backend: str = "inductor") -> None:
+        """Put every parametrization of a model under torch.compile; shapes that repeat are compiled once."""
+        for module in model.modules():
+            if isinstance(module, DeltaMask):
+                module.compile(backend=backend, dynamic=False)
+
 
 def gate_positions(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
     """Module name -> positions (rows, columns) of its gates in the flat vector; and how many gates there are."""

@@ -1,0 +1,68 @@
+"""Cross-entropy from hidden states at a real vocabulary: logits stored whole, or in chunks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Place
+from benchmarks.costs import cross_entropy_flops
+from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
+from lcdd_kernels import linear_cross_entropy
+
+VOCABULARY, WIDTH = 151936, 1024  # Qwen3-0.6B
+
+
+def whole(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """As transformers has it: logits, upcast to float32."""
+    return F.cross_entropy((hidden @ head.t()).float(), labels, reduction="sum")
+
+
+def chunked(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden, head, labels, reduction="sum")
+
+
+def cross_entropy(place: Place) -> Case:
+    """Loss and gradient to the hidden states, frozen head."""
+    vocab, width = (257, 32) if place.size == "tiny" else (VOCABULARY, WIDTH)
+    tokens = {"tiny": 12, "cpu": 256, "gpu": 4096}[place.size]
+
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(4)
+        hidden = torch.randn(tokens, width, generator=generator).to(place.dtype).to(place.device)
+        head = (0.02 * torch.randn(vocab, width, generator=generator)).to(place.dtype).to(place.device)
+        labels = torch.randint(vocab, (tokens,), generator=generator).to(place.device)
+        return hidden.requires_grad_(True), head, labels
+
+    def build(function) -> Workload:  # type: ignore[no-untyped-def]
+        hidden, head, labels = inputs()
+
+        def run() -> None:
+            hidden.grad = None
+            function(hidden, head, labels).backward()
+
+        cost = Cost(flops=cross_entropy_flops(tokens, vocab, width))
+        return Workload(run=run, cost=cost, tokens=tokens, weights=[head, hidden])
+
+    def verify() -> list[Check]:
+        results = []
+        for function in (whole, chunked):
+            hidden, head, labels = inputs()
+            loss = function(hidden, head, labels)
+            loss.backward()
+            results.append((loss.detach(), hidden.grad))
+        limit = 2e-2 if place.dtype == torch.bfloat16 else 1e-4
+        names = ("loss", "gradient of the hidden states")
+        return [
+            Check(name, relative_error(b, a), limit) for name, a, b in zip(names, *results, strict=True)
+            if a is not None and b is not None
+        ]  # fmt: skip
+
+    lanes = [
+        Lane(provider="plain", build=lambda: build(whole), exempt="the definition"),
+        Lane(provider="lcdd", build=lambda: build(chunked), verify=verify),
+    ]
+    dtype = str(place.dtype).removeprefix("torch.")
+    return Case(
+        name="cross-entropy", params={"vocabulary": vocab, "width": width, "tokens": tokens, "dtype": dtype},
+        lanes=lanes, floor="plain", memory=True, budget_s=8.0,
+    )  # fmt: skip

@@ -1,0 +1,264 @@
+"""One matrix: the masked update against the unfused parametrization, and a linear layer with packed gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lcdd_kernels as k
+from benchmarks.cases import Place
+from benchmarks.costs import adamw_bytes, grad_stats_bytes, linear_flops, refresh_bytes
+from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
+from benchmarks.unfused import DeltaMask, UnfusedGates
+from lcdd.packed import PackedGradLinear
+from lcdd_kernels.reference.gates import gate_noise_ref
+
+KIND: dict[str, Any] = {"kind": "hard_concrete", "seed": 7, "training": True}
+ADAMW: dict[str, Any] = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+EIGHT_B, SIX_TENTHS_B = (4096, 14336), (3072, 1024)  # [out, in]: Llama-3-8B's down, Qwen3-0.6B's gate and up
+
+
+class Problem:
+    """Inputs of one matrix: base, Δ and G in `dtype`, θ in float32 (float64) with about half of the gates open."""
+
+    def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device, density: float = 0.5) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def matrix(scale: float) -> Tensor:
+            return (scale * torch.randn(rows, cols, generator=generator)).to(dtype).to(device)
+
+        self.base, self.delta, self.grad = matrix(0.02), matrix(1e-3), matrix(1e-4)
+        self.theta = torch.where(torch.rand(rows + cols, generator=generator) < density, 2.5, -5.0).to(device)
+        self.rows, self.cols, self.device = rows, cols, device
+
+    def double(self) -> "Problem":
+        """The same numbers in float64."""
+        other = Problem.__new__(Problem)
+        other.__dict__ = {n: v.double() if isinstance(v, Tensor) else v for n, v in self.__dict__.items()}
+        return other
+
+    def noise(self, step: int, dtype: torch.dtype) -> Tensor:
+        n = self.rows + self.cols
+        return gate_noise_ref(n, seed=KIND["seed"], step=step, offset=0, dtype=dtype, device=self.device)
+
+
+class Fused:
+    """What `LCDDOptimizer` does for this matrix between two steps; moments in `moments`."""
+
+    def __init__(self, problem: Problem, moments: torch.dtype) -> None:
+        self.p, self.delta, self.weight = problem, problem.delta.clone(), torch.empty_like(problem.base)
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.delta, dtype=moments) for _ in range(2))
+        self.maps = [k.GateMap(row_start=0, col_start=problem.rows, head_dim=1, repeat=1)]
+        self.d_theta = torch.empty(0)
+
+    def step(self) -> None:
+        p, deltas = self.p, [self.delta]
+        gate, _ = k.gate_values(p.theta, step=1, **KIND)
+        d_gate, sq_norm = k.delta_grad_stats([p.grad], deltas, gate, self.maps)
+        self.d_theta = k.gate_logits_grad(p.theta, d_gate, step=1, **KIND)
+        new_gate, _ = k.gate_values(p.theta, step=2, **KIND)
+        scale = min(1.0, 1e9 / (float(sq_norm) ** 0.5 + 1e-6))
+        k.delta_adamw_(
+            [self.weight], [p.base], deltas, [self.exp_avg], [self.exp_avg_sq], [p.grad], gate, new_gate, self.maps,
+            step=1, grad_scale=scale, **ADAMW,
+        )  # fmt: skip
+
+    def refresh(self) -> None:
+        """W_eff alone, which a step writes anyway: what `eval()` costs."""
+        gate, _ = k.gate_values(self.p.theta, step=2, **KIND)
+        k.weight_eff_([self.weight], [self.p.base], [self.delta], gate, self.maps)
+
+
+class Unfused:
+    """The parametrization's forward and backward, from G; `optimizer`: then AdamW on Δ."""
+
+    def __init__(self, problem: Problem, *, backend: str = "", optimizer: bool = True) -> None:
+        self.p, self.delta = problem, problem.delta.clone().requires_grad_(True)
+        self.gates = UnfusedGates(problem.theta, KIND["kind"])
+        self.gates.noise = problem.noise(1, self.gates.logits.dtype)
+        n = problem.rows + problem.cols
+        rows, cols = torch.arange(problem.rows), torch.arange(problem.rows, n)
+        mask = DeltaMask(problem.base, self.gates, rows.to(problem.device), cols.to(problem.device))
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(mask, backend=backend) if backend else mask
+        self.optimizer = None
+        if optimizer:
+            betas = (ADAMW["beta1"], ADAMW["beta2"])
+            settings = {name: ADAMW[name] for name in ("lr", "eps", "weight_decay")}
+            self.optimizer = torch.optim.AdamW([self.delta], betas=betas, fused=bool(backend), **settings)
+
+    def step(self) -> None:
+        self.delta.grad = self.gates.logits.grad = None
+        self.forward(self.delta).backward(self.p.grad)
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def next_weight(self) -> Tensor:
+        self.gates.noise = self.p.noise(2, self.gates.logits.dtype)
+        with torch.no_grad():
+            return self.forward(self.delta)
+
+
+def _verify(problem: Problem, make: Callable[[Problem], Any], moments: torch.dtype) -> list[Check]:
+    """Against float64: an error at most twice the unfused expression's in the same dtype, plus storage rounding."""
+    exact, same_dtype, got = Unfused(problem.double()), Unfused(problem), make(problem)
+    for lane in (exact, same_dtype, got):
+        lane.step()
+    truth = _results(exact)
+    eps = max(torch.finfo(problem.delta.dtype).eps, torch.finfo(moments).eps)
+    checks = []
+    for name, value in _results(got).items():
+        allowed = 2 * relative_error(_results(same_dtype)[name], truth[name]) + eps
+        checks.append(Check(name, relative_error(value, truth[name]), allowed))
+    return checks
+
+
+def _results(lane: Any) -> dict[str, Tensor]:
+    if isinstance(lane, Fused):
+        return {"gradient of theta": lane.d_theta, "first moment": lane.exp_avg, "next W_eff": lane.weight}
+    moment = lane.optimizer.state[lane.delta]["exp_avg"]
+    return {"gradient of theta": lane.gates.logits.grad, "first moment": moment, "next W_eff": lane.next_weight()}
+
+
+def masked_matrix(place: Place) -> Case:
+    """Everything LCDD does to one bfloat16 matrix in a step (gates, pass A, θ's chain, AdamW, next W_eff), one
+    micro-batch, against the parametrization's forward, backward and AdamW, and torch.compile of those."""
+    rows, cols = (61, 90) if place.size == "tiny" else EIGHT_B
+    dtype, device = torch.bfloat16, place.device
+    backend = "eager" if place.size == "tiny" else "inductor"
+    n = rows * cols
+
+    def ours(moments: torch.dtype) -> Workload:
+        lane = Fused(Problem(rows, cols, dtype, device), moments)
+        cost = grad_stats_bytes(n, grad=2, delta=2)
+        cost += adamw_bytes(n, weight=2, delta=2, moment=moments.itemsize, grad=2)
+        return Workload(run=lane.step, cost=Cost(bytes=cost), weights=[lane.p.base, lane.delta])
+
+    def refresh() -> Workload:
+        lane = Fused(Problem(rows, cols, dtype, device), dtype)
+        return Workload(
+            run=lane.refresh, cost=Cost(bytes=refresh_bytes(n, weight=2, delta=2)), weights=[], capturable=True
+        )
+
+    def theirs(backend: str) -> Workload:
+        lane = Unfused(Problem(rows, cols, dtype, device), backend=backend)
+        return Workload(run=lane.step, weights=[lane.p.base, lane.delta])
+
+    def small() -> Problem:
+        return Problem(min(rows, 509), min(cols, 1790), dtype, device)
+
+    def our_lane(moments: torch.dtype) -> Lane:
+        return Lane(
+            provider="lcdd", build=lambda: ours(moments), params={"moments": str(moments).removeprefix("torch.")},
+            verify=lambda: _verify(small(), lambda p: Fused(p, moments), moments),
+        )  # fmt: skip
+
+    lanes = [
+        Lane(provider="unfused", build=lambda: theirs(""), exempt="the same-dtype expression that errors are held to"),
+        Lane(
+            provider="compiled", build=lambda: theirs(backend),
+            verify=lambda: _verify(small(), lambda p: Unfused(p, backend=backend), dtype),
+        ),
+        our_lane(torch.bfloat16), our_lane(torch.float32),
+        Lane(
+            provider="lcdd", build=refresh, params={"part": "refresh of W_eff"},
+            exempt="its bits are checked by weight_eff_",
+        ),
+    ]  # fmt: skip
+    return Case(
+        name="masked matrix step", params={"shape": f"{rows}x{cols}", "dtype": "bfloat16", "micro_batches": 1},
+        lanes=lanes, floor="unfused", memory=True, budget_s=12.0,
+    )  # fmt: skip
+
+
+# --- one linear layer -------------------------------------------------------------------------------------------------
+
+
+def _linear_case(
+    place: Place, shape: tuple[int, int], dtype: torch.dtype, tokens: int, layout: str, densities: tuple[float, ...]
+) -> Case:
+    rows, cols = (96, 64) if place.size == "tiny" else shape
+    tokens = 16 if place.size == "tiny" else tokens
+    device = place.device
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(dtype).to(device)
+
+    def setup(density: float) -> tuple[nn.Linear, Tensor, Tensor, Tensor, Tensor]:
+        linear = nn.Linear(cols, rows, bias=False, dtype=dtype, device=device)
+        open_rows = torch.randperm(rows, generator=generator)[: round(density * rows)].sort().values.int().to(device)
+        open_cols = torch.randperm(cols, generator=generator)[: round(density * cols)].sort().values.int().to(device)
+        return linear, draw(tokens, cols).requires_grad_(True), draw(tokens, rows), open_rows, open_cols
+
+    def build(density: float | None) -> Workload:
+        linear, x, dy, open_rows, open_cols = setup(density or 1.0)
+        if density is not None:
+            PackedGradLinear.swap(linear).set_plan(layout, open_rows, open_cols)
+
+        def run() -> None:
+            linear.weight.grad = x.grad = None
+            if isinstance(linear, PackedGradLinear):
+                linear.zero_packed_grad()
+            linear(x).backward(dy)
+
+        return Workload(
+            run=run, cost=Cost(flops=linear_flops(tokens, rows, cols)), tokens=tokens, weights=[linear.weight]
+        )
+
+    def verify(density: float) -> list[Check]:
+        linear, x, dy, open_rows, open_cols = setup(density)
+        linear(x).backward(dy)
+        assert linear.weight.grad is not None
+        dense, dx = linear.weight.grad, x.grad
+        x.grad = linear.weight.grad = None
+        packed = PackedGradLinear.swap(linear)
+        packed.set_plan(layout, open_rows, open_cols)
+        packed(x).backward(dy)
+        r, c = open_rows.long(), open_cols.long()
+        pairs = (
+            [(packed.packed_grad, dense[r][:, c])] if layout == "block"
+            else list(zip(packed.packed_grad, (dense[r], dense[:, c]), strict=True))
+        )  # fmt: skip
+        limit = 2e-2 if dtype == torch.bfloat16 else 1e-4
+        checks = [Check("packed weight gradient", relative_error(a, b), limit) for a, b in pairs]
+        return [*checks, Check("input gradient", relative_error(x.grad, dx), limit)]
+
+    lanes = [Lane(provider="plain", build=lambda: build(None), exempt="the floor: nn.Linear")]
+    for density in densities:
+        lanes.append(
+            Lane(
+                provider="lcdd", build=lambda d=density: build(d), params={"density": density},
+                verify=lambda d=density: verify(d),
+            )
+        )  # fmt: skip
+    params = {
+        "shape": f"{rows}x{cols}", "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "layout": layout,
+    }  # fmt: skip
+    return Case(name="linear fwd+bwd", params=params, lanes=lanes, floor="plain", budget_s=8.0)
+
+
+def packed_linears(place: Place) -> list[Case]:
+    """Forward and backward of nn.Linear, weight gradient dense or on the open part alone."""
+    if place.size == "gpu":
+        return [
+            _linear_case(place, shape, torch.bfloat16, 4096, layout, (0.2,))
+            for shape in (EIGHT_B, SIX_TENTHS_B)
+            for layout in ("block", "panels")
+        ]
+    return [
+        _linear_case(place, EIGHT_B, torch.float32, 256, "block", (0.2,)),
+        _linear_case(place, SIX_TENTHS_B, torch.float32, 1024, "block", (0.2,)),
+        _linear_case(place, SIX_TENTHS_B, torch.float32, 1024, "panels", (0.2,)),
+        _linear_case(place, EIGHT_B, torch.bfloat16, 256, "block", (0.2,)),
+    ]
+
+
+def crossover(place: Place) -> list[Case]:
+    """Where packing begins to pay: packed at densities around it, whatever the plan would say."""
+    densities = (0.15, 0.3, 0.5, 0.7, 0.9)
+    return [
+        _linear_case(place, shape, torch.bfloat16, 4096, layout, densities)
+        for shape in (EIGHT_B, SIX_TENTHS_B)
+        for layout in ("block", "panels")
+    ]

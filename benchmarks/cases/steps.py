@@ -1,0 +1,332 @@
+"""Whole optimizer steps, micro-batches and all, of models with random weights: the masking tax.
+
+    plain      forward, backward, clip, fused AdamW over the same weights: no gates. The floor.
+    unfused    LCDD as its authors write it (`benchmarks/unfused.py`)
+    compiled   that, with the parametrization under torch.compile
+    lcdd       `LCDDOptimizer` at a density of its gates
+
+All of them take the same loss of the same tokens, written in the same way, so that a ratio is of the gates alone. θ
+hardly moves (a tiny learning rate), which keeps the density where it was set.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cases import Place
+from benchmarks.cases.shapes import fine_tune, gate_logits, make_model, sizes_of, tiny_sizes, title
+from benchmarks.costs import step_flops
+from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
+from benchmarks.unfused import DeltaMask, Settings, UnfusedLCDD
+from lcdd.config import LCDDConfig
+from lcdd.models import PreTrainedModel, projections, shape_of
+from lcdd.optimizer import LCDDOptimizer
+from lcdd_kernels.reference.gates import gate_noise_ref
+
+SEED, POOL = 3, 8
+DENSITIES = (1.0, 0.5, 0.25, 0.2, 0.15)
+KINDS = ("hard_concrete", "heaviside_ste")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is measured: the model's sizes, tokens a micro-batch and how many of them, the gates."""
+
+    place: Place
+    sizes: dict[str, Any]
+    tokens: int
+    micro: int
+    kind: str
+    checkpointing: bool = False
+
+    def base(self) -> PreTrainedModel:
+        return make_model(self.sizes, self.place, seed=0, checkpointing=self.checkpointing)
+
+    def batches(self, tokens: int) -> Callable[[], list[Tensor]]:
+        """An endless supply of steps' micro-batches [1, tokens]; random tokens, drawn beforehand."""
+        generator = torch.Generator().manual_seed(1)
+        size = (POOL, self.micro, 1, tokens)
+        pool = torch.randint(self.sizes["vocab_size"], size, generator=generator).to(self.place.device)
+        turns = itertools.cycle(range(POOL))
+        return lambda: list(pool[next(turns)])
+
+
+def _backward(model: Callable[..., Any], micro_batches: Sequence[Tensor]) -> float:
+    """The reference's loss, in the reference's way; gradients are left in the weights."""
+    n_tokens = sum(tokens[:, 1:].numel() for tokens in micro_batches)
+    loss = 0.0
+    for tokens in micro_batches:
+        logits = model(input_ids=tokens).logits[:, :-1]
+        part = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / n_tokens
+        part.backward()
+        loss += part.item()
+    return loss
+
+
+class PlainStep:
+    """Fine-tuning without gates: the same weights trained, the same clipping, PyTorch's fused AdamW."""
+
+    def __init__(self, model: PreTrainedModel, learning_rate: float) -> None:
+        self.model, self.weights = model, [site.linear.weight for site in projections(model)]
+        model.requires_grad_(False)
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=0.0, fused=True)
+
+    def step(self, micro_batches: Sequence[Tensor]) -> float:
+        loss = _backward(self.model, micro_batches)
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+class OurStep:
+    """`LCDDOptimizer` in the same loop."""
+
+    def __init__(self, model: PreTrainedModel, optimizer: LCDDOptimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def step(self, micro_batches: Sequence[Tensor]) -> float:
+        loss = _backward(self.model, micro_batches)
+        self.optimizer.step(loss)
+        self.optimizer.zero_grad()
+        return loss
+
+
+LEARNING_RATE, GATE_LR, VERIFY_GATE_LR = 1e-5, 1e-6, 1e3
+
+
+def plain(step: Step) -> PlainStep:
+    return PlainStep(fine_tune(step.base(), seed=1), LEARNING_RATE)
+
+
+def ours(step: Step, density: float, *, gate_lr: float = GATE_LR, pack: str = "auto") -> OurStep:
+    base = step.base().requires_grad_(False)
+    model = fine_tune(copy.deepcopy(base), seed=1)
+    config = LCDDConfig(
+        gate_kind=step.kind, learning_rate=LEARNING_RATE, gate_optimizer="sgd", gate_lr=gate_lr, seed=SEED, pack=pack,
+        delta_dtype="float32" if step.place.dtype == torch.float32 else "bfloat16",
+    )  # fmt: skip
+    logits = gate_logits(model, density)
+    return OurStep(
+        model, LCDDOptimizer.attach(model, base, config, total_steps=1_000_000, initial_logits=logits)
+    )
+
+
+def unfused(step: Step, density: float, *, gate_lr: float = GATE_LR, compiled: bool = False) -> UnfusedLCDD:
+    base = step.base().requires_grad_(False)
+    model = fine_tune(copy.deepcopy(base), seed=1)
+    settings = Settings(
+        total_steps=1_000_000, gate_kind=step.kind, learning_rate=LEARNING_RATE, gate_optimizer="sgd", gate_lr=gate_lr,
+    )  # fmt: skip
+    logits = gate_logits(model, density)
+
+    def noise(t: int) -> Tensor:
+        n = logits.numel()
+        return gate_noise_ref(n, seed=SEED, step=t, offset=0, dtype=torch.float32, device=step.place.device)
+
+    run = UnfusedLCDD(model, base, settings, logits=logits, noise=noise)
+    if compiled:  # the masks alone: compiling 28 layers around them takes longer than everything else here together
+        backend = "eager" if step.place.size == "tiny" else "inductor"
+        DeltaMask.compile_all(model, backend=backend)
+    return run
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------------
+
+
+def _workload(step: Step, make: Callable[[], Any], *, share: float) -> Workload:
+    runner = make()
+    supply = step.batches(step.tokens)
+    current: list[list[Tensor]] = []
+
+    def fresh() -> None:
+        current[:] = [supply()]
+
+    model = runner.model
+    state = [*model.parameters(), *model.buffers(), *getattr(runner, "deltas", [])]
+    tokens = step.tokens * step.micro
+    flops = step_flops(shape_of(model.config), tokens, sequence=step.tokens, weight_grads=share)
+    return Workload(
+        run=lambda: runner.step(current[0]), fresh=fresh, cost=Cost(flops=flops), tokens=tokens, weights=state
+    )
+
+
+def _limits(place: Place) -> tuple[float, float]:
+    """Relative errors that pass: of losses, of gradients. bfloat16: rounding of the weights' products in another
+    order."""
+    return (1e-2, 6e-2) if place.dtype == torch.bfloat16 else (1e-5, 2e-3)
+
+
+def verify_against_unfused(step: Step, density: float, make: Callable[[float], Any]) -> list[Check]:
+    """Two steps on few tokens: losses, first moments (the gradients of Δ), movement of θ, and the next W_eff."""
+    few = step.batches(min(step.tokens, 48))
+    batches = [few()[:2], few()[:2]]
+    # a rate at which θ moves far beyond its rounding, and not so far that a gate opens or closes by it
+    expected, got = unfused(step, density, gate_lr=VERIFY_GATE_LR), make(VERIFY_GATE_LR)
+    loss_limit, limit = _limits(step.place)
+    checks = []
+    for number, batch in enumerate(batches, start=1):
+        a, b = got.step(batch), expected.step(batch)
+        checks.append(Check(f"loss of step {number}", abs(a - b) / abs(b), loss_limit))
+    moments = [expected.delta_optimizer.state[delta]["exp_avg"] for delta in expected.deltas]
+    weights = [site.linear.weight.detach() for site in projections(expected.model)]
+    if isinstance(got, OurStep):
+        masked = got.optimizer.param_groups[0]["params"]
+        found = [got.optimizer.state[weight]["exp_avg"] for weight in masked]
+        ours_weights, theta = [w.detach() for w in masked], got.optimizer.gates.logits
+    else:
+        found = [got.delta_optimizer.state[delta]["exp_avg"] for delta in got.deltas]
+        ours_weights = [site.linear.weight.detach() for site in projections(got.model)]
+        theta = got.gates.logits
+    start = gate_logits(expected.model, density)
+    checks.append(Check("gradient of delta", _worst(found, moments), limit))
+    checks.append(Check("movement of theta", relative_error(theta - start, expected.gates.logits - start), limit))
+    checks.append(Check("weights after two steps", _worst(ours_weights, weights), limit))
+    return checks
+
+
+def _worst(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(relative_error(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def plain_lane(step: Step) -> Lane:
+    return Lane(provider="plain", build=lambda: _workload(step, lambda: plain(step), share=1.0), exempt="the floor")
+
+
+def unfused_lane(step: Step, density: float) -> Lane:
+    return Lane(
+        provider="unfused", build=lambda: _workload(step, lambda: unfused(step, density), share=1.0),
+        params={"density": density}, exempt="the definition that the others are checked against",
+    )  # fmt: skip
+
+
+def compiled_lane(step: Step, density: float) -> Lane:
+    return Lane(
+        provider="compiled",
+        build=lambda: _workload(step, lambda: unfused(step, density, compiled=True), share=1.0),
+        params={"density": density},
+        verify=lambda: verify_against_unfused(
+            step, density, lambda lr: unfused(step, density, gate_lr=lr, compiled=True)
+        ),
+    )
+
+
+def our_lane(step: Step, density: float) -> Lane:
+    # Work by the formula: the open block, or the open rows and columns, of every weight gradient.
+    share = density**2 if step.kind == "hard_concrete" else min(1.0, 2 * density)
+    return Lane(
+        provider="lcdd", build=lambda: _workload(step, lambda: ours(step, density), share=share),
+        params={"density": density},
+        verify=lambda: verify_against_unfused(step, density, lambda lr: ours(step, density, gate_lr=lr)),
+    )  # fmt: skip
+
+
+def step_case(
+    place: Place, name: str, *, layers: int | None, divide: int, tokens: int, micro: int, kind: str,
+    densities: Sequence[float], compiled: bool = False, checkpointing: bool = False, memory: bool = False,
+    with_unfused: bool = True, budget_s: float = 20.0, min_rounds: int = 5,
+) -> Case:  # fmt: skip
+    """A case of this module. tokens: of a micro-batch; the record says how many a step has in all."""
+    tiny = place.size == "tiny"
+    sizes = tiny_sizes(name) if tiny else sizes_of(name, layers=layers, divide=divide)
+    step = Step(
+        place=place, sizes=sizes, tokens=16 if tiny else tokens, micro=micro, kind=kind, checkpointing=checkpointing
+    )
+    lanes = [plain_lane(step)]
+    if with_unfused:
+        lanes.append(unfused_lane(step, 1.0))
+    if compiled:
+        lanes.append(compiled_lane(step, 1.0))
+    lanes += [our_lane(step, density) for density in densities]
+    return Case(
+        name="optimizer step",
+        params={
+            "model": "tiny " + name if tiny else title(name, layers=layers, divide=divide), "gates": kind,
+            "micro_batches": micro, "tokens": step.tokens * micro, "dtype": str(place.dtype).removeprefix("torch."),
+            "checkpointing": checkpointing,
+        },
+        lanes=lanes, floor="plain", memory=memory, budget_s=budget_s, min_rounds=min_rounds,
+    )  # fmt: skip
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+def cpu_cases(place: Place) -> list[Case]:
+    """Scaled-down stacks: Qwen3 at every density; the others open and 80% closed."""
+    shared = {"layers": 4, "divide": 2, "tokens": 256}
+    cases = [
+        step_case(
+            place, "qwen3-0.6b", **shared, micro=micro, kind=kind, densities=DENSITIES,
+            memory=micro == 4 and kind == "hard_concrete", budget_s=32.0 if micro == 4 else 15.0,
+        )
+        for micro, kind in ((4, "hard_concrete"), (4, "heaviside_ste"), (1, "hard_concrete"), (1, "heaviside_ste"))
+    ]  # fmt: skip
+    few = {"layers": 2, "divide": 8, "tokens": 256, "micro": 4, "kind": "hard_concrete", "densities": (1.0, 0.2)}
+    cases += [step_case(place, name, **few, budget_s=6.0) for name in ("llama-3-8b", "mistral-7b", "vicuna-7b")]
+    small = {"layers": 2, "divide": 2, "tokens": 256, "kind": "hard_concrete"}
+    cases.append(
+        step_case(place, "qwen3-0.6b", **small, micro=4, densities=(1.0, 0.2), checkpointing=True, budget_s=8.0)
+    )
+    return cases
+
+
+def one_layer(place: Place, name: str) -> list[Case]:
+    """The first number: one real layer (and its share of the head), both gates."""
+    shared = {"layers": 1, "divide": 1, "tokens": 4096, "micro": 1, "densities": (1.0, 0.2)}
+    return [step_case(place, name, **shared, kind=kind, budget_s=4.0) for kind in KINDS]
+
+
+def whole_small_model(place: Place) -> list[Case]:
+    """Qwen3-0.6B as it is: 4,096 and 16,384 tokens, 1 and 4 micro-batches."""
+    shared = {"layers": None, "divide": 1}
+    cases = [
+        step_case(
+            place, "qwen3-0.6b", **shared, tokens=tokens, micro=micro, kind=kind,
+            densities=DENSITIES if micro == 1 else (1.0, 0.2), memory=micro == 1, budget_s=6.0,
+            compiled=micro == 1 and kind == "hard_concrete",
+        )
+        for tokens, micro in ((4096, 1), (4096, 4))
+        for kind in KINDS
+    ]  # fmt: skip
+    cases.append(
+        step_case(
+            place, "qwen3-0.6b", **shared, tokens=4096, micro=4, kind="hard_concrete", densities=(1.0, 0.2),
+            checkpointing=True, budget_s=4.0,
+        )
+    )  # fmt: skip
+    return cases
+
+
+def four_large_layers(place: Place) -> list[Case]:
+    """Four layers of Llama-3-8B: step time and peak memory."""
+    shared = {"layers": 4, "divide": 1, "tokens": 4096, "densities": (1.0, 0.2)}
+    return [
+        step_case(place, "llama-3-8b", **shared, micro=1, kind=kind, memory=True, budget_s=5.0) for kind in KINDS
+    ] + [step_case(place, "llama-3-8b", **shared, micro=4, kind="hard_concrete", budget_s=5.0)]
+
+
+def other_models(place: Place) -> list[Case]:
+    """A layer of the other 7B shapes."""
+    return [case for name in ("mistral-7b", "vicuna-7b") for case in one_layer(place, name)[:1]]
+
+
+def whole_large_model(place: Place) -> list[Case]:
+    """All of Llama-3-8B, 4,096 tokens, no checkpointing: does it fit, and how long does a step take?"""
+    case = step_case(
+        place, "llama-3-8b", layers=None, divide=1, tokens=4096, micro=1, kind="hard_concrete", densities=(0.2,),
+        with_unfused=False, memory=True, budget_s=5.0, min_rounds=2,
+    )  # fmt: skip
+    lanes = [Lane(provider=lane.provider, build=lane.build, params=lane.params, exempt="checked on four layers")
+             for lane in case.lanes if lane.provider == "lcdd"]  # fmt: skip
+    return [
+        Case(name=case.name, params=case.params, lanes=lanes, memory=True, budget_s=5.0, min_rounds=2)
+    ]
