@@ -112,7 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("pipeline", metavar="pipeline.yaml", help="settings of all stages")
     run.add_argument("--output_dir", default=argparse.SUPPRESS, help="overrides the file's output_dir")
-    commands.add_parser("kernels", help=KERNELS_HELP, description=KERNELS_HELP)
+    kernels = commands.add_parser("kernels", help=KERNELS_HELP, description=KERNELS_HELP)
+    kernels.add_argument("--aot", action="store_true", help="also compile every Triton kernel for five GPUs (minutes)")
     return parser
 
 

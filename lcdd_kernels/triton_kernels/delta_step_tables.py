@@ -142,7 +142,8 @@ def partial_sums(
         total = of_cols + tiles_m * n_cols
         total_sq += tiles_m * tiles_n
     cuts = sorted({0, n_gates, *itertools.chain.from_iterable(side[:2] for side in sides)})
-    blocks, uses = [], []
+    blocks: list[tuple[int, int, int, int]] = []
+    uses: list[tuple[int, ...]] = []
     for begin, end in itertools.pairwise(cuts):
         first_use = len(uses)
         uses += [use for side_begin, side_end, use in sides if side_begin <= begin and end <= side_end]
