@@ -69,8 +69,7 @@ class DualController:
         self.violation = max(-self.violation_clip, min(self.violation_clip, violation))
         if frozen:
             return
-        grows = self.violation < 0 or self.lr_shrink is None
-        rate = self.lr if grows else self.lr_shrink
+        rate = self.lr if self.violation < 0 or self.lr_shrink is None else self.lr_shrink
         moved = self.dual_lambda * math.exp(-rate * self.violation)
         self.dual_lambda = max(self.lambda_min, min(self.lambda_max, moved))
 

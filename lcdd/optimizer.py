@@ -415,15 +415,15 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def _unmasked(self) -> list[nn.Parameter]:
         return self.param_groups[2]["params"] if len(self.param_groups) > 2 else []
 
-    def _take_loss(self, loss: float | Tensor | Callable | None) -> float:
+    def _take_loss(self, loss: Any) -> float:
         if callable(loss):
             with torch.enable_grad():
                 loss = loss()
-        loss = self._observed if loss is None else loss
+        given = self._observed if loss is None else loss
         self._observed = None
-        if loss is None:
+        if given is None:
             raise ValueError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
-        return float(loss)
+        return float(given)
 
     def _gradients(self) -> tuple[list[Any], list[str] | None]:
         """G of every masked weight, dense or packed, and the layouts where any is packed (forward route: dΔ)."""
@@ -432,10 +432,11 @@ class LCDDOptimizer(torch.optim.Optimizer):
             return [self._present(name, delta.grad) for name, delta in trained.items()], None
         grads, layouts = [], []
         for name, site in zip(self.names, self._sites, strict=True):
-            packed = isinstance(site.linear, PackedGradLinear) and site.linear.layout != "dense"
-            grad = site.linear.packed_grad if packed else site.linear.weight.grad
+            linear = site.linear
+            layout = linear.layout if isinstance(linear, PackedGradLinear) else "dense"
+            grad = linear.weight.grad if layout == "dense" else linear.packed_grad
             grads.append(self._present(name, grad))
-            layouts.append(site.linear.layout if packed else "dense")
+            layouts.append(layout)
         return grads, layouts if any(kind != "dense" for kind in layouts) else None
 
     @staticmethod
