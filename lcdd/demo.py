@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -172,7 +172,7 @@ def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
     sft_settings = replace(SFT_SETTINGS, seed=config.seed)
     lcdd_settings = replace(LCDD_SETTINGS, seed=config.seed)
     eraser_settings = replace(ERASER_SETTINGS, seed=config.seed)
-    data = demo_data(tokenizer, behavior, seed=config.seed, split=config.split, settings=eraser_settings)
+    data = demo_data(tokenizer, behavior, seed=config.seed, split=cast(Split, config.split), settings=eraser_settings)
     say(f"Behaviour: {behavior.name}. {len(data.train)} training prompts, {len(data.held_out)} {config.split} prompts")
     say(label_audit(tokenizer, data.train[0]))
     lines: list[dict[str, Any]] = []
