@@ -12,13 +12,15 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
+SEAL = "manifest_sha256"
+"""Key of a manifest: SHA-256 of everything else in it."""
 CHUNK_BYTES = 1 << 24
 
 
@@ -86,7 +88,7 @@ def write_directory(
         hashes = {str(file.relative_to(temporary)): file_sha256(file) for file in _files(temporary)}
         for file in _files(temporary):
             _sync(file)
-        write_json(temporary / manifest, {**(metadata or {}), "sha256": hashes})
+        write_manifest(temporary / manifest, {**(metadata or {}), "sha256": hashes})
         for directory in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
             _sync(directory)
         os.rename(temporary, path)
@@ -101,30 +103,51 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(_json_text(value))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def write_manifest(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a manifest with the seal that `read_manifest` checks."""
+    write_json(path, {**content, SEAL: _json_sha256(content)})
+
+
+def _json_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_manifest(path: str | Path, *, manifest: str = MANIFEST, name: str = "path") -> dict[str, Any]:
     """The manifest of a directory, its files not yet checked.
 
     Raises:
-        ValueError: no such directory, or no (readable) manifest in it: it was never completed.
+        ValueError: no such directory, no (readable) manifest in it: it was never completed; or an altered manifest,
+            or one that names files outside its directory.
     """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{name}: expected a directory, got {str(path)!r}, which does not exist")
     try:
-        content = json.loads((path / manifest).read_text(encoding="utf-8"))
+        text = (path / manifest).read_bytes().decode("utf-8")
+        content = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{name}: expected {manifest} in {str(path)!r}, found none") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8
         raise ValueError(f"{name}: expected JSON in {str(path / manifest)!r}, got {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
         raise ValueError(f"{name}: expected {str(path / manifest)!r} to list 'sha256', it does not")
+    seal = content.get(SEAL)
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    # the text too: JSON that reads the same but was written by someone else is not what we wrote
+    if seal != _json_sha256(rest) or text != _json_text(content):
+        raise ValueError(f"{name}: {str(path / manifest)!r} is damaged: its content is not what was written")
+    for relative in content["sha256"]:
+        parts = PurePath(relative)
+        if not relative or parts.is_absolute() or ".." in parts.parts or "\\" in relative:
+            raise ValueError(
+                f"{name}: {str(path / manifest)!r} names {relative!r}, expected a path inside its directory"
+            )
     return content
 
 

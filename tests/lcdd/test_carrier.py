@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lcdd.carrier import MANIFEST, WEIGHTS, Carrier
-from lcdd.checkpoint import model_fingerprint
+from lcdd.checkpoint import model_fingerprint, write_manifest
 from lcdd.config import LCDDConfig
 from lcdd.gates import GROUPS
 from lcdd.models import decoder_layers, head_weight, projections
@@ -278,6 +278,11 @@ def test_damage_to_a_saved_carrier_is_an_error_that_names_the_file(saved):
     with pytest.raises(ValueError, match=r"expected JSON in .*carrier.json"):
         Carrier.from_pretrained(folder)
     manifest.write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(ValueError, match=r"carrier\.json' is damaged"):
+        Carrier.from_pretrained(folder)
+    content = json.loads(text)
+    del content["manifest_sha256"]
+    write_manifest(manifest, {**content, "format_version": 99})
     with pytest.raises(ValueError, match=r"expected format_version 1 .* got 99"):
         Carrier.from_pretrained(folder)
     manifest.unlink()

@@ -18,6 +18,7 @@ from lcdd.checkpoint import (
     verify_directory,
     write_directory,
     write_json,
+    write_manifest,
 )
 
 
@@ -121,3 +122,29 @@ def test_model_fingerprint_sees_one_bit_and_the_dtype() -> None:
     changed = model_fingerprint(model)
     assert changed != before
     assert model_fingerprint(model.bfloat16()) != changed
+
+
+@pytest.mark.parametrize("relative", ["/etc/passwd", "../x", "a/../../x", "", "..\\x"])
+def test_paths_that_leave_the_directory_are_refused(tmp_path: Path, relative: str) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    (tmp_path / "d").mkdir()
+    write_manifest(tmp_path / "d" / "manifest.json", {"sha256": {relative: file_sha256(tmp_path / "x")}})
+    with pytest.raises(ValueError, match=r"manifest\.json' names .*expected a path inside its directory"):
+        verify_directory(tmp_path / "d")
+
+
+def test_an_altered_manifest_is_refused(tmp_path: Path) -> None:
+    with write_directory(tmp_path / "d", metadata={"loss": 0.5, "list": [1, None]}) as folder:
+        (folder / "a").write_bytes(b"a")
+    manifest = tmp_path / "d" / "manifest.json"
+    whole = manifest.read_text()
+    for altered in (
+        whole.replace("0.5", "0.6"),
+        whole.replace("\n", "\r\n"),
+        whole.replace("manifest_sha256", "x"),
+        whole + " ",
+    ):
+        assert altered != whole
+        manifest.write_bytes(altered.encode())
+        with pytest.raises(ValueError, match=r"manifest\.json' is damaged"):
+            read_manifest(tmp_path / "d")
