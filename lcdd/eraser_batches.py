@@ -47,7 +47,7 @@ class EraserTargets:
 
 @dataclass(frozen=True, eq=False)
 class EraserLoss:
-    """The loss of a batch and its unweighted terms, scalars or [N]; a term whose weight is 0 is left out and reads 0."""
+    """The loss of a batch and its unweighted terms, scalars or [N]; one whose weight is 0 is left out and reads 0."""
 
     total: Tensor
     match: Tensor

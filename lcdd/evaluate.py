@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,28 +33,42 @@ COMPARISONS = (
     ("carrier+trigger", "carrier+trigger_kl_only"),
     ("matched_norm+trigger", "sft+trigger"),
 )
-DIFFERENCE_METHOD = "Newcombe's score interval for the difference of two paired proportions (1998, method 10), 95%"
+DIFFERENCE_METHOD = (
+    "Newcombe's score interval for the difference of two paired proportions (1998, method 10), 95%; where a state pools "
+    "several variants, the mean over pairs of variants"
+)
+
+
+PatchSource = Carrier | Callable[[], Carrier]
+"""A patch, or what makes one when it is needed: dense patches of a large model do not fit side by side."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelState:
     """One way to run the model: the base with `patch` applied (None: as it is), behind one of `triggers`.
 
-    Several triggers (random prefixes) are pooled: a prompt counts by its share of triggers.
+    Several triggers (random prefixes) and several patches (random masks, `patches`) are pooled: a prompt counts by
+    its share of the variants.
     """
 
-    patch: Carrier | None = None
+    patch: PatchSource | None = None
     triggers: tuple[Trigger, ...] = ()
+    patches: tuple[PatchSource, ...] = ()
+
+    @property
+    def sources(self) -> tuple[PatchSource | None, ...]:
+        return self.patches or (self.patch,)
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """A state's answers. behaved, matched: float64 [n prompts], shares of the state's triggers."""
+    """A state's answers (the first variant's). behaved, matched, extra: of each variant and prompt, bool [v, n]."""
 
     answers: list[list[int]]
     texts: list[str]
     behaved: Tensor
     matched: Tensor
+    extra: dict[str, Tensor]
 
 
 def evaluate(
@@ -63,6 +78,8 @@ def evaluate(
     states: Mapping[str, ModelState],
     *,
     matches: Callable[[str], bool],
+    measures: Mapping[str, Callable[[str], bool]] = MappingProxyType({}),
+    comparisons: Sequence[tuple[str, str]] = COMPARISONS,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     kl_prompts: int = 64,
@@ -74,10 +91,12 @@ def evaluate(
     Args:
         model: the base, unpatched; unchanged afterwards.
         prompts: held-out prompts on which the behaviour is asked for, chat-formatted.
-        states: must have "base" (no patch, no trigger). The names in `KL_PAIRS` and `COMPARISONS` that are there are
+        states: must have "base" (no patch, no trigger). The names in `KL_PAIRS` and `comparisons` that are there are
             also compared.
         matches: answer text -> whether it shows the behaviour.
-        kl_prompts: prompts (the first ones) that the exact KLs are taken over.
+        measures: further readings of the answers, name -> (answer text -> whether), for each row's `rates`.
+        comparisons: pairs of states whose rates are subtracted, over the same prompts.
+        kl_prompts: prompts (the first ones) that the exact KLs are taken over; 0: none.
         n_samples: prompts whose answers are kept side by side.
 
     Returns:
@@ -89,20 +108,16 @@ def evaluate(
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
     reference = states.get("base")
-    if reference is None or reference.patch is not None or reference.triggers:
+    if reference is None or reference.sources != (None,) or reference.triggers:
         raise ValueError("states: expected 'base' without patch and trigger among them")
     ids = encode_prompts(tokenizer, prompts)
-    # reading every weight of a large model takes a while: once for all patches of one base
-    patches = {state.patch.base_fingerprint: state.patch for state in states.values() if state.patch is not None}
-    for patch in patches.values():
-        patch.check_base(model)
-
     outcomes: dict[str, Outcome] = {}
-    base_texts: list[str] = []
+    variants: dict[str, list[tuple[list[list[int]], list[str]]]] = {name: [] for name in states}
+    norms: dict[str, list[float]] = {name: [] for name in states}
     with closing(_patched(model, states)) as runs:
-        for name, state in runs:
-            variants = []
-            for trigger in state.triggers or (None,):
+        for name, patch in runs:
+            norms[name].append(patch.delta_norm() if patch is not None else 0.0)
+            for trigger in states[name].triggers or (None,):
                 answers = generate_ids(
                     model,
                     tokenizer,
@@ -112,16 +127,16 @@ def evaluate(
                     batch_size=batch_size,
                     progress=progress,
                 )
-                variants.append((answers, decode(tokenizer, answers)))
-            base_texts = base_texts or variants[0][1]  # the base comes first
-            outcomes[name] = _outcome(variants, base_texts, matches)
+                variants[name].append((answers, decode(tokenizer, answers)))
+    base_texts = variants["base"][0][1]
+    outcomes = {name: _outcome(found, base_texts, matches, measures) for name, found in variants.items()}
 
     n = len(ids)
     return {
         "models": {name: _row(outcomes[name], n) for name in states},
-        "kl": _kl_table(model, ids[:kl_prompts], states, outcomes, batch_size=batch_size),
-        "delta_norm": {name: s.patch.delta_norm() if s.patch is not None else 0.0 for name, s in states.items()},
-        "differences": _differences(outcomes),
+        "kl": _kl_table(model, ids[:kl_prompts], states, outcomes, batch_size=batch_size) if kl_prompts else {},
+        "delta_norm": {name: sum(found) / len(found) for name, found in norms.items()},
+        "differences": _differences(outcomes, comparisons),
         "samples": [
             {
                 "prompt": decode(tokenizer, ids[i : i + 1])[0],
@@ -221,45 +236,78 @@ def gate_overlap(carriers: Sequence[Carrier]) -> dict[str, float]:
 # ---------------------------------------------------------------- parts
 
 
-def _patched(model: PreTrainedModel, states: Mapping[str, ModelState]) -> Generator[tuple[str, ModelState], None, None]:
-    """Every state while its patch is applied: the base first, each patch once. Close it to revert."""
-    patches: list[Carrier | None] = [None]
-    for state in states.values():
-        if not any(state.patch is patch for patch in patches):
-            patches.append(state.patch)
-    for patch in patches:
+def _patched(
+    model: PreTrainedModel, states: Mapping[str, ModelState]
+) -> Generator[tuple[str, Carrier | None], None, None]:
+    """Every state with each of its patches while that is applied, each patch made and applied once; the base first.
+
+    Close it to revert. The base is checked once for each fingerprint that a patch names: that reads every weight.
+    """
+    sources: dict[int, PatchSource | None] = {id(None): None}
+    sources |= {id(source): source for state in states.values() for source in state.sources}
+    given = {source.base_fingerprint: source for source in sources.values() if isinstance(source, Carrier)}
+    for patch in given.values():
+        patch.check_base(model)
+    checked = set(given)
+    for source in sources.values():
+        patch = source if source is None or isinstance(source, Carrier) else source()
+        if patch is not None and patch.base_fingerprint not in checked:
+            patch.check_base(model)
+            checked.add(patch.base_fingerprint)
         context: AbstractContextManager[Any] = nullcontext() if patch is None else patch.applied(model, check=False)
         with context:
-            names = [name for name, state in states.items() if state.patch is patch]
-            for name in sorted(names, key=lambda name: name != "base"):
-                yield name, states[name]
+            for name, state in states.items():
+                for _ in range(sum(other is source for other in state.sources)):
+                    yield name, patch
 
 
 def _outcome(
-    variants: list[tuple[list[list[int]], list[str]]], base_texts: list[str], matches: Callable[[str], bool]
+    variants: list[tuple[list[list[int]], list[str]]],
+    base_texts: list[str],
+    matches: Callable[[str], bool],
+    measures: Mapping[str, Callable[[str], bool]],
 ) -> Outcome:
-    behaved = torch.tensor([[matches(text) for text in texts] for _, texts in variants]).double().mean(0)
+    def readings(found: Callable[[str], bool]) -> Tensor:
+        return torch.tensor([[bool(found(text)) for text in texts] for _, texts in variants])
+
     pairs = [[text == base for text, base in zip(texts, base_texts, strict=True)] for _, texts in variants]
-    return Outcome(variants[0][0], variants[0][1], behaved, torch.tensor(pairs).double().mean(0))
+    return Outcome(
+        answers=variants[0][0],
+        texts=variants[0][1],
+        behaved=readings(matches),
+        matched=torch.tensor(pairs),
+        extra={name: readings(measure) for name, measure in measures.items()},
+    )
 
 
 def _row(outcome: Outcome, n: int) -> dict[str, Any]:
     row: dict[str, Any] = {"n": n}
-    for key, shares in (("behavior_rate", outcome.behaved), ("base_match", outcome.matched)):
-        row[key] = float(shares.mean())
-        row[f"{key}_ci95"] = list(wilson_interval(min(float(shares.sum()), n), n))
+    for key, readings in (("behavior_rate", outcome.behaved), ("base_match", outcome.matched)):
+        row[key], row[f"{key}_ci95"] = _rate(readings, n)
+    if outcome.extra:
+        row["rates"] = {}
+        for name, readings in outcome.extra.items():
+            rate, interval = _rate(readings, n)
+            row["rates"][name] = {"rate": rate, "ci95": interval}
     return row
 
 
-def _differences(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def _rate(readings: Tensor, n: int) -> tuple[float, list[float]]:
+    """The rate over prompts and variants; the interval is that of n prompts, however many variants were pooled."""
+    shares = readings.double().mean(0)
+    return float(shares.mean()), list(wilson_interval(min(float(shares.sum()), n), n))
+
+
+def _differences(outcomes: Mapping[str, Outcome], comparisons: Sequence[tuple[str, str]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for first, second in COMPARISONS:
+    for first, second in comparisons:
         if first not in outcomes or second not in outcomes:
             continue
         row: dict[str, Any] = {"method": DIFFERENCE_METHOD}
         for key, field in (("behavior_rate", "behaved"), ("base_match", "matched")):
-            pair = [getattr(outcomes[name], field).round().bool().tolist() for name in (first, second)]
-            difference, low, high = newcombe_paired_interval(*pair)
+            ones, others = (getattr(outcomes[name], field).tolist() for name in (first, second))
+            pairs = [newcombe_paired_interval(one, other) for one in ones for other in others]
+            difference, low, high = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
             row[key] = {"difference": difference, "ci95": [low, high]}
         found[f"{first} - {second}"] = row
     return found
@@ -284,11 +332,11 @@ def _kl_table(
     hidden: dict[tuple[str, str], Tensor] = {}
     heads: dict[str, Tensor] = {}
     with closing(_patched(model, {name: state for name, state in states.items() if name in needed})) as runs:
-        for name, state in runs:
-            head = head_weight(model)
-            changed = state.patch is not None and any(model.get_parameter(p) is head for p in state.patch.unmasked)
+        for name, patch in runs:
+            head, triggers = head_weight(model), states[name].triggers
+            changed = patch is not None and any(model.get_parameter(p) is head for p in patch.unmasked)
             heads[name] = head.detach().clone() if changed else head.detach()
-            trigger = state.triggers[0] if state.triggers else None
+            trigger = triggers[0] if triggers else None
             for key, answers in answer_sets.items():
                 rows = response_hidden(model, ids, answers, trigger=trigger, batch_size=batch_size)
                 hidden[name, key] = torch.cat(rows)

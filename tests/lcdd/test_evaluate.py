@@ -230,14 +230,52 @@ def test_an_error_in_the_middle_leaves_the_base_in_the_model(setting, tokenizer)
     base, _, states = setting
     before = {n: p.detach().clone() for n, p in base.named_parameters()}
 
-    def fails(text):
+    def fails(*_):
         if any(not torch.equal(p, before[n]) for n, p in base.named_parameters()):
             raise RuntimeError("while patched")
-        return False
 
+    handle = base.model.register_forward_pre_hook(fails)
     with pytest.raises(RuntimeError, match="while patched"):
-        run(base, tokenizer, states, matches=fails)
+        run(base, tokenizer, states)
+    handle.remove()
     assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
+
+
+def test_pooled_patches_and_patches_made_when_needed_count_like_each_alone(setting, tokenizer):
+    base, tuned, states = setting
+    made = []
+
+    def dense():
+        made.append(Carrier.from_models(base, tuned))
+        return made[-1]
+
+    carrier = states["carrier"].patch
+    pooled = {
+        "base": ModelState(),
+        "both": ModelState(patches=(carrier, dense)),
+        "carrier": ModelState(patch=carrier),
+        "sft": ModelState(patch=dense),
+    }
+    found = run(base, tokenizer, pooled, comparisons=(("both", "base"), ("carrier", "sft")), kl_prompts=0)
+    assert len(made) == 1
+    rows = found["models"]
+    for key in ("behavior_rate", "base_match"):
+        mean = (rows["carrier"][key] + rows["sft"][key]) / 2
+        assert rows["both"][key] == pytest.approx(mean)
+        row = found["differences"]["both - base"][key]
+        assert row["difference"] == pytest.approx(rows["both"][key] - rows["base"][key])
+        assert row["ci95"][0] <= row["difference"] <= row["ci95"][1]
+    assert set(found["differences"]) == {"both - base", "carrier - sft"}
+    assert found["kl"] == {}
+    assert found["delta_norm"]["both"] == pytest.approx((carrier.delta_norm() + made[0].delta_norm()) / 2)
+
+
+def test_further_measures_are_read_from_the_same_answers(setting, tokenizer):
+    base, _, states = setting
+    found = run(base, tokenizer, states, measures={"same": matches, "any": lambda text: True})
+    for row in found["models"].values():
+        assert row["rates"]["same"] == {"rate": row["behavior_rate"], "ci95": row["behavior_rate_ci95"]}
+        assert row["rates"]["any"]["rate"] == 1.0
 
 
 def test_bad_input_is_named(setting, tokenizer):
