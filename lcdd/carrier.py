@@ -210,7 +210,7 @@ class Carrier:
     def delta_norm(self) -> float:
         """L2 norm of everything that `apply` adds to the base, before rounding to the weights' dtype."""
         squared = self.unmasked_norm**2
-        for name, gate_map, shape in self._sites():
+        for name, gate_map, shape in self.sites():
             row_gate, col_gate = (g[g != 0] for g in expanded_gates(self.gate, gate_map, shape))
             squared += float((row_gate[:, None] * col_gate * self.deltas[name]).double().square().sum())
         return math.sqrt(squared)
@@ -393,7 +393,7 @@ class Carrier:
         if len(self.deltas) != self.shape.n_layers * len(PROJECTION_PATHS):
             expected = self.shape.n_layers * len(PROJECTION_PATHS)
             raise ValueError(f"deltas: expected one block for each of {expected} linears, got {len(self.deltas)}")
-        for name, gate_map, shape in self._sites():
+        for name, gate_map, shape in self.sites():
             block = tuple(len(indices) for indices in open_block(self.gate, gate_map, shape))
             if self.deltas[name].shape != block:
                 raise ValueError(f"deltas[{name!r}]: expected shape {block}, got {tuple(self.deltas[name].shape)}")
@@ -404,7 +404,7 @@ class Carrier:
         parts = (self.gate[start:end] for start, end in pairwise(bounds))
         return [part.nonzero()[:, 0].to(torch.int32) for part in parts]
 
-    def _sites(self) -> Iterator[tuple[str, GateMap, tuple[int, int]]]:
+    def sites(self) -> Iterator[tuple[str, GateMap, tuple[int, int]]]:
         """Name, gate map and [out, in] of every masked linear."""
         for name in self.deltas:
             kind = next((kind for kind, path in PROJECTION_PATHS.items() if name.endswith(f".{path}")), None)

@@ -34,8 +34,8 @@ COMPARISONS = (
     ("matched_norm+trigger", "sft+trigger"),
 )
 DIFFERENCE_METHOD = (
-    "Newcombe's score interval for the difference of two paired proportions (1998, method 10), 95%; where a state pools "
-    "several variants, the mean over pairs of variants"
+    "Newcombe's score interval for the difference of two paired proportions (1998, method 10), 95%; where a state "
+    "pools several variants, the mean over pairs of variants"
 )
 
 

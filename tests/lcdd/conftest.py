@@ -110,3 +110,9 @@ def dense_gates(gate, layout, site):
         heads = cols.view(layout.shape.n_kv_heads, layout.shape.head_dim)
         cols = heads.repeat_interleave(layout.shape.n_heads // layout.shape.n_kv_heads, dim=0).flatten()
     return rows, cols
+
+
+@pytest.fixture(scope="session")
+def site_gates():
+    """`dense_gates` for the tests."""
+    return dense_gates
