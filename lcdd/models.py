@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 ARCHITECTURES = ("qwen3", "llama", "mistral")
 
@@ -94,12 +95,17 @@ def load_model(
         ValueError: `path` is not a usable checkpoint, or its architecture is not supported.
     """
     shape_of(_config(path))
+    shows_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # it would break into the lines of a stage that loads several models
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model_name_or_path: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
+    finally:
+        if shows_bar:
+            transformers_logging.enable_progress_bar()
     model, loaded = found
     if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them at random
         raise ValueError(

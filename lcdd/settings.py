@@ -160,7 +160,7 @@ def _add_flag(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
     if hint is bool:
         group.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, **common)
     elif typing.get_origin(hint) is tuple:
-        group.add_argument(f"--{item.name}", nargs="+", metavar="TEXT", **common)
+        group.add_argument(f"--{item.name}", nargs="+", action="extend", metavar="TEXT", **common)
     else:
         group.add_argument(f"--{item.name}", type=lambda text: parse_text(text, hint), metavar=_metavar(hint), **common)
 

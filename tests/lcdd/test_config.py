@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcdd import config as configs
-from lcdd.config import DataConfig, EvalConfig, LCDDConfig, PipelineConfig, SFTConfig
+from lcdd.config import DataConfig, EvalConfig, GenerateConfig, LCDDConfig, PipelineConfig, SFTConfig
 from lcdd.settings import Config, add_flags, from_flags, from_mapping, parse_text, read_yaml
 
 CLASSES = [
@@ -137,3 +137,10 @@ def test_flag_values_are_typed() -> None:
     assert parse_text("none", str) == "none"
     with pytest.raises(argparse.ArgumentTypeError, match=r"expected an integer, got .1.5."):
         parse_text("1.5", int)
+
+
+def test_a_list_flag_may_be_repeated() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, GenerateConfig)
+    arguments = parser.parse_args(["--model_name_or_path", "m", "--prompt", "one", "--prompt", "two", "three"])
+    assert from_flags(arguments, GenerateConfig)[0].prompt == ("one", "two", "three")
