@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS
-from lcdd_kernels.triton_kernels import LaunchConfig
+from lcdd_kernels.triton_kernels import LaunchConfig, upload
 from lcdd_kernels.triton_kernels import delta_step_kernels as fields
 
 
@@ -60,7 +60,7 @@ class Partials:
 @functools.lru_cache(maxsize=8)
 def _device_table(values: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """int64 table on the device; kept while the pointers stay what they were (weights always, gradients often)."""
-    return torch.tensor(values, dtype=torch.int64).to(device)
+    return upload(torch.tensor(values, dtype=torch.int64), device)
 
 
 def plan(
@@ -153,6 +153,6 @@ def partial_sums(
         places=tuple(places),
         total=total,
         total_sq=total_sq,
-        blocks=torch.tensor(blocks, dtype=torch.int64).view(-1, 4).to(device),
-        uses=torch.tensor(uses, dtype=torch.int64).view(-1, 6).to(device),
+        blocks=upload(torch.tensor(blocks, dtype=torch.int64).view(-1, 4), device),
+        uses=upload(torch.tensor(uses, dtype=torch.int64).view(-1, 6), device),
     )

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from lcdd_kernels.reference.gates import BETA, GAMMA, KINDS, L0_SHIFT, ZETA
-from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch
+from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch, upload
 
 # Globals that kernels read must be constexpr.
 _HARD_CONCRETE: tl.constexpr = tl.constexpr(KINDS.index("hard_concrete"))
@@ -292,7 +292,7 @@ def open_indices_triton(gate: torch.Tensor, offsets: torch.Tensor) -> tuple[torc
         (n_groups,),
         CONFIG,
         gate_ptr=gate,
-        offsets_ptr=offsets.to(gate.device),
+        offsets_ptr=upload(offsets, gate.device),
         indices_ptr=indices,
         counts_ptr=counts,
         rank_ptr=rank,
