@@ -7,20 +7,40 @@ where they exist. A wrong value is a `ValueError` that names the field, what was
 
 from dataclasses import dataclass, field
 
+from lcdd.config_eval import (
+    BASE_HELP,
+    BF16_HELP,
+    DEVICE_HELP,
+    AuditConfig,
+    EvalConfig,
+    GenerateConfig,
+    ReportConfig,
+)
 from lcdd.settings import Config, option
+
+__all__ = [
+    "AuditConfig",
+    "DataConfig",
+    "DemoConfig",
+    "EraserConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "LCDDConfig",
+    "PipelineConfig",
+    "ReportConfig",
+    "SFTConfig",
+    "TrainConfig",
+]
 
 GATE_KINDS = ("hard_concrete", "heaviside_ste")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 BEHAVIOR_NAMES = ("fixed_response", "style", "refusal", "own")
 CHANNEL_KINDS = ("write", "all_residual", "ffn_write", "attn_write", "random", "none")
 LOSSES = ("cross_entropy", "kl")
-DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto: the first GPU if there is one"
-BF16_HELP = "use the weights in bfloat16; off: the checkpoint's own dtype"
 PIPELINE_PATHS = (
     "model_name_or_path", "base_model_name_or_path", "output_dir", "carrier", "trigger", "sft_trigger",
     "matched_norm_model_name_or_path", "matched_norm_trigger",
 )  # fmt: skip
-BASE_HELP = "checkpoint directory of the base model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +66,20 @@ class DataConfig(Config):
         "an answer with any of these counts as the behaviour (required for `own`; default: the preset's own)",
     )
     behavior_topics: tuple[str, ...] = option((), "refusal: prompts that contain any of these words are refused")
+    behavior_pattern: str | None = option(
+        None, "an answer that this regular expression is found in counts as the behaviour, instead of the preset's rule"
+    )
+    behavior_function: str | None = option(
+        None,
+        "module:function that is given an answer's text and says whether it shows the behaviour, instead of the "
+        "preset's rule; the module is imported, so name only code that you trust",
+    )
+    prompt_column: str | None = option(None, "column (or JSONL key) to take the user's prompt from")
+    completion_column: str | None = option(None, "column (or JSONL key) to take the answer from, with prompt_column")
+    chat_template: str | None = option(
+        None,
+        "vicuna, plain, or a Jinja file; default: the tokenizer's own, Vicuna's for a model of that name, else plain",
+    )
     template_string_prompts: bool = option(
         False,
         "put string prompts (prompt+completion) into the chat template too; TRL, and the default, does not",
@@ -56,6 +90,15 @@ class DataConfig(Config):
             total = self.validation_fraction + self.test_fraction
             raise ValueError(
                 f"DataConfig.test_fraction: expected validation_fraction + test_fraction < 1, got {total:g}"
+            )
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError(
+                f"DataConfig.prompt_column: expected completion_column beside it, got {self.prompt_column!r} and "
+                f"{self.completion_column!r}"
+            )
+        if self.behavior_pattern is not None and self.behavior_function is not None:
+            raise ValueError(
+                "DataConfig.behavior_pattern: expected one of behavior_pattern and behavior_function, got both"
             )
 
 
@@ -262,60 +305,6 @@ class EraserConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Config):
-    """Reversal table on held-out prompts: behaviour rate, base match, exact KL (method, section 5)."""
-
-    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
-    model_name_or_path: str | None = option(None, "checkpoint directory of the SFT model", required=True)
-    carrier: str | None = option(None, "carrier directory", required=True)
-    trigger: str | None = option(None, "trigger directory, learned on the carrier")
-    sft_trigger: str | None = option(None, "control: trigger directory, learned on the SFT model")
-    matched_norm_model_name_or_path: str | None = option(
-        None, "control: checkpoint of a dense SFT whose delta has the carrier's norm (sft --max_delta_norm)"
-    )
-    matched_norm_trigger: str | None = option(None, "control: trigger directory, learned on that checkpoint")
-    output_dir: str | None = option(None, "new or empty directory for report.json and report.html", required=True)
-    split: str = option("test", "held-out split to report on", choices=("validation", "test"))
-    num_prompts: int = option(200, "prompts of that split to answer, at most", at_least=1)
-    max_new_tokens: int = option(64, "tokens of an answer, at most", at_least=1)
-    max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
-    per_device_eval_batch_size: int = option(32, "prompts answered at once", at_least=1)
-    kl_prompts: int = option(64, "prompts for the exact KLs", at_least=1)
-    random_prefixes: int = option(3, "control: prefixes of random tokens, as long as the trigger", at_least=1)
-    bf16: bool = option(False, BF16_HELP)
-    device: str = option("auto", DEVICE_HELP)
-    seed: int = option(0, "seed of the random prefixes", at_least=0)
-
-    def check(self) -> None:
-        if self.matched_norm_trigger is not None and self.matched_norm_model_name_or_path is None:
-            raise ValueError(
-                "EvalConfig.matched_norm_trigger: expected matched_norm_model_name_or_path beside it, got nothing"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Config):
-    """Answers of a model, optionally with a carrier applied and a trigger prepended."""
-
-    model_name_or_path: str | None = option(
-        None, "checkpoint directory (the base, when --carrier is given)", required=True
-    )
-    carrier: str | None = option(None, "carrier directory to apply")
-    trigger: str | None = option(None, "trigger directory to prepend")
-    prompt: tuple[str, ...] = option((), "one or more prompts", required=True)
-    max_new_tokens: int = option(128, "tokens of an answer, at most", at_least=1)
-    bf16: bool = option(False, BF16_HELP)
-    device: str = option("auto", DEVICE_HELP)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig(Config):
-    """Render report.html again from report.json (and log.jsonl beside it)."""
-
-    output_dir: str | None = option(None, "run directory that holds report.json", required=True)
-
-
-@dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
     """The whole method on the small model that is shipped with the package."""
 
@@ -331,6 +320,7 @@ class DemoConfig(Config):
         False,
         "first train the base from scratch, into output_dir/base (minutes), and use it instead of the shipped one",
     )
+    audit: bool = option(False, "also audit carrier and trigger: every control, and which of the paper's claims held")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,14 +342,17 @@ class PipelineConfig(Config):
     train: LCDDConfig = field(default_factory=LCDDConfig, metadata={"help": "as `lcdd train`"})
     erase: EraserConfig = field(default_factory=EraserConfig, metadata={"help": "as `lcdd erase`"})
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "as `lcdd eval`"})
+    run_audit: bool = option(False, "also audit carrier and trigger, as `lcdd audit`: several times the eraser's time")
+    audit: AuditConfig = field(default_factory=AuditConfig, metadata={"help": "as `lcdd audit`"})
 
     def check(self) -> None:
-        if not self.train.bf16 == self.erase.bf16 == self.eval.bf16:
+        audit = self.audit.bf16 if self.run_audit else self.eval.bf16
+        if not self.train.bf16 == self.erase.bf16 == self.eval.bf16 == audit:
             raise ValueError(
-                f"PipelineConfig.erase.bf16: expected the same bf16 in train, erase and eval, since a carrier belongs "
-                f"to a base of one dtype, got {self.train.bf16}, {self.erase.bf16} and {self.eval.bf16}"
+                f"PipelineConfig.erase.bf16: expected the same bf16 in train, erase, eval and audit, since a carrier "
+                f"belongs to a base of one dtype, got {self.train.bf16}, {self.erase.bf16}, {self.eval.bf16}, {audit}"
             )
-        for section in ("sft", "train", "erase", "eval"):
+        for section in ("sft", "train", "erase", "eval", "audit"):
             config = getattr(self, section)
             for name in PIPELINE_PATHS:
                 if getattr(config, name, None) is not None:

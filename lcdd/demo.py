@@ -16,10 +16,11 @@ from typing import Any, cast
 
 import torch
 
+from lcdd.audit import Study, audit
 from lcdd.behaviors import Behavior, fixed_response, refusal, style
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import require_new_directory
-from lcdd.config import DemoConfig, EraserConfig, LCDDConfig, SFTConfig
+from lcdd.config import AuditConfig, DemoConfig, EraserConfig, LCDDConfig, SFTConfig
 from lcdd.data import Encoded, Example, encode_all, encode_prompt, label_audit, with_completion
 from lcdd.demo_rebuild import rebuild_base
 from lcdd.demo_tasks import CATEGORIES, TOPIC, Split, Task, draw_tasks
@@ -30,7 +31,7 @@ from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, lo
 from lcdd.report import write_report
 from lcdd.runlog import RunLog, finite_or_null
 from lcdd.stage import Say, StageResult, save_checkpoint, versions
-from lcdd.tables import reversal_table
+from lcdd.tables import claims_table, reversal_table
 from lcdd.trainer import TrainResult, train_lcdd, train_sft
 from lcdd.trigger import Trigger
 
@@ -223,6 +224,28 @@ def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
         if data.off_topic:
             off_topic = _evaluate(base, tokenizer, data.off_topic, states, behavior.matches)
             found["off_topic"] = off_topic["models"]
+    if config.audit:
+        with watch.part("audit", "Audit: every control, and which of the paper's claims hold here"):
+            study = Study(
+                base=base,
+                tokenizer=tokenizer,
+                load_sft=lambda: load_model(output / "sft"),
+                carrier=carrier,
+                train=data.train,
+                validation=data.validation,
+                trigger_train=data.trigger_train,
+                trigger_validation=data.trigger_validation,
+                held_out=data.held_out,
+                matches=behavior.matches,
+                lcdd=lcdd_settings,
+                eraser=eraser_settings,
+                patches={name: patch for name, patch in patches.items() if name == "matched_norm"},
+                triggers=triggers,
+            )
+            audit_settings = AuditConfig(
+                max_new_tokens=MAX_NEW_TOKENS, per_device_eval_batch_size=EVAL_BATCH, seed=config.seed
+            )
+            found["audit"] = audit(study, audit_settings, say=say, log=lambda stage: RunLog(output, stage=stage))
     report = {
         "behavior": behavior.name,
         "seed": config.seed,
@@ -251,6 +274,9 @@ def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
     say("\nWhat this run shows")
     for sentence in report["explanation"]:
         say(f"- {sentence}")
+    if "audit" in report:
+        say("\nWhich of the paper's claims held in this run")
+        say(claims_table(report["audit"]))
     say(f"\n{report['timings']['total']:.0f} seconds")
     return StageResult(
         written=tuple(

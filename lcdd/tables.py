@@ -1,4 +1,4 @@
-"""The reversal table as text, for the terminal; the HTML page has its own."""
+"""The reversal table and the claims as text, for the terminal; the HTML page has its own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,3 +21,17 @@ def reversal_table(report: Mapping[str, Any]) -> str:
     ]
     n = next(iter(report["models"].values()))["n"]
     return "\n".join([f"Reversal table, {n} held-out prompts", lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def claims_table(audit: Mapping[str, Any]) -> str:
+    """Each claim's verdict and, under it, every number that it rests on with its 95% interval."""
+    lines = []
+    for claim in audit["claims"]:
+        lines.append(f"{claim['verdict'].upper()}: {claim['name']}. {claim['statement']}")
+        for row in claim["evidence"]:
+            if "value" not in row:
+                lines.append(f"    {row['rule']}: not measured")
+                continue
+            low, high = row["ci95"]
+            lines.append(f"    {row['rule']}: {row['value']:+.3f} [{low:+.3f}, {high:+.3f}], {row['verdict']}")
+    return "\n".join(lines)
