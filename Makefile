@@ -24,6 +24,12 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.run
+
+gpu: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.run --device cuda
+
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

@@ -47,6 +47,7 @@ class Workload:
     run: what is timed. fresh: new inputs, called before every run, not timed. tokens: tokens a run trains on.
     weights: tensors that exist anyway, which are not counted as held for the backward.
     capturable: whether `run` may be captured in a CUDA graph (fixed addresses, no look from the host).
+    extra: metrics that the runs measured themselves, asked for when all rounds are over.
     """
 
     run: Callable[[], Any]
@@ -55,6 +56,7 @@ class Workload:
     tokens: int = 0
     weights: Sequence[Tensor] = ()
     capturable: bool = False
+    extra: Callable[[], Sequence["Sample"]] = lambda: ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Case:
     memory: bool = False
     budget_s: float = 10.0
     min_rounds: int = MIN_ROUNDS
+    warmup_s: float = 0.3
 
     def __post_init__(self) -> None:
         labels = [lane.label for lane in self.lanes]
@@ -220,15 +223,13 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Seconds of every lane, round by round: lists of equal length, the same round at the same place.
 
-    At least `min_rounds`, then until `budget_s` is spent; the order of the lanes rotates from round to round.
+    warmup_s: each lane runs for this long first, at least once (0: not at all). Then at least `min_rounds`, then until `budget_s` is spent; the order of the lanes rotates from round to round.
     """
     for work in workloads.values():
         start = time.perf_counter()
-        while True:
+        while time.perf_counter() - start < warmup_s:
             work.fresh()
             clock.seconds(work.run)
-            if time.perf_counter() - start >= warmup_s:
-                break
     labels = list(workloads)
     times: dict[str, list[float]] = {label: [] for label in labels}
     start = time.perf_counter()
@@ -260,6 +261,7 @@ def samples_of(
             each.append(Sample.of("rate", "TFLOP/s", [1e-12 * work.cost.flops / s for s in seconds]))
         if roof is not None and (work.cost.bytes or work.cost.flops):
             each.append(Sample.of("roof", "fraction", [roof.seconds(work.cost) / s for s in seconds]))
+        each.extend(work.extra())
         found[label] = each
     return found
 

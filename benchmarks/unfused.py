@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+IGNORED = -100
 GROUPS = ("attn_read", "attn_q", "attn_k", "attn_v", "attn_write", "ffn_read", "ffn_hidden", "ffn_write")
 # projection -> module path in a layer, group of its row gates, group of its column gates
 PROJECTIONS = {
@@ -141,6 +142,10 @@ def gate_positions(model: nn.Module) -> tuple[dict[str, tuple[Tensor, Tensor]], 
     return positions, n_gates
 
 
+def _labels(batch: Tensor | dict[str, Tensor]) -> Tensor:
+    return batch if isinstance(batch, Tensor) else batch["labels"]
+
+
 class UnfusedLCDD:
     """A training run: `model` (fine-tuned weights; becomes parametrized in place) against `base`.
 
@@ -188,17 +193,21 @@ class UnfusedLCDD:
         self.loss_limit = math.inf
         self._choose_noise()
 
-    def step(self, micro_batches: Sequence[Tensor]) -> float:
-        """One optimizer step. micro_batches: token tensors [B, S], each token predicted from those before it.
+    def step(self, micro_batches: Sequence[Tensor | dict[str, Tensor]]) -> float:
+        """One optimizer step. micro_batches: token tensors [B, S], each token predicted from those before it; or the
+        model's arguments input_ids and attention_mask with labels [B, S], where -100 is not predicted.
 
         Returns the mean cross-entropy in nats over all predicted tokens of all micro-batches, before the step.
         """
         s, t = self.settings, self.completed + 1
-        n_tokens = sum(tokens[:, 1:].numel() for tokens in micro_batches)
+        n_tokens = sum(int((_labels(batch)[:, 1:] != IGNORED).sum()) for batch in micro_batches)
         loss = 0.0
-        for tokens in micro_batches:
-            logits = self.model(input_ids=tokens).logits[:, :-1]
-            part = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / n_tokens
+        for batch in micro_batches:
+            inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+            logits = self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, :-1]
+            labels = _labels(batch)[:, 1:]
+            part = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            part = part / n_tokens
             part.backward()
             loss += part.item()
         frozen = self._frozen(t)

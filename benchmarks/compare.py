@@ -1,0 +1,72 @@
+"""Two commits side by side: `python -m benchmarks.run --base REV`.
+
+The other commit is checked out in a worktree of its own, its native library built there, and today's benchmarks run
+against its packages; the two run in turns, so that a drift of the machine meets both.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.records import ROOT, Record, load
+
+TURNS = 2
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Prints every lane's median time at both commits and their ratio; 1 where a run failed."""
+    with tempfile.TemporaryDirectory(prefix="lcdd-base-") as temporary:
+        tree = Path(temporary) / "tree"
+        subprocess.run(["git", "worktree", "add", "--detach", str(tree), arguments.base], cwd=ROOT, check=True)
+        try:
+            shutil.rmtree(tree / "benchmarks", ignore_errors=True)
+            ignored = shutil.ignore_patterns("results", "__pycache__")
+            shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=ignored)
+            build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            if subprocess.run(build, cwd=tree, capture_output=True).returncode:
+                print(f"benchmarks: no native library at {arguments.base}; the reference serves there", file=sys.stderr)
+            rows: dict[str, list[Record]] = {"base": [], "here": []}
+            for turn in range(TURNS):
+                for name, place in (("base", tree), ("here", ROOT)):
+                    output = Path(temporary) / f"{name}-{turn}"
+                    if _run(arguments, place, output):
+                        return 1
+                    rows[name] += [row for path in output.glob("*/records.csv") for row in load(path)]
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+    _print(rows["base"], rows["here"])
+    return 0
+
+
+def _run(arguments: argparse.Namespace, tree: Path, output: Path) -> int:
+    command = [sys.executable, "-m", "benchmarks.run", "--device", arguments.device, "--results", str(output)]
+    command += ["--threads", str(arguments.threads), "--effort", str(arguments.effort)]
+    command += ["--time-limit", str(arguments.time_limit)]
+    for name in ("list", "size"):
+        if getattr(arguments, name):
+            command += [f"--{name}", getattr(arguments, name)]
+    if arguments.cases:
+        command += ["--cases", *arguments.cases]
+    return subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}).returncode
+
+
+def _print(base: list[Record], here: list[Record]) -> None:
+    def medians(rows: list[Record]) -> dict[tuple[str, ...], float]:
+        times: dict[tuple[str, ...], list[float]] = {}
+        for row in rows:
+            if row.metric == "time":
+                times.setdefault(row.key, []).append(row.p50)
+        return {key: statistics.median(values) for key, values in times.items()}
+
+    before, now = medians(base), medians(here)
+    commits = [rows[0].commit if rows else "nothing" for rows in (base, here)]
+    print(f"\n{'base ms':>12} {'here ms':>12} {'here/base':>10}   ({commits[0]} against {commits[1]})")
+    for key in [key for key in before if key in now]:
+        case, params, provider, lane, _ = key
+        print(f"{1e3 * before[key]:12.3f} {1e3 * now[key]:12.3f} {now[key] / before[key]:10.3f}   "
+              f"{case} {params} {provider} {lane}")  # fmt: skip
