@@ -39,6 +39,7 @@ from lcdd.models import (
     shape_of,
 )
 from lcdd.patching import changed_parameters, cpu_copy, expanded_gates, open_block
+from lcdd.shards import full
 from lcdd_kernels import GateMap, weight_eff_
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Carrier:
         deltas = {}
         for name, (_, delta, gate_map) in optimizer.masked().items():
             rows, cols = open_block(gate, gate_map, delta.shape)
-            deltas[name] = cpu_copy(delta[rows[:, None], cols])
+            deltas[name] = cpu_copy(full(delta)[rows[:, None], cols])
         unmasked, norm = changed_parameters(
             optimizer.base, optimizer.model, masked={f"{name}.weight" for name in deltas}
         )

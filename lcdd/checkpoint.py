@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcdd import shards
+
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 """Key of a manifest: SHA-256 of everything else in it."""
@@ -191,7 +193,7 @@ def newest_checkpoint(path: str | Path, *, name: str = "path") -> Path:
 
 
 def _update_with_tensor(digest: Any, tensor: Tensor) -> None:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    data = shards.full(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, data.numel(), CHUNK_BYTES):
         digest.update(data[start : start + CHUNK_BYTES].numpy())
 
@@ -200,7 +202,7 @@ def model_fingerprint(model: nn.Module) -> str:
     """Hex SHA-256 over the names, dtypes, shapes and bytes of all parameters.
 
     Two models have the same fingerprint exactly if they have the same parameters bit for bit; device does not
-    matter, dtype does.
+    matter, dtype does. Of a sharded model it is a collective, to be called on every rank.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -14,21 +14,25 @@ arrives in `weight.grad` like any gradient, and all of LCDD happens in `step`:
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lcdd import attach, shards
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
-from lcdd.dual import DualController
 from lcdd.gates import GateLayout, Gates
-from lcdd.models import PreTrainedModel, check_same_architecture, projections, shape_of, unmasked_parameters
+from lcdd.models import PreTrainedModel, check_same_architecture, projections, shape_of
 from lcdd.modules import ForwardGates
 from lcdd.packed import PackedGradLinear, PackPlan
+from lcdd.shards import local
 from lcdd_kernels import delta_adamw_, delta_grad_stats, weight_eff_
 
 logger = logging.getLogger(__name__)
+
+_COUNTERS = ("completed_steps", "skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
 
 
 class LCDDOptimizer(torch.optim.Optimizer):
@@ -84,6 +88,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def __init__(self, model, base, config, *, total_steps, initial_logits=None):
         if total_steps < 1:
             raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
+        shards.reshard(model)
         check_same_architecture(base, model)
         self.model, self.base, self.config, self.total_steps = model, base, config, total_steps
         sites, base_sites = projections(model), projections(base)
@@ -94,27 +99,19 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._bases = [site.linear.weight.detach() for site in base_sites]
         self._maps = [layout.gate_map(site.kind, site.layer) for site in sites]
         for name, weight, fixed in zip(self.names, self._weights, self._bases, strict=True):
-            if weight.data_ptr() == fixed.data_ptr():
-                raise ValueError(f"base: expected its own copy of {name}.weight, got the tensor that is trained")
-            if weight.device != fixed.device or weight.dtype != fixed.dtype:
-                raise ValueError(
-                    f"base: expected {name}.weight as {weight.dtype} on {weight.device}, "
-                    f"got {fixed.dtype} on {fixed.device}"
-                )
+            attach.check_pair(name, weight, fixed)
+        self._sharded = shards.is_sharded(self._weights[0])
+        # a shard's rows are gated from its first row's gate on; kernels see no matrix without rows
+        self._row_maps = [
+            replace(gate_map, row_start=gate_map.row_start + shards.row_offset(weight))
+            for gate_map, weight in zip(self._maps, self._weights, strict=True)
+        ]
+        self._here = [index for index, weight in enumerate(self._weights) if len(local(weight))]
+        if config.gating == "forward" and shards.world_size() > 1:
+            raise ValueError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
         self.gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=self._start(layout, initial_logits))
-        self.dual = DualController(
-            lambda_init=config.dual_lambda_init,
-            lr=config.dual_lr,
-            lr_shrink=config.dual_lr_shrink,
-            lambda_min=config.dual_lambda_min,
-            lambda_max=config.dual_lambda_max,
-            violation_clip=config.violation_clip,
-            ema_beta=config.loss_ema_beta,
-            warmup_steps=config.warmup_steps,
-            loss_budget=config.loss_budget,
-            loss_floor=config.loss_floor,
-        )
-        unmasked = self._fix_unmasked(base)
+        self.dual = attach.dual_controller(config)
+        unmasked = attach.fix_unmasked(model, base, config, masked=self._weights)
         groups: list[dict[str, Any]] = [
             {"params": self._weights, "lr": config.learning_rate},
             {"params": [self.gates.logits], "lr": config.gate_lr},
@@ -122,16 +119,20 @@ class LCDDOptimizer(torch.optim.Optimizer):
         if unmasked:
             groups.append({"params": unmasked, "lr": config.learning_rate})
         super().__init__(groups, {})
-        self._inner = self._inner_optimizers(unmasked)
+        self._inner = attach.inner_optimizers(config, self.gates.logits, unmasked)
         for weight, fixed in zip(self._weights, self._bases, strict=True):
-            self.state[weight] = self._masked_state(weight, fixed)
+            self.state[weight] = attach.masked_state(config, weight, fixed)
         self.completed_steps = 0
         self.skipped_steps = self.skipped_in_a_row = 0
         self.last_loss = self.grad_norm = math.nan
-        self._observed: float | Tensor | None = None
+        self._good_logits = self.gates.logits.detach().clone()
+        self._observed: tuple[Any, float] | None = None
         self._in_eval = False
         self._forward = self._forward_route() if config.gating == "forward" else None
         packs = config.pack == "auto" and self._forward is None
+        if packs and shards.world_size() > 1:
+            packs = False
+            logger.info("weight gradients are not packed on several ranks: engines average weight.grad alone")
         self._plan = PackPlan.for_sites(sites, layout, config) if packs else None
         self._handles = [
             model.register_forward_pre_hook(self._refuse_sampled_evaluation),
@@ -141,20 +142,25 @@ class LCDDOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ one step
 
-    def observe(self, loss: float | Tensor) -> None:
-        """Hand over the loss of the coming step (mean cross-entropy, nats), where a trainer calls `step()` itself."""
-        self._observed = loss
+    def observe(self, loss: float | Tensor, *, tokens: float = 1.0) -> None:
+        """Hand over the loss of the coming step, as `step` takes it, where a trainer calls `step()` itself."""
+        self._observed = loss, tokens
 
     @torch.no_grad()
-    def step(self, loss: float | Tensor | Callable | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, loss: float | Tensor | Callable | None = None, *, tokens: float = 1.0
+    ) -> None:
         """Take one optimizer step on gradients that `backward` left in the weights.
 
         Args:
             loss: this step's mean loss over all its micro-batches, in nats; not needed after `observe(loss)`. A
                 closure, as torch.optim allows, is called and its loss taken.
+            tokens: on several ranks, how many tokens this rank's `loss` is the mean of: λ follows the mean over all
+                ranks' tokens. The gradients have to be those of that mean, as DDP's and FSDP2's averages are where
+                each rank scales its summed loss by ranks / (all ranks' tokens).
 
-        A loss or a gradient that is not finite skips the step: Δ, θ and λ keep their values, and
-        `skipped_in_a_row` counts.
+        A loss, a gradient or a θ that is not finite skips the step: Δ and λ keep their values, θ those of the last
+        good step, and `skipped_in_a_row` counts.
 
         Raises:
             RuntimeError: the optimizer is in evaluation mode.
@@ -162,28 +168,26 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """
         if self._in_eval:
             raise RuntimeError("step: the optimizer is in evaluation mode; call optimizer.train() first")
-        loss = self._take_loss(loss)
+        value, tokens = self._take_loss(loss, tokens)
         grads, layouts = self._gradients()
         deltas, old = self._state_of("delta"), self.gates.values
         if self._forward is None:
             chained = None
-            d_gate, sq_norm = delta_grad_stats(
-                grads, deltas, old, self._maps, layouts=layouts, rank=self.gates.rank if layouts else None
-            )
+            d_gate, sq_norm = self._pass_a(grads, layouts)
         else:  # autograd has been through the gates: nothing is left to chain or to mask
             chained = self.gates.logits.grad
             d_gate, old = torch.zeros_like(old), torch.ones_like(old)
             sq_norm = sum((grad.float().square().sum() for grad in grads), old.new_zeros(()))
-        sq_norm = sq_norm + sum(p.grad.float().square().sum() for p in self._unmasked() if p.grad is not None)
+        unmasked = [local(p.grad) for p in self._unmasked() if p.grad is not None]
+        sq_norm = sq_norm + sum(grad.float().square().sum() for grad in unmasked)
+        value, d_gate, sq_norm = shards.reduce_step(value, tokens, d_gate, sq_norm, sharded=self._sharded)
         gate_sum = (d_gate if chained is None else chained).sum()
-        norm, probe = torch.stack([sq_norm.sqrt(), gate_sum.to(sq_norm.dtype)]).tolist()
-        if not all(map(math.isfinite, (loss, norm, probe))):
-            self.skipped_steps += 1
-            self.skipped_in_a_row += 1
-            logger.warning("step skipped: loss %g, gradient norm %g, gate gradient sum %g", loss, norm, probe)
+        theta_sum = self.gates.logits.sum()
+        norm, *probes = torch.stack([x.to(sq_norm.dtype) for x in (sq_norm.sqrt(), gate_sum, theta_sum)]).tolist()
+        if not all(map(math.isfinite, (value, norm, *probes))):
+            self._skip(f"loss {value:g}, gradient norm {norm:g}, sums of gate gradients and θ {probes}")
             return
-        self.skipped_in_a_row = 0
-        self.last_loss, self.grad_norm = loss, norm
+        self.last_loss, self.grad_norm = value, norm
         limit = self.config.max_grad_norm
         grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
@@ -193,22 +197,27 @@ class LCDDOptimizer(torch.optim.Optimizer):
             self.gates.logits.grad = d_logits if chained is None else d_logits + chained
             self._inner_step("gates", group=1)
             self.gates.logits.grad = None
-        self.dual.update(loss, frozen=frozen)
+            if not math.isfinite(float(self.gates.logits.sum())):
+                self._skip("its update of θ is not finite")
+                return
+            self._good_logits = self.gates.logits.detach().clone()
+        self.skipped_in_a_row = 0
+        self.dual.update(value, frozen=frozen)
         old_rank = self.gates.rank
         self.completed_steps += 1
         self._draw_gates(training=not self.gates_frozen)
 
         if self.config.train_delta:
             delta_adamw_(
-                self._weights,
-                self._bases,
+                self._here_of(self._weights),
+                self._here_of(self._bases),
                 deltas,
                 self._state_of("exp_avg"),
                 self._state_of("exp_avg_sq"),
                 grads,
                 old,
                 self.gates.values,
-                self._maps,
+                self._here_of(self._row_maps),
                 lr=self.param_groups[0]["lr"],
                 beta1=self.config.adam_beta1,
                 beta2=self.config.adam_beta2,
@@ -220,7 +229,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
                 rank=old_rank if layouts else None,
             )
         else:
-            weight_eff_(self._weights, self._bases, deltas, self.gates.values, self._maps)
+            self._refresh_weights()
         if "unmasked" in self._inner:
             for parameter in self._unmasked():
                 if parameter.grad is not None:
@@ -309,8 +318,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
             "initial_logits": self.gates.initial_logits.clone(),
             "inner": {name: inner.state_dict() for name, inner in self._inner.items()},
             "dual": self.dual.state_dict(),
-            "completed_steps": self.completed_steps,
-            "skipped_steps": self.skipped_steps,
+            **{name: getattr(self, name) for name in _COUNTERS},
             "unmasked": [p.detach().clone() for p in self._unmasked()],
         }
         return state
@@ -325,19 +333,21 @@ class LCDDOptimizer(torch.optim.Optimizer):
         # torch's own loader casts state to the parameter's dtype, which would round float32 moments of bf16 weights
         kept = {weight: self.state[weight] for weight in self._weights}
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "lcdd"})
-        for index, weight in enumerate(self._weights):
-            for key, tensor in kept[weight].items():
-                tensor.copy_(state_dict["state"][index][key])
-            self.state[weight] = kept[weight]
         with torch.no_grad():
+            for index, weight in enumerate(self._weights):
+                for key, tensor in kept[weight].items():
+                    shards.copy_rows_(tensor, state_dict["state"][index][key])
+                self.state[weight] = kept[weight]
             self.gates.logits.copy_(ours["gate_logits"])
             for parameter, value in zip(self._unmasked(), ours["unmasked"], strict=True):
-                parameter.copy_(value)
+                shards.copy_rows_(parameter, value)
         self.gates.initial_logits = ours["initial_logits"].clone()
         for name, inner in self._inner.items():
             inner.load_state_dict(ours["inner"][name])
         self.dual.load_state_dict(ours["dual"])
-        self.completed_steps, self.skipped_steps = ours["completed_steps"], ours["skipped_steps"]
+        for name in _COUNTERS:
+            setattr(self, name, ours[name])
+        self._good_logits = self.gates.logits.detach().clone()
         self._in_eval = False
         self._write_weights(training=not self.gates_frozen)
 
@@ -351,55 +361,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return initial_logits.detach().to(device=weight.device, dtype=dtype)
 
-    def _fix_unmasked(self, base: PreTrainedModel) -> list[nn.Parameter]:
-        """Set what is not gated to the base's values and freeze it; return what is trained beside Δ."""
-        trained = unmasked_parameters(self.model) if self.config.train_unmasked else {}
-        masked = set(map(id, self._weights))
-        moved = []
-        for (name, parameter), fixed in zip(self.model.named_parameters(), base.parameters(), strict=True):
-            if id(parameter) in masked or name in trained:
-                parameter.requires_grad_(True)
-                continue
-            parameter.requires_grad_(False)
-            if not torch.equal(parameter, fixed):
-                moved.append(name)
-                parameter.data.copy_(fixed)
-        if moved:
-            logger.warning(
-                "%d parameters outside the masked linears differed from the base and were reset to it: %s%s",
-                len(moved), ", ".join(moved[:3]), ", …" if len(moved) > 3 else "",
-            )  # fmt: skip
-        return list(trained.values())
-
-    def _inner_optimizers(self, unmasked: list[nn.Parameter]) -> dict[str, torch.optim.Optimizer]:
-        c = self.config
-        logits = [self.gates.logits]
-        inner: dict[str, torch.optim.Optimizer] = {
-            "gates": torch.optim.Adam(logits, lr=c.gate_lr)
-            if c.gate_optimizer == "adam"
-            else torch.optim.SGD(logits, lr=c.gate_lr, momentum=c.gate_momentum)
-        }
-        if unmasked:
-            betas = (c.adam_beta1, c.adam_beta2)
-            inner["unmasked"] = torch.optim.AdamW(
-                unmasked, lr=c.learning_rate, betas=betas, eps=c.adam_epsilon, weight_decay=c.weight_decay
-            )
-        return inner
-
     def _inner_step(self, name: str, *, group: int) -> None:
         """Step an inner optimizer at the learning rate that a scheduler may have given its group here."""
         self._inner[name].param_groups[0]["lr"] = self.param_groups[group]["lr"]
         self._inner[name].step()
-
-    def _masked_state(self, weight: Tensor, fixed: Tensor) -> dict[str, Tensor]:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        delta_dtype = getattr(torch, self.config.delta_dtype or "", weight.dtype)
-        state = {"delta": (weight.detach().to(wide) - fixed.to(wide)).to(delta_dtype)}
-        if self.config.train_delta:
-            moment_dtype = getattr(torch, self.config.moment_dtype or "", wide)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(weight, dtype=moment_dtype)
-        return state
 
     def _forward_route(self) -> ForwardGates:
         """The model's projections swapped for ones that apply the gates themselves, on this optimizer's θ and Δ."""
@@ -410,20 +375,41 @@ class LCDDOptimizer(torch.optim.Optimizer):
         return ForwardGates.attach(self.model, self.base, kind=c.gate_kind, logits=logits, seed=c.seed, deltas=deltas)
 
     def _state_of(self, key: str) -> list[Tensor]:
-        return [self.state[weight][key] for weight in self._weights]
+        """A state tensor of every masked weight that has rows on this rank: those rows."""
+        return self._here_of([self.state[weight][key] for weight in self._weights])
+
+    def _here_of(self, items: list[Any]) -> list[Any]:
+        """Of one item a masked weight, those of weights with rows on this rank; of a sharded tensor those rows."""
+        return [local(items[index]) for index in self._here]
+
+    def _pass_a(self, grads: list[Any], layouts: list[str] | None) -> tuple[Tensor, Tensor]:
+        """(d_gate [N], ‖dΔ‖² []) of the rows on this rank."""
+        gate, rank = self.gates.values, self.gates.rank if layouts else None
+        if not grads:
+            return torch.zeros_like(gate), gate.new_zeros(())
+        deltas, maps = self._state_of("delta"), self._here_of(self._row_maps)
+        return delta_grad_stats(grads, deltas, gate, maps, layouts=layouts, rank=rank)
+
+    def _skip(self, reason: str) -> None:
+        """Count a step that is not taken; θ goes back to the last good one."""
+        self.gates.logits.copy_(self._good_logits)
+        self.gates.logits.grad = None
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        logger.warning("step skipped: %s", reason)
 
     def _unmasked(self) -> list[nn.Parameter]:
         return self.param_groups[2]["params"] if len(self.param_groups) > 2 else []
 
-    def _take_loss(self, loss: Any) -> float:
+    def _take_loss(self, loss: Any, tokens: float) -> tuple[float, float]:
         if callable(loss):
             with torch.enable_grad():
                 loss = loss()
-        given = self._observed if loss is None else loss
+        given, tokens = self._observed or (None, 1.0) if loss is None else (loss, tokens)
         self._observed = None
         if given is None:
             raise ValueError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
-        return float(given)
+        return float(given), tokens
 
     def _gradients(self) -> tuple[list[Any], list[str] | None]:
         """G of every masked weight, dense or packed, and the layouts where any is packed (forward route: dΔ)."""
@@ -431,11 +417,11 @@ class LCDDOptimizer(torch.optim.Optimizer):
             trained = self._forward.deltas if self.config.train_delta else {}
             return [self._present(name, delta.grad) for name, delta in trained.items()], None
         grads, layouts = [], []
-        for name, site in zip(self.names, self._sites, strict=True):
-            linear = site.linear
+        for index in self._here:
+            linear = self._sites[index].linear
             layout = linear.layout if isinstance(linear, PackedGradLinear) else "dense"
-            grad = linear.weight.grad if layout == "dense" else linear.packed_grad
-            grads.append(self._present(name, grad))
+            grad = self._weights[index].grad if layout == "dense" else linear.packed_grad
+            grads.append(local(self._present(self.names[index], grad)))
             layouts.append(layout)
         return grads, layouts if any(kind != "dense" for kind in layouts) else None
 
@@ -453,9 +439,15 @@ class LCDDOptimizer(torch.optim.Optimizer):
             self._plan.update(self.gates)
 
     def _write_weights(self, *, training: bool) -> None:
+        shards.reshard(self.model)
         self._draw_gates(training=training)
         with torch.no_grad():
-            weight_eff_(self._weights, self._bases, self._state_of("delta"), self.gates.values, self._maps)
+            self._refresh_weights()
+
+    def _refresh_weights(self) -> None:
+        if self._here:
+            weights, bases, maps = map(self._here_of, (self._weights, self._bases, self._row_maps))
+            weight_eff_(weights, bases, self._state_of("delta"), self.gates.values, maps)
 
     def _refuse_sampled_evaluation(self, module: nn.Module, _args: Any) -> None:
         if not module.training and self.gates.sampled:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lcdd.models import PreTrainedModel
+from lcdd.shards import full
 from lcdd_kernels import GateMap
 
 
@@ -25,8 +26,8 @@ def expanded_gates(gate: Tensor, gate_map: GateMap, shape: Sequence[int]) -> tup
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, in row order."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """A copy on the CPU, in row order; of a sharded tensor all of it."""
+    return full(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def changed_parameters(
@@ -35,8 +36,8 @@ def changed_parameters(
     """Parameters of `other` that differ from `base`'s, `masked` ones aside, and the L2 norm of the differences."""
     changed, squared = {}, 0.0
     for (name, theirs), ours in zip(other.named_parameters(), base.parameters(), strict=True):
-        if name in masked or torch.equal(theirs, ours.to(theirs.device)):
+        if name in masked or torch.equal(full(theirs.detach()), full(ours.detach()).to(theirs.device)):
             continue
         changed[name] = cpu_copy(theirs)
-        squared += float((changed[name].double() - ours.detach().cpu().double()).square().sum())
+        squared += float((changed[name].double() - cpu_copy(ours).double()).square().sum())
     return changed, math.sqrt(squared)

@@ -27,9 +27,10 @@ TIERS: dict[str, list[tuple[str, ...]]] = {
         ("report_card",),
     ],
     "lcdd": [
+        ("shards",),
         ("", "settings", "runlog", "dual", "checkpoint", "schedules", "charts", "report_style", "tables"),
-        ("demo_tasks", "demo_words", "config", "models", "report"),
-        ("data", "gates", "diagnose", "stage", "trigger", "demo_rebuild", "eraser_batches", "trigger_search"),
+        ("demo_tasks", "demo_words", "config", "models", "report", "training_state"),
+        ("attach", "data", "gates", "diagnose", "stage", "trigger", "demo_rebuild", "eraser_batches", "trigger_search"),
         ("behaviors", "losses", "packed", "modules", "patching"),
         ("carrier",),
         ("optimizer", "prepare", "eraser", "evaluate"),

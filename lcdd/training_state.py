@@ -1,0 +1,218 @@
+"""Training checkpoints: `checkpoint-N` directories that hold everything a run needs to go on, bit for bit.
+
+    training_state.safetensors   every tensor: Δ (or weights), moments, θ, random state
+    training_state.json          the rest, and where each tensor belongs
+    manifest.json                what the run is (stage, settings, fingerprints) and each file's SHA-256, written last
+
+A directory appears complete or not at all (`lcdd.checkpoint.write_directory`); anything unfinished is ignored. The
+state is nested dictionaries and lists; nothing is pickled.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lcdd.checkpoint import MANIFEST, verify_directory, write_directory
+
+logger = logging.getLogger(__name__)
+
+TENSORS, TREE = "training_state.safetensors", "training_state.json"
+SPARE_BYTES = 1 << 20
+"""Room for the small files of a checkpoint."""
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+def pack_state(value: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A nested state as (JSON value, tensors by name); `unpack_state` is its inverse, exactly.
+
+    Raises:
+        TypeError: something in it is neither a container, a tensor, a number, a string nor None.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def pack(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().cpu().contiguous()
+            return {"tensor": name}
+        if isinstance(value, Mapping):
+            return {"items": [[key, pack(item, f"{name}.{key}")] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            items = [pack(item, f"{name}.{index}") for index, item in enumerate(value)]
+            return {"list" if isinstance(value, list) else "tuple": items}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": str(value)}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"{name}: expected a tensor, number, string or container, got {type(value).__name__}")
+
+    return pack(value, "state"), tensors
+
+
+def unpack_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `pack_state` was given."""
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    if kind == "items":
+        return {key: unpack_state(item, tensors) for key, item in content}
+    items = [unpack_state(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+class CheckpointStore:
+    """The `checkpoint-N` directories of one run.
+
+    Args:
+        directory: the run's; made when the first checkpoint is written.
+        identity: what a run has to share with the one it continues: JSON values by name, settings under "config".
+        save_total_limit: complete checkpoints to keep; 0 keeps all.
+        export: called with the directory being written and the step, to put usable results beside the state.
+
+    Attributes:
+        overrides: differences from the run that was continued, which the user allowed; kept in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        identity: Mapping[str, Any],
+        save_total_limit: int = 0,
+        export: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.identity = dict(identity)
+        self.save_total_limit = save_total_limit
+        self.export = export
+        self.overrides: list[str] = []
+
+    def complete(self) -> list[tuple[int, Path]]:
+        """(step, directory) of every finished checkpoint, oldest first."""
+        found = []
+        for folder in self.directory.glob("checkpoint-*"):
+            number = folder.name.removeprefix("checkpoint-")
+            if number.isdecimal() and (folder / MANIFEST).is_file():
+                found.append((int(number), folder))
+        return sorted(found)
+
+    def last(self) -> str:
+        """The newest finished checkpoint in words."""
+        found = self.complete()
+        return f"the last checkpoint is {found[-1][1]}" if found else "there is no checkpoint"
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write `checkpoint-{step}`, then delete the oldest beyond `save_total_limit`.
+
+        Raises:
+            CheckpointFailed: not enough free space (found before anything is written), or the system refused a write.
+        """
+        path = self.directory / f"checkpoint-{step}"
+        tree, tensors = pack_state(state)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
+        metadata = {"format_version": 1, "step": step, "identity": self.identity, "overrides": self.overrides}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.directory).free
+            if free < needed:
+                raise CheckpointFailed(
+                    f"{path}: expected {needed / 1e9:.3g} GB of free space for a checkpoint, got {free / 1e9:.3g} GB; "
+                    f"{self.last()}"
+                )
+            if path.exists():  # a run that was continued from an earlier checkpoint comes by here again
+                self._delete(path)
+            with write_directory(path, metadata=metadata) as folder:
+                save_file(tensors, folder / TENSORS)
+                (folder / TREE).write_text(json.dumps(tree), encoding="utf-8")
+                if self.export is not None:
+                    self.export(folder)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointFailed(f"{path}: could not be written ({error}); {self.last()}") from error
+        if self.save_total_limit:
+            for _, old in self.complete()[: -self.save_total_limit]:
+                self._delete(old)
+        return path
+
+    def sweep(self) -> None:
+        """Delete what killed processes left half-written or half-deleted."""
+        for pattern in (".*.partial-*", ".checkpoint-*.deleted"):
+            for debris in self.directory.glob(pattern):
+                shutil.rmtree(debris, ignore_errors=True)
+
+    def load(self, path: Path, *, override: bool = False) -> tuple[int, dict[str, Any]]:
+        """(step, state) of a finished checkpoint of this run.
+
+        override: go on although the run differs from the checkpoint's; each difference is warned of and recorded.
+
+        Raises:
+            ValueError: damaged (the file is named), not a training checkpoint, or one of a run that differs.
+        """
+        manifest = verify_directory(path, name="resume")
+        if not {TENSORS, TREE} <= set(manifest["sha256"]) or not isinstance(manifest.get("identity"), dict):
+            raise ValueError(f"resume: expected a training checkpoint, got {str(path)!r}, which is something else")
+        differences = list(_differences(manifest["identity"], self.identity))
+        if differences and not override:
+            raise ValueError(
+                f"resume: {path} is of another run: {'; '.join(differences)}. "
+                "To go on nevertheless, and have that recorded: --resume_override"
+            )
+        self.overrides = [*manifest.get("overrides", []), *differences]
+        for difference in differences:
+            logger.warning("resume: overridden: %s", difference)
+        try:
+            tree = json.loads((path / TREE).read_text(encoding="utf-8"))
+            return int(manifest["step"]), unpack_state(tree, load_file(path / TENSORS))
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"resume: expected a readable training state in {str(path)!r}: {error!r}") from error
+
+    def _delete(self, path: Path) -> None:
+        """Take a checkpoint away in one rename, so that no half of it is ever seen."""
+        gone = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> "list[str]":
+    found = []
+    for key in [*theirs, *(key for key in ours if key not in theirs)]:
+        expected, got = theirs.get(key), ours.get(key)
+        if isinstance(expected, dict) and isinstance(got, dict):
+            found += _differences(expected, got, f"{prefix}{key}.")
+        elif expected != got:
+            found.append(f"expected {prefix}{key} {_short(expected)}, got {_short(got)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{text[:16]}…" if len(text) > 40 else text
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's generators, CPU and GPUs."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": list(gpus)}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put `random_state`'s result back; GPUs only where as many are here."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
