@@ -227,9 +227,11 @@ def rounds(
     """
     for work in workloads.values():
         start = time.perf_counter()
-        while time.perf_counter() - start < warmup_s:
+        while warmup_s:
             work.fresh()
             clock.seconds(work.run)
+            if time.perf_counter() - start >= warmup_s:
+                break
     labels = list(workloads)
     times: dict[str, list[float]] = {label: [] for label in labels}
     start = time.perf_counter()

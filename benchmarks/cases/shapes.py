@@ -91,7 +91,10 @@ def fine_tune(model: PreTrainedModel, *, seed: int, spread: float = 1e-3) -> Pre
     return model
 
 
-OPEN, CLOSED = 4.0, -10.0  # gate logits that stay open (closed) with hard-concrete noise but for a gate in a few hundred
+OPEN, CLOSED = (
+    4.0,
+    -10.0,
+)  # gate logits that stay open (closed) with hard-concrete noise but for a gate in a few hundred
 
 
 def gate_logits(model: PreTrainedModel, density: float, *, seed: int = 0) -> torch.Tensor:

@@ -64,6 +64,7 @@ class Run:
         sizes = tiny_sizes("qwen3-0.6b") if tiny else sizes_of("qwen3-0.6b", layers=4, divide=2)
         sizes |= {"vocab_size": len(VOCABULARY), "tie_word_embeddings": False}
         self.folder, self.numbers = folder, itertools.count()
+        (folder / "tokenizer").mkdir()
         write_tokenizer(folder / "tokenizer")
         tokenizer = load_tokenizer(folder / "tokenizer")
         for name, delta in (("base", 0.0), ("sft", 5e-3)):
