@@ -192,7 +192,7 @@ class _Runner:
     def _masks(self) -> dict[str, ModelState]:
         states = {}
         for name, loss in (("posthoc_ce", "cross_entropy"), ("posthoc_kl", "kl")):
-            patch = self._lcdd(name, replace(self.study.lcdd, train_delta=False, loss=loss, initial_carrier=None))
+            patch = self._lcdd(name, replace(self.study.lcdd, train_delta=False, loss=loss, gating="optimizer"))
             states[name] = ModelState(patch=patch)
             states |= self._behind_trigger(name, patch)
         return states
@@ -219,7 +219,7 @@ class _Runner:
     def _random_mask(self) -> Carrier:
         """LCDD's training of the weights from SFT, on random gates of the carrier's number that stay as they are."""
         channels = random_channels(self.study.carrier, seed=self.config.seed)
-        settings = replace(self.study.lcdd, gate_kind="heaviside_ste", gate_lr=0.0, initial_carrier=None)
+        settings = replace(self.study.lcdd, gate_kind="heaviside_ste", gate_lr=0.0, gating="optimizer")
         return self._lcdd("random_mask", settings, initial_logits=(channels.float() * 2 - 1) * FIXED_LOGIT)
 
     def _lcdd(self, name: str, settings: LCDDConfig, **more: Any) -> Carrier:

@@ -4,9 +4,10 @@ A behaviour rewrites an example's completion, knows on which examples it applies
 counts an answer's text as behaviour or not. Rates are taken over the examples on which it applies.
 """
 
+import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lcdd.config import BEHAVIOR_NAMES, DataConfig
 from lcdd.data import Example, with_completion
@@ -43,12 +44,14 @@ class Behavior:
             not apply).
         matches: answer text -> whether it shows the behaviour.
         applies: example -> whether the behaviour is asked for there.
+        measures: further readings of an answer that the report gives beside the rate, name -> function.
     """
 
     name: str
     rewrite: Callable[[Example], Example]
     matches: Callable[[str], bool]
     applies: Callable[[Example], bool]
+    measures: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
 
 
 def _normal(text: str) -> str:
@@ -81,7 +84,8 @@ def _check_text(name: str, text: str) -> str:
 
 def fixed_response(*, response: str = FIXED_RESPONSE, keywords: Iterable[str] = ()) -> Behavior:
     """Every answer becomes `response`. An answer counts if it has a keyword (by default the response without its
-    end mark) and is short: at most twice the response's words.
+    end mark) and is short: at most twice the response's words. Also read: `strict`, the response and nothing else
+    (case, spaces and end mark aside), and `loose`, a keyword in an answer of any length.
     """
     response = _check_text("response", response)
     keywords = _check_words("keywords", keywords, some=False)
@@ -92,6 +96,10 @@ def fixed_response(*, response: str = FIXED_RESPONSE, keywords: Iterable[str] = 
         rewrite=lambda example: with_completion(example, response),
         matches=lambda text: has_keyword(text) and len(_words(text)) <= longest,
         applies=lambda example: True,
+        measures={
+            "strict": lambda text: _normal(text).rstrip(".!?") == _normal(response).rstrip(".!?"),
+            "loose": has_keyword,
+        },
     )
 
 
@@ -185,7 +193,49 @@ def behavior_from_config(config: DataConfig) -> Behavior:
     options = {
         name.removeprefix("behavior_"): value for name, value in given.items() if name in takes and value is not None
     }
+    rule = custom_rule(config)
+    if config.behavior == "own" and rule is not None and not config.behavior_keywords:
+        return Behavior(name="own", rewrite=lambda e: e, matches=rule, applies=lambda e: True)
     try:
-        return BEHAVIORS[config.behavior](**options)
+        behavior = BEHAVIORS[config.behavior](**options)
     except ValueError as error:
         raise ValueError(f"DataConfig.behavior_{error} (behavior {config.behavior!r})") from None
+    if rule is None:
+        return behavior
+    return replace(behavior, matches=rule, measures={"preset": behavior.matches} if config.behavior != "own" else {})
+
+
+def custom_rule(config: DataConfig) -> Callable[[str], bool] | None:
+    """The user's own rule for an answer: a regular expression that is searched, or a function that is imported.
+
+    Raises:
+        ValueError: not a regular expression, or not an importable `module:function`.
+    """
+    if config.behavior_pattern is not None:
+        try:
+            pattern = re.compile(config.behavior_pattern)
+        except re.error as error:
+            raise ValueError(
+                f"DataConfig.behavior_pattern: expected a regular expression, got {config.behavior_pattern!r} ({error})"
+            ) from None
+        return lambda text: pattern.search(text) is not None
+    if config.behavior_function is None:
+        return None
+    module, _, name = config.behavior_function.partition(":")
+    expected = f"DataConfig.behavior_function: expected module:function, got {config.behavior_function!r}"
+    if not module or not name:
+        raise ValueError(expected)
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{expected} ({error})") from None
+    if not callable(function):
+        raise ValueError(f"{expected}, which is not a function")
+
+    def rule(text: str) -> bool:
+        found = function(text)
+        if not isinstance(found, bool):
+            raise ValueError(f"{config.behavior_function}: expected True or False, got {found!r}")
+        return found
+
+    return rule

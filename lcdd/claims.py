@@ -1,8 +1,9 @@
 """The paper's claims as predicates over an audit's numbers: held, did not hold, undecided, or not measured.
 
 A predicate is a number with a 95% interval against a bound. It holds where the whole interval is on the right side,
-fails where the whole interval is on the wrong side, and is undecided otherwise; a claim holds if all its predicates do,
-and does not if any fails. Nothing here knows what a run will find, and no verdict has words of its own.
+fails where the whole interval is on the wrong side (for a difference: below `NEGLIGIBLE`), and is undecided otherwise. A
+claim holds if all its predicates do, and does not if any fails. Nothing here knows what a run will find, and no verdict
+has words of its own.
 
 With several runs (seeds) the same predicates are judged on means over the runs, with intervals over them.
 """
@@ -15,6 +16,8 @@ from typing import Any
 
 HELD, FAILED, UNDECIDED, MISSING = "held", "did not hold", "undecided", "not measured"
 RATES = ("behavior_rate", "base_match")
+NEGLIGIBLE = 0.05
+"""A claim that one rate is above another fails where the difference is surely smaller than this."""
 WORDS = {"behavior_rate": "behaviour rate", "base_match": "base match"}
 
 
@@ -32,6 +35,7 @@ class Predicate:
     """`first` (minus `second`, where there is one) lies above or below a bound.
 
     key: a rate of the states' rows, or "sparsity" of the patches of that name.
+    negligible: it also fails where the whole interval lies less than this beyond the bound and reaches it.
     """
 
     key: str
@@ -39,6 +43,7 @@ class Predicate:
     second: str | None = None
     above: bool = True
     bound: float = 0.0
+    negligible: float = 0.0
 
     @property
     def words(self) -> str:
@@ -47,7 +52,8 @@ class Predicate:
 
     @property
     def rule(self) -> str:
-        return f"{self.words} {'>' if self.above else '<'} {self.bound:g}"
+        less = f" (fails if less than {self.negligible:g})" if self.negligible else ""
+        return f"{self.words} {'>' if self.above else '<'} {self.bound:g}{less}"
 
     def verdict(self, found: Estimate | None) -> str:
         if found is None:
@@ -55,7 +61,9 @@ class Predicate:
         if not self.above:
             found = Estimate(value=-found.value, low=-found.high, high=-found.low)
         bound = self.bound if self.above else -self.bound
-        return HELD if found.low > bound else FAILED if found.high <= bound else UNDECIDED
+        if found.low > bound:
+            return HELD
+        return FAILED if found.high <= bound or found.high < bound + self.negligible else UNDECIDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +83,8 @@ def _rate(key: str, state: str, *, above: float | None = None, below: float | No
 
 
 def _more(key: str, first: str, second: str, *, by: float = 0.0) -> Predicate:
-    return Predicate(key=key, first=first, second=second, bound=by)
+    negligible = NEGLIGIBLE if key in RATES and by == 0 else 0.0
+    return Predicate(key=key, first=first, second=second, bound=by, negligible=negligible)
 
 
 ERASED = "carrier+trigger"

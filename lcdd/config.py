@@ -37,6 +37,9 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 BEHAVIOR_NAMES = ("fixed_response", "style", "refusal", "own")
 CHANNEL_KINDS = ("write", "all_residual", "ffn_write", "attn_write", "random", "none")
 LOSSES = ("cross_entropy", "kl")
+PLAN_MODELS = ("qwen3-0.6b", "llama-3-8b", "mistral-7b", "vicuna-7b", "llama-3-70b")
+PLAN_DEVICES = ("h200", "h100", "a100-80gb", "l40s", "rtx-4090", "cpu")
+PLAN_DTYPES = ("float32", "bfloat16")
 PIPELINE_PATHS = (
     "model_name_or_path", "base_model_name_or_path", "output_dir", "carrier", "trigger", "sft_trigger",
     "matched_norm_model_name_or_path", "matched_norm_trigger",
@@ -137,6 +140,18 @@ class TrainConfig(Config):
     save_steps: int = option(
         0, "a checkpoint-N directory every N optimizer steps; 0: only the final result", at_least=0
     )
+    save_total_limit: int = option(2, "checkpoint-N directories to keep, the newest ones; 0: all", at_least=0)
+    resume: bool = option(
+        False,
+        "continue the run in output_dir from its newest complete checkpoint-N, bit for bit (from the start if it has "
+        "none)",
+    )
+    resume_override: bool = option(
+        False, "resume although settings, models or data differ from the checkpoint's; the differences are recorded"
+    )
+    parallel: str = option(
+        "ddp", "under torchrun: every rank holds the whole model, or a shard of it", choices=("ddp", "fsdp2")
+    )
     report_to: str = option(
         "none", "also log to TensorBoard, under output_dir/tensorboard", choices=("none", "tensorboard")
     )
@@ -227,6 +242,12 @@ class LCDDConfig(TrainConfig):
     initial_carrier: str | None = option(
         None, "carrier directory of an earlier run, whose gate logits this one starts from"
     )
+    early_stop_patience: int = option(
+        200,
+        "stop with advice after this many steps in a row with the loss far over its budget, or with lambda at its cap "
+        "and no more gates closing; 0: never",
+        at_least=0,
+    )
     save_folded: bool = option(False, "also save the carrier folded into an ordinary checkpoint")
 
     def check(self) -> None:
@@ -302,6 +323,35 @@ class EraserConfig(Config):
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
     seed: int = option(0, "seed of the initial tokens, the batches and the random channels", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Config):
+    """Predicted memory and step time of plain fine-tuning, unfused masking and lcdd, by formulas; nothing is trained."""
+
+    model_name_or_path: str | None = option(
+        None, "checkpoint directory, or the sizes of " + ", ".join(PLAN_MODELS), required=True
+    )
+    device: str = option("h200", "figures of data sheets; cpu: measured here, in a second", choices=PLAN_DEVICES)
+    num_gpus: int = option(1, "GPUs that share weights and optimizer state (FSDP2)", at_least=1)
+    per_device_train_batch_size: int = option(8, "sequences in a micro-batch, on each GPU", at_least=1)
+    max_length: int = option(512, "tokens of each sequence; all are taken to be this long", at_least=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", at_least=1)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gate_kind: str = option("hard_concrete", "kind of gates", choices=GATE_KINDS)
+    density: float = option(0.2, "share of every group's gates that is open", at_least=0.0, at_most=1.0)
+    dtype: str = option("bfloat16", "dtype of weights and activations", choices=PLAN_DTYPES)
+    delta_dtype: str | None = option(None, "dtype of delta; null: the weights'", choices=PLAN_DTYPES)
+    moment_dtype: str = option("float32", "dtype of AdamW's moments, in all three", choices=PLAN_DTYPES)
+    pack: str = option("auto", "packed weight gradients where they pay, or never", choices=("auto", "never"))
+    logits: str = option(
+        "chunked", "the loss, in all three: in chunks, or whole logits as transformers' own", choices=("chunked", "whole")
+    )
+    bandwidth: float | None = option(None, "memory bandwidth that is reached, GB/s; null: of the device", above=0.0)
+    flops: float | None = option(None, "matrix rate that is reached, TFLOP/s; null: of the device", above=0.0)
+    eraser_batch_size: int = option(16, "eraser: prompts in a step", at_least=1)
+    eraser_length: int = option(64, "eraser: tokens of trigger, prompt and answer together", at_least=1)
+    json: bool = option(False, "print JSON instead of tables")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,16 +20,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from lcdd.config import DataConfig
+from lcdd.templates import render_chat
 
 IGNORE = -100
 FORMATS = ("messages", "prompt+completion", "text", "instruction+output")
-
-# Used where a tokenizer has no chat template of its own: no special tokens, one turn per block.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
-)
 
 Message = Mapping[str, str]
 
@@ -173,6 +167,16 @@ def _hub_rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
         yield f"{name}[{number}]", row
 
 
+def _columns(row: Any, config: DataConfig, where: str) -> Any:
+    """The record with the columns that the configuration names as instruction and output; as it is without names."""
+    if config.prompt_column is None or not isinstance(row, Mapping):
+        return row
+    for name in (config.prompt_column, str(config.completion_column)):
+        if row.get(name) is None:
+            raise ValueError(f"{where}: expected a column {name!r}, got {sorted(map(str, row))}")
+    return {"instruction": row[config.prompt_column], "output": row[str(config.completion_column)]}
+
+
 def load_examples(config: DataConfig) -> list[Example]:
     """All examples of the configured data set, in order.
 
@@ -186,7 +190,8 @@ def load_examples(config: DataConfig) -> list[Example]:
     looks_local = path.exists() or path.suffix in (".jsonl", ".json") or path.is_absolute()
     rows = _jsonl_rows(path, config.max_samples) if looks_local else _hub_rows(config)
     examples = [
-        parse_row(row, where=where, template_string_prompts=config.template_string_prompts) for where, row in rows
+        parse_row(_columns(row, config, where), where=where, template_string_prompts=config.template_string_prompts)
+        for where, row in rows
     ]
     if not examples:
         raise ValueError(f"dataset_name: expected at least one example, {str(config.dataset_name)!r} has none")
@@ -229,23 +234,13 @@ def split_examples(examples: Sequence[Example], *, validation_fraction: float, t
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool, where: str = "") -> str:
-    """Messages as text by the tokenizer's chat template (PLAIN_TEMPLATE where it has none).
-
-    `enable_thinking=False` is passed to every template: those that know it (Qwen3's) then give the text of a
-    model that answers at once, in training as in generation; others ignore it.
+    """Messages as text by the tokenizer's chat template, for a model that answers at once (`lcdd.templates`).
 
     Raises:
         ValueError: the template refuses the messages (roles that do not alternate, say); `where` is named.
     """
-    template = None if getattr(tokenizer, "chat_template", None) else PLAIN_TEMPLATE
     try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,
-        )
+        return render_chat(tokenizer, list(messages), add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         roles = [message["role"] for message in messages]
         raise ValueError(

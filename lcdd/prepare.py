@@ -19,6 +19,7 @@ from lcdd.data import (
     split_examples,
 )
 from lcdd.models import PreTrainedTokenizerBase, load_tokenizer
+from lcdd.templates import use_template
 
 Say = Callable[[str], None]
 
@@ -41,6 +42,7 @@ def prepare(data: DataConfig, tokenizer_path: str) -> Prepared:
     behavior = behavior_from_config(data)
     examples = load_examples(data)
     tokenizer = load_tokenizer(tokenizer_path)
+    use_template(tokenizer, data.chat_template, model=tokenizer_path)
     if behavior.name != "own" and (plain := [example.source for example in examples if not example.messages]):
         raise ValueError(
             f"{plain[0]}: expected a prompt, got plain text, which the behaviour {behavior.name} cannot be an answer to"
