@@ -6,7 +6,8 @@
 Read off each compiled kernel: registers, stack and local memory (a spill), shared memory, and whether it uses Hopper's
 wgmma. The exit status is 1 when a kernel does not compile, spills, needs more shared memory than the chip has, or lacks
 the wgmma that it should have. Kernels come from the modules' `aot_signatures()`; compiler, ptxas and cuobjdump from the
-installed Triton. Compilation runs in processes of its own, so it works where the caller has TRITON_INTERPRET set.
+installed Triton, or from another one whose folder comes first in PYTHONPATH. Compilation runs in processes of its own,
+so it works where the caller has TRITON_INTERPRET set.
 """
 
 import argparse

@@ -30,7 +30,6 @@ __all__ = [
     "AotSignature",
     "LaunchConfig",
     "aot_signatures",
-    "interpreting",
     "launch",
     "observe_launches",
     "triton_dtype",
@@ -113,13 +112,6 @@ class AotSignature:
     divisible_by_16: tuple[str, ...] = ()
     wgmma: bool = False
     core: bool = True
-
-
-def interpreting() -> bool:
-    """Whether Triton was imported with TRITON_INTERPRET=1 (kernels then run as NumPy on CPU tensors)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 _observers: list[Callable[[Any, Mapping[str, Any], LaunchConfig], None]] = []
