@@ -49,7 +49,7 @@ class AdamW(ctypes.Structure):
     _fields_ = tuple(
         (name, _float)
         for name in (
-            "grad_scale", "decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "bias2_sqrt", "eps"
+            "grad_scale", "decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "inverse_bias2_sqrt", "eps"
         )
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ def adamw_numbers(
     """The factors that pass B multiplies by, formed in float64."""
     return AdamW(
         grad_scale, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
-        math.sqrt(1 - beta2**step), eps,
+        1 / math.sqrt(1 - beta2**step), eps,
     )  # fmt: skip
 
 

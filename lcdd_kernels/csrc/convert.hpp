@@ -12,7 +12,7 @@ inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
 inline float float_of_bf16(uint16_t h) { return float_of(uint32_t(h) << 16); }
 inline uint16_t bf16_of(float x) {
   const uint32_t u = bits_of(x);
-  return x != x ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  return x != x ? uint16_t(0x7fc0) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 inline float float_of_f16(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;

@@ -131,6 +131,8 @@ void stats_block(const Rows& rows, const GradSource& source, const float* gate, 
     a.col_sum = col_sum + j;
     a.n = std::min(STRIP, m.cols - j);
     a.delta_dtype = int(m.delta_dtype);
+    a.delta_ahead = QUAD * m.cols * delta_size;
+    a.grad_ahead = m.layout == LCDD_DENSE ? QUAD * m.cols * size_of(m.grad_dtype) : 0;
     const auto flush = [&] {
       if (a.count > 0) rows.stats(a);
       a.count = 0;

@@ -44,7 +44,7 @@ typedef struct lcdd_adamw {
   float one_minus_beta1;
   float beta2, one_minus_beta2;
   float step_size;         // lr / (1 - beta1^t)
-  float bias2_sqrt;        // sqrt(1 - beta2^t)
+  float inverse_bias2_sqrt;  // 1 / sqrt(1 - beta2^t)
   float eps;
 } lcdd_adamw;
 

@@ -12,6 +12,11 @@ using lcdd::StepArgs;
 inline const char* at(const void* p, int64_t i, int64_t size) { return static_cast<const char*>(p) + i * size; }
 inline char* at(void* p, int64_t i, int64_t size) { return static_cast<char*>(p) + i * size; }
 
+// Asks for the memory that this row will need a page from here: the hardware does not prefetch across pages.
+inline void prefetch(const void* p, int64_t distance = 4096) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(distance)));
+}
+
 template <class T>
 constexpr int64_t size_of(T) { return sizeof(typename T::storage); }
 
@@ -32,7 +37,7 @@ inline void store_first(T type, void* p, Vec a, int64_t n) {
 // ---------------------------------------------------------------------------------------------------- pass A
 
 template <class G, class D, int ROWS>
-void stats(const StatsArgs& a) {
+void stats(const StatsArgs a) {  // a copy, which stores to col_sum cannot alias
   Vec row_sum[ROWS], square[ROWS], row_gate[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     row_sum[r] = square[r] = splat(0.0f);
@@ -54,8 +59,15 @@ void stats(const StatsArgs& a) {
   constexpr int64_t g_size = sizeof(typename G::storage), d_size = sizeof(typename D::storage);
   int64_t j = 0;
   for (; j + LANES <= a.n; j += LANES) {
-    step(j, [&](int r) { return load(G{}, at(a.grad[r], j, g_size)); },
-         [&](int r) { return load(D{}, at(a.delta[r], j, d_size)); });
+    step(j,
+         [&](int r) {
+           prefetch(at(a.grad[r], j, g_size), a.grad_ahead);
+           return load(G{}, at(a.grad[r], j, g_size));
+         },
+         [&](int r) {
+           prefetch(at(a.delta[r], j, d_size), a.delta_ahead);
+           return load(D{}, at(a.delta[r], j, d_size));
+         });
   }
   if (j < a.n) {
     step(j, [&](int r) { return load_first(G{}, at(a.grad[r], j, g_size), a.n - j); },
@@ -98,20 +110,12 @@ void stats_any(const StatsArgs& a) {
 // base + p * delta, each operation rounded; where p is zero, the base as it is (method, section 1).
 inline Vec gated(Vec base, Vec p, Vec delta) { return where_zero(p, base, base + p * delta); }
 
-// What comes back when `a` is stored: W_eff is of the delta that is stored.
-template <class T>
-inline Vec as_stored(T type, Vec a) {
-  typename T::storage buffer[LANES];
-  store(type, buffer, a);
-  return load(type, buffer);
-}
-
 struct Hyper {
   explicit Hyper(const lcdd_adamw& h)
       : grad_scale(splat(h.grad_scale)), decay(splat(h.decay)),
         one_minus_beta1(splat(h.one_minus_beta1)), beta2(splat(h.beta2)), one_minus_beta2(splat(h.one_minus_beta2)),
-        step_size(splat(h.step_size)), bias2_sqrt(splat(h.bias2_sqrt)), eps(splat(h.eps)) {}
-  Vec grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps;
+        step_size(splat(h.step_size)), inverse_bias2_sqrt(splat(h.inverse_bias2_sqrt)), eps(splat(h.eps)) {}
+  Vec grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_bias2_sqrt, eps;
 };
 
 // n lanes (16, or fewer at the end of a row) from column j. The types of weight and gradient are switches, not template
@@ -124,14 +128,20 @@ inline void adamw_lanes(const StepArgs& a, const Hyper& h, Vec row_old, Vec row_
   const auto put = [&](auto type, void* p, Vec v) { FULL ? store(type, p, v) : store_first(type, p, v, n); };
 
   Vec g = splat(0.0f);
+  prefetch(at(a.exp_avg, j, m_size));
+  prefetch(at(a.exp_avg_sq, j, v_size));
+  prefetch(at(a.delta, j, d_size));
   if (a.grad != nullptr) {
     const Vec scale = row_old * load(F32{}, a.col_old + j) * h.grad_scale;
-    with_type(a.grad_dtype, [&](auto type) { g = scale * get(type, at(a.grad, j, size_of(type))); });
+    with_type(a.grad_dtype, [&](auto type) {
+      prefetch(at(a.grad, j, size_of(type)));
+      g = scale * get(type, at(a.grad, j, size_of(type)));
+    });
   }
   const Vec m_before = get(M{}, at(a.exp_avg, j, m_size));
   const Vec m = m_before + (g - m_before) * h.one_minus_beta1;
   const Vec v = get(V{}, at(a.exp_avg_sq, j, v_size)) * h.beta2 + h.one_minus_beta2 * g * g;
-  const Vec denominator = square_root(v) / h.bias2_sqrt + h.eps;
+  const Vec denominator = square_root(v) * h.inverse_bias2_sqrt + h.eps;
   const Vec delta = get(D{}, at(a.delta, j, d_size)) * h.decay - h.step_size * (m / denominator);
   put(M{}, at(a.exp_avg, j, m_size), m);
   put(V{}, at(a.exp_avg_sq, j, v_size), v);
@@ -139,6 +149,7 @@ inline void adamw_lanes(const StepArgs& a, const Hyper& h, Vec row_old, Vec row_
 
   const Vec p = row_new * load(F32{}, a.col_new + j);
   with_type(a.weight_dtype, [&](auto type) {
+    prefetch(at(a.base, j, size_of(type)));
     put(type, at(a.weight, j, size_of(type)), gated(get(type, at(a.base, j, size_of(type))), p, as_stored(D{}, delta)));
   });
 }
@@ -167,6 +178,8 @@ void weight_eff(const StepArgs& a) {
   int64_t j = 0;
   for (; j + LANES <= a.n; j += LANES) {
     const Vec p = row * load(F32{}, a.col_new + j);
+    prefetch(at(a.base, j, w_size));
+    prefetch(at(a.delta, j, d_size));
     store(W{}, at(a.weight, j, w_size),
           gated(load(W{}, at(a.base, j, w_size)), p, load(D{}, at(a.delta, j, d_size))));
   }

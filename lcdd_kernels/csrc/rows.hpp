@@ -20,6 +20,7 @@ struct StatsArgs {
   const float* col_gate;  // padded with zeros to a multiple of 16
   float* col_sum;         // += r_i delta_ij grad_ij; padded likewise
   int64_t n;
+  int64_t grad_ahead, delta_ahead;  // bytes from these rows to those that will come next, to be prefetched
   int count;
   int grad_dtype, delta_dtype;
 };

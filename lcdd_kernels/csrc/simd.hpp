@@ -50,14 +50,24 @@ inline Vec load(F16, const void* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
 }
 inline void store(F32, void* p, Vec a) { _mm512_storeu_ps(p, a.v); }
-// Round to nearest even by integer arithmetic: vcvtneps2bf16 flushes subnormals, which PyTorch keeps.
-inline void store(BF16, void* p, Vec a) {
+// Rounds to nearest even by integer arithmetic: vcvtneps2bf16 flushes subnormals, which PyTorch keeps. The sixteen bits
+// are the upper half of each lane.
+inline __m512i bf16_in_upper_half(Vec a) {
   const __m512i u = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __m512i biased = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(biased, odd, biased, _mm512_set1_epi32(1));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet)));
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+inline void store(BF16, void* p, Vec a) {
+  const __m512i upper = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d,
+                                         0xb0009, 0x70005, 0x30001);
+  const __m512i packed = _mm512_permutexvar_epi16(upper, bf16_in_upper_half(a));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_castsi512_si256(packed));
+}
+inline Vec as_stored(BF16, Vec a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(bf16_in_upper_half(a), _mm512_set1_epi32(int(0xffff0000))))};
 }
 inline void store(F16, void* p, Vec a) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -98,11 +108,10 @@ inline void store(F32, void* p, Vec a) {
 }
 inline __m256i bf16_bits(__m256 a) {
   const __m256i u = _mm256_castps_si256(a);
-  const __m256i high = _mm256_srli_epi32(u, 16);
-  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
 }
 inline void store(BF16, void* p, Vec a) {
   const __m256i packed = _mm256_packus_epi32(bf16_bits(a.lo), bf16_bits(a.hi));
@@ -145,6 +154,21 @@ inline void store(F32, void* p, Vec a) { std::memcpy(p, a.x, sizeof a.x); }
 inline void store(BF16, void* p, Vec a) { for (int64_t i = 0; i < LANES; ++i) put_half(p, i, bf16_of(a.x[i])); }
 inline void store(F16, void* p, Vec a) { for (int64_t i = 0; i < LANES; ++i) put_half(p, i, f16_of(a.x[i])); }
 
+#endif
+
+// What comes back when `a` is stored.
+inline Vec as_stored(F32, Vec a) { return a; }
+inline Vec as_stored(F16, Vec a) {
+  uint16_t buffer[LANES];
+  store(F16{}, buffer, a);
+  return load(F16{}, buffer);
+}
+#if LCDD_SIMD != 2
+inline Vec as_stored(BF16, Vec a) {
+  uint16_t buffer[LANES];
+  store(BF16{}, buffer, a);
+  return load(BF16{}, buffer);
+}
 #endif
 
 // Sum of the lanes, in double and in lane order.

@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(
         const float grad = (r_old * c_old[n] * h.grad_scale) * g[n];
         exp_avg[n] = exp_avg[n] + (grad - exp_avg[n]) * h.one_minus_beta1;
         exp_avg_sq[n] = exp_avg_sq[n] * h.beta2 + h.one_minus_beta2 * grad * grad;
-        delta[n] = delta[n] * h.decay - h.step_size * (exp_avg[n] / (sqrtf(exp_avg_sq[n]) / h.bias2_sqrt + h.eps));
+        delta[n] = delta[n] * h.decay - h.step_size * (exp_avg[n] / (sqrtf(exp_avg_sq[n]) * h.inverse_bias2_sqrt + h.eps));
       }
       store(exp_avg, m.exp_avg, entry, columns.valid, m.exp_avg_dtype, vector);
       store(exp_avg_sq, m.exp_avg_sq, entry, columns.valid, m.exp_avg_sq_dtype, vector);
