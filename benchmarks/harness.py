@@ -1,8 +1,8 @@
 """One harness for every benchmark: the case and its lanes, the correctness gate, clocks, interleaved rounds, memory.
 
-A case is one question on one set of inputs; its lanes are the answers that are compared: a provider (`plain`, `unfused`,
-`compiled`, `lcdd`), perhaps with a parameter such as the density of the gates. A lane is built into a `Workload`, whose
-`run` is what is timed.
+A case is one question on one set of inputs; its lanes are the answers that are compared: a provider (`plain`,
+`unfused`, `compiled`, `lcdd`), perhaps with a parameter such as the density of the gates. A lane is built into a
+`Workload`, whose `run` is what is timed.
 
     1. gate      every lane's `verify` first; a lane that fails is not timed, and the case reports no ratio at all
     2. time      warm-up by time, then rounds: in each, every lane runs once, in rotating order, on fresh inputs
@@ -223,7 +223,8 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Seconds of every lane, round by round: lists of equal length, the same round at the same place.
 
-    warmup_s: each lane runs for this long first, at least once (0: not at all). Then at least `min_rounds`, then until `budget_s` is spent; the order of the lanes rotates from round to round.
+    warmup_s: each lane runs for this long first, at least once (0: not at all). Then at least `min_rounds`, and on
+    until `budget_s` is spent; the order of the lanes rotates from round to round.
     """
     for work in workloads.values():
         start = time.perf_counter()

@@ -152,7 +152,8 @@ def _line(provider: str, lane: Mapping[str, object], metrics: Mapping[str, Recor
     also = []
     for metric, form in (
         ("bandwidth", "{:.3g} GB/s"), ("rate", "{:.3g} TFLOP/s"), ("roof", "{:.0%} of the roof"),
-        ("tokens_per_second", "{:,.0f} tokens/s"), ("graph_time", "graph {:.4g} s"), ("open_gates", "{:,.0f} open gates"),
+        ("tokens_per_second", "{:,.0f} tokens/s"), ("graph_time", "graph {:.4g} s"),
+        ("open_gates", "{:,.0f} open gates"),
         ("loop_time", "loop {:.3g} s"), ("first_run", "first run {:.2g} s"),
     ):  # fmt: skip
         if metric in metrics and not (metric == "rate" and metrics[metric].p50 < 1e-3):

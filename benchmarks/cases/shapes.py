@@ -1,9 +1,9 @@
 """Models by their published sizes, whole, cut to a few layers, or scaled down with the same proportions."""
 
+import itertools
 from typing import Any
 
 import torch
-
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cases import Place
@@ -103,7 +103,7 @@ def gate_logits(model: PreTrainedModel, density: float, *, seed: int = 0) -> tor
     generator = torch.Generator().manual_seed(seed)
     logits = torch.full((layout.n_gates,), CLOSED)
     bounds = layout.offsets.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         chosen = torch.randperm(stop - start, generator=generator)[: round(density * (stop - start))]
         logits[start + chosen] = OPEN
     return logits.to(model.device)
