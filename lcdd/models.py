@@ -120,6 +120,11 @@ def load_shape(path: str | Path) -> ModelShape:
     return shape_of(_config(path))
 
 
+def load_settings(path: str | Path) -> dict[str, Any]:
+    """Entries of the config.json at `path`, the architecture's defaults filled in."""
+    return _config(path).to_dict()
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer and make sure that it can pad (with the end-of-text token where it has no own pad token).
 

@@ -1,0 +1,108 @@
+"""The tables that `lcdd plan` prints, from the plain values of a plan."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+GIB, GB = 2.0**30, 1e9
+SMALL = 0.1  # GiB; a plan whose largest peak is below this many is printed in MiB
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Aligned lines: the first column to the left, the others to the right."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    return [text[0], "-" * len(text[0]), *text[1:]]
+
+
+def _union(columns: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Keys of all columns; one that is new in a later column goes behind the key it follows there."""
+    order: list[str] = []
+    for column in columns:
+        previous = -1
+        for key in column:
+            if key not in order:
+                order.insert(previous + 1, key)
+            previous = order.index(key)
+    return order
+
+
+def memory_table(plan: Mapping[str, Any]) -> list[str]:
+    """Parts at each provider's fullest moment; they sum to the peak."""
+    memory = plan["memory"]
+    unit, name = (GIB, "GiB") if max(m["peak"] for m in memory.values()) > SMALL * GIB else (2.0**20, "MiB")
+    rows = [
+        [part, *(f"{m['parts'][part] / unit:.2f}" if part in m["parts"] else "" for m in memory.values())]
+        for part in _union(m["parts"] for m in memory.values())
+    ]
+    rows.append(["peak", *(f"{m['peak'] / unit:.2f}" for m in memory.values())])
+    plain = memory["plain"]["peak"]
+    rows.append(["over plain", *(f"{m['peak'] / plain:.2f}x" for m in memory.values())])
+    limit = plan["device"]["memory"] * GB
+    rows.append([
+        f"fits {plan['device']['memory']:.0f} GB", *("yes" if m["peak"] <= limit else "no" for m in memory.values())
+    ])  # fmt: skip
+    lines = _table([f"{name} on each GPU", *memory], rows)
+    fullest = "; ".join(f"{key} at {m['moment']}" for key, m in memory.items())
+    others = ", ".join(f"{key} {value / unit:.2f}" for key, value in plan["alternatives"].items())
+    return ["Peak memory, predicted", *lines, f"Fullest: {fullest}.", f"By choice, {name}: {others}."]
+
+
+def time_table(plan: Mapping[str, Any]) -> list[str]:
+    """Parts of one optimizer step, and the masking tax: its time over plain fine-tuning's."""
+    seconds = plan["seconds"]
+    sums = ("total", "ratio")
+    rows = [
+        [part, *(f"{1e3 * column[part]:.2f}" if part in column else "" for column in seconds.values())]
+        for part in _union({k: v for k, v in column.items() if k not in sums} for column in seconds.values())
+    ]
+    rows.append(["step", *(f"{1e3 * column['total']:.2f}" for column in seconds.values())])
+    rows.append(["over plain", *(f"{column['ratio']:.2f}x" for column in seconds.values())])
+    tokens = _tokens(plan["config"])
+    rows.append(["tokens/s, all GPUs", *(f"{tokens / column['total']:,.0f}" for column in seconds.values())])
+    lines = _table(["ms an optimizer step", *seconds], rows)
+    layouts = sorted(set(plan["packing"]["layouts"].values()))
+    packed = (
+        f"lcdd's weight gradients: {', '.join(layouts)}; {plan['packing']['work']:.0%} of the work, "
+        f"{plan['packing']['size']:.0%} of the bytes."
+    )
+    return ["Step time, predicted", *lines, packed]
+
+
+def eraser_table(plan: Mapping[str, Any]) -> list[str]:
+    """The eraser's step, both ways."""
+    c, eraser = plan["config"], plan["eraser_seconds"]
+    first = max(eraser.values())
+    rows = [[key, f"{1e3 * value:.2f}", f"{first / value:.1f}x"] for key, value in eraser.items()]
+    title = f"Eraser's step, predicted: {c['eraser_batch_size']} prompts of {c['eraser_length']} tokens"
+    return [title, *_table(["", "ms", "speed"], rows)]
+
+
+def _tokens(config: Mapping[str, Any]) -> int:
+    per_gpu = config["per_device_train_batch_size"] * config["max_length"] * config["gradient_accumulation_steps"]
+    return per_gpu * config["num_gpus"]
+
+
+def render(plan: Mapping[str, Any]) -> str:
+    """All tables of a plan's `to_dict()`, with where the figures come from."""
+    c, device = plan["config"], plan["device"]
+    rates = f"{device['tflops'][c['dtype']]:,.4g} TFLOP/s in {c['dtype']}, {device['bandwidth']:,.4g} GB/s"
+    source = {
+        "data sheet": f"{device['name']}: {rates} by data sheet, of which {device['matrix_efficiency']:.0%} and "
+        f"{device['bandwidth_efficiency']:.0%} are assumed to be reached.",
+        "measured here": f"{device['name']}: {rates}, measured here and now.",
+        "given": f"{device['name']}: {rates}, given or assumed to be reached.",
+    }[device["source"]]
+    head = [
+        "PREDICTIONS by formula: nothing below was measured.",
+        f"{c['model_name_or_path']}: {plan['parameters']:,} parameters, {plan['masked_parameters']:,} of them masked; "
+        f"{c['gate_kind']} gates, {c['density']:.0%} open.",
+        f"{c['gradient_accumulation_steps']} micro-batch(es) of {c['per_device_train_batch_size']} x {c['max_length']} "
+        f"tokens on each of {c['num_gpus']} GPU(s); weights {c['dtype']}, moments {c['moment_dtype']}"
+        f"{', activations checkpointed' if c['gradient_checkpointing'] else ''}.",
+        source,
+    ]
+    return "\n".join([*head, "", *memory_table(plan), "", *time_table(plan), "", *eraser_table(plan)])

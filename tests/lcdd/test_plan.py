@@ -1,0 +1,339 @@
+"""`lcdd plan`: formulas against models as transformers builds them, and predicted peak memory against resident bytes.
+
+Run as a script, this file measures: one line of JSON, case -> bytes (a process for each case, forked after warm-up).
+"""
+
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcdd import costs
+from lcdd.cli import main
+from lcdd.config import LCDDConfig, PlanConfig
+from lcdd.costs import Architecture, Parametrization
+from lcdd.models import backbone, decoder_layers, head_weight, new_model, projections, shape_of
+from lcdd.plan import MODELS, predict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# transformers' own counts for the published configurations
+PARAMETERS = {
+    "qwen3-0.6b": 596_049_920,
+    "llama-3-8b": 8_030_261_248,
+    "mistral-7b": 7_248_023_552,
+    "vicuna-7b": 6_738_415_616,
+    "llama-3-70b": 70_553_706_496,
+}
+TINY = {
+    "hidden_size": 80, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 5,
+    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 259, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def plan_config(**changes: Any) -> PlanConfig:
+    return PlanConfig(**{"model_name_or_path": "llama-3-8b", "per_device_train_batch_size": 1, "max_length": 4096} | changes)
+
+
+def architecture(model: Any) -> Architecture:
+    return Architecture.from_settings(shape_of(model.config), model.config.to_dict())
+
+
+def checkpoint_layers(model: Any) -> None:
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+
+
+def trainable(model: Any) -> list[Tensor]:
+    """The masked weights; everything else is frozen."""
+    model.train().requires_grad_(False)
+    weights = [site.linear.weight for site in projections(model)]
+    for weight in weights:
+        weight.requires_grad_(True)
+    return weights
+
+
+# ---------------------------------------------------------------- formulas
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_parameter_counts_are_exact(name: str) -> None:
+    assert costs.total_parameters(MODELS[name]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("settings", [
+    {"model_type": "qwen3"},
+    {"model_type": "qwen3", "tie_word_embeddings": True, "attention_bias": True},
+    {"model_type": "llama"},
+    {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    {"model_type": "mistral"},
+])  # fmt: skip
+def test_parameters_of_any_architecture(settings: dict[str, Any]) -> None:
+    model = new_model(TINY | settings, seed=0)
+    assert costs.total_parameters(architecture(model)) == sum(p.numel() for p in model.parameters())
+    masked = sum(site.linear.weight.numel() for site in projections(model))
+    assert costs.masked_parameters(shape_of(model.config)) == masked
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "mistral"])
+def test_saved_activations_byte_for_byte(model_type: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    """The formula is what autograd keeps, each storage once; without checkpointing, layer by layer."""
+    model = new_model(TINY | {"model_type": model_type}, seed=0).to(dtype)
+    trainable(model)
+    if checkpointing:
+        checkpoint_layers(model)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+    where, saved = [-1], dict.fromkeys([-1, *range(len(decoder_layers(model)) + 1)], 0)
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and storage.data_ptr() not in kept:
+            kept[storage.data_ptr()] = tensor  # alive, so that no address comes twice
+            saved[where[0]] += storage.nbytes()
+        return tensor
+
+    for number, layer in enumerate([*decoder_layers(model), backbone(model).norm]):
+        layer.register_forward_pre_hook(lambda *_args, number=number: where.__setitem__(0, number))
+    batch, length = 2, 37
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = backbone(model)(input_ids=torch.randint(259, (batch, length)), use_cache=False).last_hidden_state
+    sizes, item = architecture(model), dtype.itemsize
+    stack = costs.stack_activations(sizes, batch * length, length, item=item, checkpointing=checkpointing)
+    *layers, norm = [saved[number] for number in sorted(saved) if number >= 0]
+    if checkpointing:
+        assert saved[-1] + sum(layers) in (stack, stack - 2 * item * length * 16)  # rotary tables are arguments
+    else:
+        assert saved[-1] == 0
+        assert layers[1:] == [costs.layer_activations(sizes, batch * length, item=item)] * 2
+        assert sum(layers) == stack
+    assert norm + hidden.numel() * item == costs.final_norm_activations(sizes.shape, batch * length, item=item)
+
+
+def test_published_parametrization_moves_what_the_issue_counts() -> None:
+    form = Parametrization.as_published(2)
+    assert (form.forward, form.backward) == (36, 58)  # bytes a parameter
+    assert costs.plain_adamw_bytes(1, weight=2, moment=2, grad=2) + costs.clip_bytes(1, grad=2) == 20
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def test_llama_8b_on_an_h200() -> None:
+    """4,096 tokens without checkpointing: the unfused form needs about 166 GiB, ours fits."""
+    plan = predict(plan_config(logits="whole"))
+    assert plan.memory["unfused"].peak == pytest.approx(166 * 2**30, rel=0.05)
+    for gate_kind in ("hard_concrete", "heaviside_ste"):
+        for micro in (1, 4):
+            ours = predict(plan_config(gate_kind=gate_kind, gradient_accumulation_steps=micro)).memory["lcdd"]
+            assert ours.peak < 141e9, (gate_kind, micro)
+
+
+def test_the_tax_falls_with_density_and_has_the_floor_that_is_said() -> None:
+    taxes = [predict(plan_config(density=density)).ratio("lcdd") for density in (1.0, 0.5, 0.25, 0.15)]
+    assert taxes == sorted(taxes, reverse=True)
+    assert taxes[0] > 0.9
+    assert taxes[-1] < 1.0 < predict(plan_config()).ratio("unfused")
+    assert predict(plan_config(pack="never", density=0.1)).ratio("lcdd") == taxes[0]
+
+
+def test_time_scales_with_tokens_rates_and_micro_batches() -> None:
+    def step(**changes: Any) -> dict[str, float]:
+        return predict(plan_config(**{"bandwidth": 4000.0, "flops": 500.0} | changes)).seconds["plain"]
+
+    one, four = step(), step(gradient_accumulation_steps=4)
+    assert four["forward"] == pytest.approx(4 * one["forward"])
+    assert four["pass B / AdamW"] == one["pass B / AdamW"]
+    assert one["backward dW"] == pytest.approx(2 * 6_979_321_856 * 4096 / 500e12)
+    assert step(flops=250.0)["backward dW"] == pytest.approx(2 * one["backward dW"])
+    assert step(bandwidth=2000.0)["pass B / AdamW"] == pytest.approx(2 * one["pass B / AdamW"])
+
+
+def test_fsdp_shards_state_but_not_activations_nor_the_unfused_base() -> None:
+    one, eight = (predict(plan_config(num_gpus=n, pack="never")) for n in (1, 8))
+    for part in ("weights", "base", "delta", "moments"):
+        assert eight.memory["lcdd"].parts[part] == pytest.approx(one.memory["lcdd"].parts[part] / 8)
+    assert eight.memory["lcdd"].parts["activations"] == one.memory["lcdd"].parts["activations"]
+    assert eight.memory["unfused"].parts["base"] == one.memory["unfused"].parts["base"]
+    slow = predict(plan_config(num_gpus=8, device="rtx-4090", max_length=128))
+    assert slow.seconds["plain"]["communication not hidden"] > 0
+    big = plan_config(model_name_or_path="llama-3-70b", num_gpus=16, gradient_checkpointing=True)
+    assert predict(big).memory["lcdd"].peak < 141e9 < predict(big).memory["unfused"].peak
+
+
+def test_checkpointing_and_chunks_trade_as_they_should() -> None:
+    kept, again = predict(plan_config()), predict(plan_config(gradient_checkpointing=True))
+    assert again.memory["lcdd"].peak < kept.memory["lcdd"].peak
+    assert again.ratio("lcdd") > kept.ratio("lcdd")  # the forward made again is the same for both
+    assert predict(plan_config(logits="whole")).memory["lcdd"].peak > kept.memory["lcdd"].peak
+
+
+def test_eraser_gains_more_on_small_models() -> None:
+    small, large = (predict(plan_config(model_name_or_path=name)).eraser for name in ("qwen3-0.6b", "llama-3-8b"))
+    gains = [plan["prompts one at a time"] / plan["lcdd"] for plan in (small, large)]
+    assert gains[0] > gains[1] > 1
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command_prints_tables_that_say_they_are_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model_name_or_path", "qwen3-0.6b"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("PREDICTIONS by formula")
+    for words in ("596,049,920 parameters", "by data sheet", "assumed", "over plain", "pass A", "Eraser", "fits 141 GB"):
+        assert words in text
+    assert "measured here" not in text
+
+
+def test_command_prints_json_whose_parts_sum_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model_name_or_path", "qwen3-0.6b", "--json", "--flops", "300"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert "predictions" in plan["note"]
+    assert plan["device"]["source"] == "given"
+    assert plan["device"]["bandwidth"] == pytest.approx(4800 * 0.85)
+    for memory in plan["memory"].values():
+        assert sum(memory["parts"].values()) == memory["peak"]
+    for seconds in plan["seconds"].values():
+        parts = [v for k, v in seconds.items() if k not in ("total", "ratio")]
+        assert sum(parts) == pytest.approx(seconds["total"])
+
+
+def test_checkpoint_directory_on_this_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = new_model(TINY | {"model_type": "qwen3"}, seed=0)
+    model.save_pretrained(tmp_path)
+    assert main(["plan", "--model_name_or_path", str(tmp_path), "--device", "cpu", "--dtype", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text
+    assert "measured here and now" in text
+
+
+@pytest.mark.parametrize("flags", [["--model_name_or_path", "no/such/model"], ["--density", "1.5"], ["--device", "tpu"]])
+def test_bad_input_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    name = [] if "--model_name_or_path" in flags else ["--model_name_or_path", "qwen3-0.6b"]
+    assert main(["plan", *name, *flags]) == 2
+    assert "expected" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- predicted peak against resident bytes
+
+BIG = {
+    "model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 6144, "tie_word_embeddings": True,
+}  # fmt: skip
+COMMON = {"device": "cpu", "dtype": "float32", "per_device_train_batch_size": 2, "max_length": 256}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("plain", {"logits": "whole"}),
+    "unfused": ("unfused", {"logits": "whole", "density": 1.0}),
+    "lcdd": ("lcdd", {}),
+    "lcdd, dense gates, 2 micro-batches": ("lcdd", {"density": 1.0, "gradient_accumulation_steps": 2}),
+    "lcdd, checkpointing": ("lcdd", {"gradient_checkpointing": True}),
+}
+
+
+def test_predicted_peak_memory_is_within_a_tenth_of_measured() -> None:
+    # The allocator gives memory of this size back at once, so that resident bytes are those in use.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    if sys.platform != "linux":
+        pytest.skip("resident set sizes are read from Linux's /proc")
+    done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    model = architecture(new_model(BIG, seed=0))
+    found = {}
+    for case, (provider, changes) in CASES.items():
+        config = plan_config(**COMMON | {"bandwidth": 1.0, "flops": 1.0} | changes)
+        memory = predict(config, model=model, parametrization=Parametrization.on_delta(4)).memory[provider]
+        assert measured[case] > 50e6  # tens of MB: what is fixed does not count
+        found[case] = (round(memory.peak / measured[case], 3), memory)
+    assert all(0.9 < ratio < 1.1 for ratio, _ in found.values()), found
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _plain_step(model: Any, batches: list[Tensor]) -> None:
+    weights = trainable(model)
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    for _ in range(2):
+        for batch in batches:
+            logits = model(input_ids=batch).logits[:, :-1]
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+            del logits
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _take_steps(provider: str, settings: dict[str, Any], changes: dict[str, Any], tokens: tuple[int, int]) -> None:
+    """Two optimizer steps; everything that the measurement counts is made in here."""
+    from benchmarks.cases.shapes import gate_logits
+    from benchmarks.unfused import Settings, UnfusedLCDD
+    from lcdd.optimizer import LCDDOptimizer
+    from lcdd_kernels import linear_cross_entropy
+
+    micro = changes.get("gradient_accumulation_steps", 1)
+    batches = [torch.randint(settings["vocab_size"], tokens) for _ in range(micro)]
+    model = new_model(settings, seed=0).train()
+    if changes.get("gradient_checkpointing"):
+        checkpoint_layers(model)
+    if provider == "plain":
+        _plain_step(model, batches)
+        return
+    base = new_model(settings, seed=1).requires_grad_(False)
+    logits = gate_logits(model, changes.get("density", 0.2))
+    if provider == "unfused":
+        run = UnfusedLCDD(model, base, Settings(total_steps=100, gate_lr=1e-6, gate_kind="heaviside_ste"), logits=logits)
+        del base
+        for _ in range(2):
+            run.step(batches)
+        return
+    trainable(model)
+    config = LCDDConfig(gate_lr=1e-6)
+    optimizer = LCDDOptimizer.attach(model, base, config, total_steps=100, initial_logits=logits)
+    for _ in range(2):
+        for batch in batches:
+            hidden = backbone(model)(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            linear_cross_entropy(hidden, head_weight(model), batch[:, 1:].flatten(), reduction="mean").backward()
+            del hidden
+        optimizer.step(1.0)
+        optimizer.zero_grad()
+
+
+def _measure() -> dict[str, int]:
+    """Peak resident bytes above those before, of every case in a process of its own."""
+    small = BIG | {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    for provider, changes in CASES.values():  # libraries loaded, kernels tested, buffers made
+        _take_steps(provider, small, changes, (2, 16))
+    found = {}
+    for name, (provider, changes) in CASES.items():
+        read, write = os.pipe()
+        if os.fork() == 0:
+            gc.collect()
+            before = _resident()
+            tokens = (COMMON["per_device_train_batch_size"], COMMON["max_length"])
+            _take_steps(provider, BIG, changes, tokens)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            os.write(write, str(peak - before).encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            found[name] = int(pipe.read())
+        os.wait()
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(_measure()))
