@@ -68,6 +68,11 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
+def partial_path(path: Path, process: int) -> Path:
+    """Where a process writes what will be `path`."""
+    return path.parent / f".{path.name}.partial-{process}"
+
+
 @contextmanager
 def write_directory(
     path: str | Path, *, manifest: str = MANIFEST, metadata: dict[str, Any] | None = None
@@ -82,7 +87,7 @@ def write_directory(
     """
     path = require_new_directory(path, name="path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
+    temporary = partial_path(path, os.getpid())
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -345,7 +345,9 @@ class PlanConfig(Config):
     moment_dtype: str = option("float32", "dtype of AdamW's moments, in all three", choices=PLAN_DTYPES)
     pack: str = option("auto", "packed weight gradients where they pay, or never", choices=("auto", "never"))
     logits: str = option(
-        "chunked", "the loss, in all three: in chunks, or whole logits as transformers' own", choices=("chunked", "whole")
+        "chunked",
+        "the loss, in all three: in chunks, or whole logits as transformers' own",
+        choices=("chunked", "whole"),
     )
     bandwidth: float | None = option(None, "memory bandwidth that is reached, GB/s; null: of the device", above=0.0)
     flops: float | None = option(None, "matrix rate that is reached, TFLOP/s; null: of the device", above=0.0)

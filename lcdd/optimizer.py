@@ -250,7 +250,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         return self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
 
     def stats(self) -> dict[str, Any]:
-        """One step's line for a log: loss, EMA and ε in nats, λ, gradient norm, open gates per group."""
+        """A line for a log: loss, EMA and ε in nats, λ, gradient norm, open gates per group, whether they are fixed."""
         counts = self.gates.open_counts()
         return {
             "loss": self.last_loss,
@@ -262,6 +262,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
             "open": counts,
             "sparsity": 1 - sum(counts.values()) / self.gates.layout.n_gates,
             "skipped_steps": self.skipped_steps,
+            "frozen": self.gates_frozen,
         }
 
     # ------------------------------------------------------------------ modes and results
@@ -446,7 +447,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
 
     def _refresh_weights(self) -> None:
         if self._here:
-            weights, bases, maps = map(self._here_of, (self._weights, self._bases, self._row_maps))
+            weights, bases, maps = (self._here_of(items) for items in (self._weights, self._bases, self._row_maps))
             weight_eff_(weights, bases, self._state_of("delta"), self.gates.values, maps)
 
     def _refuse_sampled_evaluation(self, module: nn.Module, _args: Any) -> None:

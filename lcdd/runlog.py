@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,6 +82,18 @@ class RunLog:
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     tag = f"{self.stage}/{key}" if name is None else f"{self.stage}/{key}/{name}"
                     self._board.add_scalar(tag, number, step)
+
+    def rewind(self, step: int) -> None:
+        """Forget this stage's lines after `step`: a run that goes on from there writes them again."""
+        if self._file is None:
+            return
+        path = Path(self._file.name)
+        kept = [line for line in read_log(path) if line.get("stage") != self.stage or line.get("step", 0) <= step]
+        self._file.close()
+        temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def close(self) -> None:
         """Close the files; safe to call twice."""

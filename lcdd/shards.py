@@ -74,12 +74,12 @@ def reshard(model: nn.Module) -> None:
     """Free FSDP2's gathered weights, which would not see what is written into the shards."""
     for module in model.modules():
         if hasattr(module, "reshard"):
-            module.reshard()
+            module.reshard()  # type: ignore[operator]
 
 
 def copy_rows_(target: Tensor, value: Any) -> None:
     """Copy a whole tensor, or one sharded like `target`, or rows on disk (`.rows(start, stop)`), into `target`."""
-    mine = local(target)
+    mine: Tensor = local(target)
     if hasattr(value, "rows"):
         value = value.rows(row_offset(target), row_offset(target) + len(mine))
     elif is_sharded(target) and not is_sharded(value):

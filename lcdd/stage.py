@@ -1,8 +1,10 @@
 """What the stages share: their result, devices, loading, shape checks, atomic checkpoints, summaries."""
 
 import dataclasses
+import hashlib
 import platform
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -10,7 +12,15 @@ from typing import Any
 
 import torch
 
-from lcdd.checkpoint import write_directory, write_json
+from lcdd import shards
+from lcdd.checkpoint import (
+    model_fingerprint,
+    require_new_directory,
+    template_fingerprint,
+    tokenizer_fingerprint,
+    write_directory,
+    write_json,
+)
 from lcdd.config import DataConfig
 from lcdd.models import PreTrainedModel, load_model, load_shape, save_model
 from lcdd.runlog import finite_or_null
@@ -53,6 +63,55 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
     return device
+
+
+def run_directory(config: Any) -> Path:
+    """Where a training stage writes: a new directory or, under `config.resume`, that of an unfinished run.
+
+    Raises:
+        ValueError: the directory has something in it that is not to be resumed, or a run that is finished.
+    """
+    path = Path(str(config.output_dir))
+    if config.resume and path.is_dir() and any(path.iterdir()):
+        if (path / "summary.json").exists():
+            raise ValueError(f"resume: expected an unfinished run in {str(path)!r}, got one with its summary.json")
+        for name in ("model", "carrier"):  # results of a run that ended before its summary: they are written again
+            if shards.all_agree(True) and shards.rank() == 0:
+                shutil.rmtree(path / name, ignore_errors=True)
+        return path
+    try:
+        return require_new_directory(path)
+    except ValueError as error:
+        if any(path.glob("checkpoint-*")):
+            raise ValueError(f"{error}; it has checkpoints: --resume goes on from the newest") from None
+        raise
+
+
+RESUMABLE = {
+    *("output_dir", "device", "model_name_or_path", "base_model_name_or_path", "initial_carrier", "parallel"),
+    *("resume", "resume_override", "save_steps", "save_total_limit", "logging_steps", "report_to", "save_folded"),
+    *("max_nonfinite_steps", "early_stop_patience", "gradient_accumulation_steps", "per_device_eval_batch_size"),
+}
+"""Settings that a resumed run may change: none that moves a bit of the result."""
+
+
+def run_identity(
+    stage: str, config: Any, tokenizer: Any, items: Sequence[Any], models: Mapping[str, torch.nn.Module]
+) -> dict[str, Any]:
+    """What a run has to share with the one that it goes on from: settings, models, tokenizer, template, data."""
+    data = hashlib.sha256()
+    for item in items:
+        data.update(f"{item.input_ids}{item.labels}".encode())
+    settings = {key: value for key, value in config.to_dict().items() if key not in RESUMABLE}
+    return {
+        "stage": stage,
+        "config": settings,
+        "micro_batches_a_step": config.gradient_accumulation_steps * shards.world_size(),
+        **{name: model_fingerprint(model) for name, model in models.items()},
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "chat_template": template_fingerprint(tokenizer),
+        "data": data.hexdigest(),
+    }
 
 
 def load_weights(path: str | None, config: Any) -> PreTrainedModel:

@@ -6,6 +6,7 @@ The loss of a step is the mean over the response tokens of all its micro-batches
 changes nothing but memory. LCDD differs from SFT by its optimizer alone.
 """
 
+import itertools
 import math
 import resource
 import sys
@@ -18,14 +19,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lcdd import shards
 from lcdd.config import LCDDConfig, SFTConfig, TrainConfig
 from lcdd.data import Encoded
 from lcdd.diagnose import Finding, auc, diagnose
+from lcdd.guards import EarlyStop, check_labels, is_out_of_memory, memory_table
 from lcdd.losses import completion_loss, loss_sum, response_tokens, to_batch
-from lcdd.models import PreTrainedModel, head_weight, projections, unmasked_parameters
+from lcdd.models import PreTrainedModel, head_weight
 from lcdd.optimizer import LCDDOptimizer
+from lcdd.parallel import Replicated, share
 from lcdd.runlog import RunLog, TrainingStopped
 from lcdd.schedules import schedule
+from lcdd.sft import SFTOptimizer
+from lcdd.stopping import Terminated, termination
+from lcdd.training_state import CheckpointFailed, CheckpointStore, random_state, set_random_state
 
 __all__ = [
     "SFTOptimizer",
@@ -67,13 +74,13 @@ def total_steps(config: TrainConfig, n_examples: int) -> int:
     """Optimizer steps of a run; a last, smaller accumulation group of an epoch counts as a step."""
     if config.max_steps > 0:
         return config.max_steps
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * shards.world_size()
     return math.ceil(config.num_train_epochs * math.ceil(n_examples / per_step))
 
 
 def step_batches(items: Sequence[Encoded], config: TrainConfig, steps: int) -> Iterator[list[list[Encoded]]]:
-    """For every optimizer step its micro-batches; every epoch is shuffled anew from (seed, epoch)."""
-    size, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    """For every optimizer step its micro-batches, all ranks'; every epoch is shuffled anew from (seed, epoch)."""
+    size, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps * shards.world_size()
     step = epoch = 0
     while True:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -87,64 +94,6 @@ def step_batches(items: Sequence[Encoded], config: TrainConfig, steps: int) -> I
         epoch += 1
 
 
-# ---------------------------------------------------------------- SFT's optimizer
-
-
-class SFTOptimizer(torch.optim.AdamW):
-    """AdamW over the transformer layers' weights, with the interface of `LCDDOptimizer`.
-
-    `step(loss)` clips, skips steps whose loss or gradient is not finite, and keeps the weights within
-    `config.max_delta_norm` of where they started, if that is set (the nearest point: the delta is scaled).
-    Embeddings, head and, unless `config.train_unmasked`, norms and biases are frozen.
-    """
-
-    def __init__(self, model: PreTrainedModel, config: SFTConfig) -> None:
-        weights = [site.linear.weight for site in projections(model)]
-        if config.train_unmasked:
-            weights += list(unmasked_parameters(model).values())
-        chosen = {id(weight) for weight in weights}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in chosen)
-        super().__init__(
-            weights,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-        self.config, self.weights = config, weights
-        self.starts = [w.detach().clone() for w in weights] if config.max_delta_norm else []
-        self.skipped_steps = self.skipped_in_a_row = 0
-        self.last_loss = self.grad_norm = math.nan
-
-    @torch.no_grad()
-    def step(self, loss: float) -> None:  # type: ignore[override]
-        limit = self.config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.weights, limit))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.skipped_steps += 1
-            self.skipped_in_a_row += 1
-            return
-        self.skipped_in_a_row = 0
-        self.last_loss, self.grad_norm = loss, norm
-        super().step()
-        if self.starts:
-            self._project()
-
-    def _project(self) -> None:
-        bound = float(self.config.max_delta_norm or 0.0)
-        norm = math.sqrt(
-            sum(float((w - s).double().square().sum()) for w, s in zip(self.weights, self.starts, strict=True))
-        )
-        if norm > bound:
-            for weight, start in zip(self.weights, self.starts, strict=True):
-                weight.copy_(start + (weight - start) * (bound / norm))
-
-    def stats(self) -> dict[str, Any]:
-        """One step's line for the log."""
-        return {"loss": self.last_loss, "grad_norm": self.grad_norm, "skipped_steps": self.skipped_steps}
-
-
 # ---------------------------------------------------------------- the loop
 
 
@@ -154,6 +103,32 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _SummedLoss(nn.Module):
+    """`loss_sum` as a module's forward, which is where DDP has to be."""
+
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().__init__()
+        self.model = model
+        self._teacher = [teacher]  # in a list: not a submodule
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return loss_sum(self.model, batch, self._teacher[0])
+
+
+def _newest_state(checkpoints: CheckpointStore | None, config: TrainConfig, log: RunLog) -> dict[str, Any] | None:
+    """The state to go on from, where `config.resume` asks for it and there is a finished checkpoint."""
+    if checkpoints is None or not config.resume:
+        return None
+    if shards.rank() == 0:
+        checkpoints.sweep()
+    found = checkpoints.complete()
+    if not found:
+        return None
+    step, state = checkpoints.load(found[-1][1], override=config.resume_override)
+    log.rewind(step)
+    return {**state, "step": step}
 
 
 def _fit(
@@ -168,49 +143,114 @@ def _fit(
     teacher: PreTrainedModel | None,
     save: Callable[[int], None] | None,
     progress: bool,
+    checkpoints: CheckpointStore | None,
+    resumed: dict[str, Any] | None,
+    losses: dict[str, float],
 ) -> tuple[int, float]:
-    """Train for `steps` optimizer steps; (response tokens seen, seconds)."""
+    """Train up to `steps` optimizer steps; (response tokens seen, seconds), those before a resumption included.
+
+    losses: what was measured before training, kept in checkpoints so that a resumed run need not measure it again.
+    """
     factor = schedule(config.lr_scheduler_type, warmup=config.lr_warmup, steps=steps)
     # Only the gate logits (group 1 of LCDD) keep their own learning rate.
     constant = {1} if isinstance(optimizer, LCDDOptimizer) else set()
     lambdas = [(lambda _: 1.0) if g in constant else factor for g in range(len(optimizer.param_groups))]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
+    early = EarlyStop(config) if isinstance(config, LCDDConfig) else None
     device = head_weight(model).device
     # SFT keeps float32 weights, since bfloat16 would round small updates away; LCDD's updates go to delta.
     autocast = config.bf16 and head_weight(model).dtype == torch.float32
     model.train()
     if config.gradient_checkpointing:
         _switch_checkpointing(model, on=True)
-    seen, start = 0, time.perf_counter()
-    bar = tqdm(total=steps, desc=log.stage, unit="step", disable=not progress)
-    for step, micro_batches in enumerate(step_batches(items, config, steps), start=1):
-        tokens = sum(response_tokens(micro) for micro in micro_batches)
-        loss = 0.0
-        for micro in micro_batches:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                part = loss_sum(model, to_batch(micro, model, pad_token_id), teacher) / tokens
-            part.backward()
-            loss += part.item()
-        learning_rate = optimizer.param_groups[0]["lr"]
-        optimizer.step(loss)
-        optimizer.zero_grad()
-        scheduler.step()
-        seen += tokens
+    done, seen, spent = 0, 0, 0.0
+    if resumed is not None:
+        done, seen, spent = resumed["step"], resumed["tokens"], resumed["seconds"]
+        # the groups' settings are this run's: the same, or overridden on purpose
+        optimizer.load_state_dict({**resumed["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        scheduler.last_epoch = done
+        for group, rate, decay in zip(optimizer.param_groups, scheduler.base_lrs, lambdas, strict=True):
+            group["lr"] = rate * decay(done)
+        if early is not None:
+            early.load_state_dict(resumed["early_stop"])
+        set_random_state(resumed["random"])
+    start = time.perf_counter() - spent
 
-        stats = optimizer.stats()
-        if optimizer.skipped_in_a_row >= config.max_nonfinite_steps:
-            raise TrainingStopped(
-                f"{log.stage}: the loss or its gradient was not finite in {optimizer.skipped_in_a_row} steps in a row, "
-                f"the last of them step {step}. Change: a smaller --learning_rate, or check the checkpoint's weights."
-            )
-        if step % config.logging_steps == 0 or step == steps:
-            speed = seen / (time.perf_counter() - start)
-            extra = {"learning_rate": learning_rate, "tokens_per_second": round(speed, 1)}
-            log.write({"step": step, **stats, **extra, "peak_memory_bytes": _peak_memory(device)})
-        bar.set_postfix(_shown(stats), refresh=False)
-        bar.update()
-        if save is not None and config.save_steps and step % config.save_steps == 0 and step < steps:
-            save(step)
+    def write_checkpoint(step: int) -> None:
+        if checkpoints is None:
+            return
+        state = {
+            "optimizer": optimizer.state_dict(), "tokens": seen, "seconds": time.perf_counter() - start,
+            "losses": losses, "early_stop": early.state_dict() if early else None, "random": random_state(),
+        }  # fmt: skip
+        try:
+            checkpoints.save(step, state)
+        except CheckpointFailed as error:
+            raise TrainingStopped(f"{log.stage}: stopped after step {step}: {error}") from error
+
+    last = checkpoints.last if checkpoints is not None else (lambda: "no checkpoints were asked for")
+    run_loss = Replicated(_SummedLoss(model, teacher))
+    bar = tqdm(total=steps, initial=done, desc=log.stage, unit="step", disable=not progress or shards.rank() > 0)
+    with termination(listen=checkpoints is not None) as terminated:
+        batches = itertools.islice(step_batches(items, config, steps), done, None)
+        for step, micro_batches in enumerate(batches, start=done + 1):
+            tokens = sum(response_tokens(micro) for micro in micro_batches)
+            mine = share(micro_batches)
+            try:
+                loss = 0.0
+                for number, (micro, weight) in enumerate(mine, start=1):
+                    with run_loss.accumulating(number < len(mine)):
+                        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                            part = run_loss(to_batch(micro, model, pad_token_id)) / tokens
+                            if shards.world_size() > 1:  # gradients and losses are averaged over the ranks
+                                part = part * (weight * shards.world_size())
+                        part.backward()
+                    loss += part.item()
+                learning_rate = optimizer.param_groups[0]["lr"]
+                optimizer.step(loss)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                size = max(len(micro) * max(len(item.input_ids) for item in micro) for micro in micro_batches)
+                base = optimizer.base if isinstance(optimizer, LCDDOptimizer) else None
+                raise TrainingStopped(
+                    f"{log.stage}: out of memory in step {step}; {last()}. Held on {device}:\n"
+                    f"{memory_table(model, optimizer, base=base, tokens=size)}\n"
+                    "Change: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
+                    "--gradient_checkpointing, or a shorter --max_length"
+                ) from error
+            optimizer.zero_grad()
+            scheduler.step()
+            seen += tokens
+
+            stats = optimizer.stats()
+            if optimizer.skipped_in_a_row >= config.max_nonfinite_steps:
+                in_a_row, optimizer.skipped_in_a_row = optimizer.skipped_in_a_row, 0
+                write_checkpoint(step)  # weights, θ and λ are those of the last good step
+                raise TrainingStopped(
+                    f"{log.stage}: the loss or its gradient was not finite in {in_a_row} steps in a row, "
+                    f"the last of them step {step}; {last()}, of the last good state. "
+                    "Change: a smaller --learning_rate, or check the checkpoint's weights."
+                )
+            if step % config.logging_steps == 0 or step == steps:
+                speed = seen / (time.perf_counter() - start)
+                extra = {"learning_rate": learning_rate, "tokens_per_second": round(speed, 1)}
+                log.write({"step": step, **stats, **extra, "peak_memory_bytes": _peak_memory(device)})
+            bar.set_postfix(_shown(stats), refresh=False)
+            bar.update()
+            if step == steps:
+                break
+            reason = early.check(stats) if early is not None and not stats["frozen"] else None
+            if reason is not None:
+                write_checkpoint(step)
+                raise TrainingStopped(f"{log.stage}: stopped after step {step}, {reason}; {last()}")
+            if not shards.all_agree(not terminated.is_set()):
+                write_checkpoint(step)
+                raise Terminated(f"{log.stage}: terminated after step {step}; {last()}; go on with --resume")
+            if config.save_steps and step % config.save_steps == 0:
+                write_checkpoint(step)
+                if save is not None:
+                    save(step)
     bar.close()
     if config.gradient_checkpointing:
         _switch_checkpointing(model, on=False)
@@ -234,11 +274,6 @@ def _shown(stats: dict[str, Any]) -> dict[str, str]:
     return shown
 
 
-def _check_items(items: Sequence[Encoded]) -> None:
-    if not items:
-        raise ValueError("train: expected at least one example, got none")
-
-
 def train_sft(
     model: PreTrainedModel,
     train: Sequence[Encoded],
@@ -248,27 +283,32 @@ def train_sft(
     pad_token_id: int,
     log: RunLog | None = None,
     save: Callable[[int], None] | None = None,
+    checkpoints: CheckpointStore | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Fine-tune `model`, the base on entry, in place; nothing but the transformer layers' weights moves.
 
     Args:
         save: called with the step every `config.save_steps` steps.
+        checkpoints: where the run's state goes then, and what it goes on from under `config.resume`.
 
     Raises:
         ValueError: no training data.
         TrainingStopped: the loss was not finite for `config.max_nonfinite_steps` steps in a row.
     """
-    _check_items(train)
+    check_labels(train)
     log = log or RunLog(None, stage="sft")
     held_out = validation or train
     steps = total_steps(config, len(train))
     sizes = {"pad_token_id": pad_token_id, "batch_size": config.per_device_eval_batch_size}
-    loss_base = completion_loss(model, held_out, **sizes)
+    resumed = _newest_state(checkpoints, config, log)
+    losses = resumed["losses"] if resumed else {"base": completion_loss(model, held_out, **sizes)}
+    loss_base = losses["base"]
     optimizer = SFTOptimizer(model, config)
     seen, seconds = _fit(
         model, optimizer, train, config,
         steps=steps, pad_token_id=pad_token_id, log=log, teacher=None, save=save, progress=progress,
+        checkpoints=checkpoints, resumed=resumed, losses=losses,
     )  # fmt: skip
     model.requires_grad_(False)
     loss_end = completion_loss(model, held_out, **sizes)
@@ -297,6 +337,7 @@ def train_lcdd(
     teacher: PreTrainedModel | None = None,
     initial_logits: Tensor | None = None,
     save: Callable[[int, LCDDOptimizer], None] | None = None,
+    checkpoints: Callable[[LCDDOptimizer], CheckpointStore] | None = None,
     progress: bool = True,
 ) -> tuple[LCDDOptimizer, TrainResult]:
     """Run LCDD on `model`, the SFT model on entry, in place.
@@ -308,21 +349,25 @@ def train_lcdd(
         teacher: the SFT model's own copy, needed for `config.loss == "kl"`.
         initial_logits: gate logits [n_gates] of an earlier run to start from.
         save: called with step and optimizer (in evaluation mode) every `config.save_steps` steps.
+        checkpoints: gives, for the attached optimizer, the store that the run's state goes to then, and that it goes
+            on from under `config.resume`.
 
     Raises:
         ValueError: no training data, models that do not fit together, or no teacher for a KL loss.
         TrainingStopped: the loss was not finite for `config.max_nonfinite_steps` steps in a row.
     """
-    _check_items(train)
+    check_labels(train)
     if config.loss == "kl" and teacher is None:
         raise ValueError("teacher: expected the SFT model for loss 'kl', got None")
     log = log or RunLog(None, stage="lcdd")
     held_out = validation or train
     steps = total_steps(config, len(train))
     sizes = {"pad_token_id": pad_token_id, "batch_size": config.per_device_eval_batch_size}
-    loss_base = completion_loss(base, held_out, **sizes)
-    loss_start = completion_loss(model, held_out, **sizes)
+    start = [completion_loss(base, held_out, **sizes), completion_loss(model, held_out, **sizes)]
     optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial_logits)
+    store = checkpoints(optimizer) if checkpoints is not None else None
+    resumed = _newest_state(store, config, log)
+    loss_base, loss_start = start
 
     def checkpoint(step: int) -> None:
         if save is not None:
@@ -333,7 +378,7 @@ def train_lcdd(
     seen, seconds = _fit(
         model, optimizer, train, config,
         steps=steps, pad_token_id=pad_token_id, log=log, teacher=teacher if config.loss == "kl" else None,
-        save=checkpoint, progress=progress,
+        save=checkpoint, progress=progress, checkpoints=store, resumed=resumed, losses={},
     )  # fmt: skip
     optimizer.eval()
     loss_end = completion_loss(model, held_out, **sizes)

@@ -2,6 +2,7 @@
 
     training_state.safetensors   every tensor: Δ (or weights), moments, θ, random state
     training_state.json          the rest, and where each tensor belongs
+    rank-R.safetensors           rank R's rows of sharded tensors, in order of ranks; any number of ranks can read them
     manifest.json                what the run is (stage, settings, fingerprints) and each file's SHA-256, written last
 
 A directory appears complete or not at all (`lcdd.checkpoint.write_directory`); anything unfinished is ignored. The
@@ -14,15 +15,17 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcdd.checkpoint import MANIFEST, verify_directory, write_directory
+from lcdd import shards
+from lcdd.checkpoint import MANIFEST, partial_path, verify_directory, write_directory
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +38,21 @@ class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
-def pack_state(value: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A nested state as (JSON value, tensors by name); `unpack_state` is its inverse, exactly.
+def pack_state(value: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """A nested state as (JSON value, tensors by name, this rank's rows of sharded tensors by name).
+
+    `unpack_state` is its inverse, exactly.
 
     Raises:
         TypeError: something in it is neither a container, a tensor, a number, a string nor None.
     """
     tensors: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
 
     def pack(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor) and shards.is_sharded(value):
+            rows[name] = shards.local(value.detach()).cpu().contiguous()
+            return {"rows": name}
         if isinstance(value, Tensor):
             tensors[name] = value.detach().cpu().contiguous()
             return {"tensor": name}
@@ -58,21 +67,48 @@ def pack_state(value: Any) -> tuple[Any, dict[str, Tensor]]:
             return value
         raise TypeError(f"{name}: expected a tensor, number, string or container, got {type(value).__name__}")
 
-    return pack(value, "state"), tensors
+    return pack(value, "state"), tensors, rows
 
 
-def unpack_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack_state` was given."""
+class StoredRows:
+    """A sharded tensor on disk, of which a rank reads the rows that it needs."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.files = sorted(folder.glob("rank-*.safetensors"), key=lambda path: int(path.stem.removeprefix("rank-")))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the whole tensor."""
+        parts, first = [], 0
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                piece = file.get_slice(self.name)
+                length = piece.get_shape()[0]
+                low, high = max(start - first, 0), min(stop - first, length)
+                if low < high:
+                    parts.append(piece[low:high])
+                elif not parts and length == 0:
+                    parts.append(file.get_tensor(self.name))
+            first += length
+        if first < stop:
+            raise ValueError(f"resume: expected {stop} rows of {self.name} in {self.files[0].parent}, got {first}")
+        return torch.cat(parts)
+
+
+def unpack_state(tree: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
+    """What `pack_state` was given, with `StoredRows` of `folder` for sharded tensors."""
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "rows":
+        return StoredRows(folder, content)
     if kind == "float":
         return float(content)
     if kind == "items":
-        return {key: unpack_state(item, tensors) for key, item in content}
-    items = [unpack_state(item, tensors) for item in content]
+        return {key: unpack_state(item, tensors, folder) for key, item in content}
+    items = [unpack_state(item, tensors, folder) for item in content]
     return tuple(items) if kind == "tuple" else items
 
 
@@ -83,7 +119,8 @@ class CheckpointStore:
         directory: the run's; made when the first checkpoint is written.
         identity: what a run has to share with the one it continues: JSON values by name, settings under "config".
         save_total_limit: complete checkpoints to keep; 0 keeps all.
-        export: called with the directory being written and the step, to put usable results beside the state.
+        export: called before each checkpoint, on every rank; what it returns is called on rank 0 with the directory
+            that is being written, to put usable results beside the state.
 
     Attributes:
         overrides: differences from the run that was continued, which the user allowed; kept in every checkpoint.
@@ -95,7 +132,7 @@ class CheckpointStore:
         *,
         identity: Mapping[str, Any],
         save_total_limit: int = 0,
-        export: Callable[[Path], None] | None = None,
+        export: Callable[[], Callable[[Path], None]] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.identity = dict(identity)
@@ -118,36 +155,61 @@ class CheckpointStore:
         return f"the last checkpoint is {found[-1][1]}" if found else "there is no checkpoint"
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write `checkpoint-{step}`, then delete the oldest beyond `save_total_limit`.
+        """Write `checkpoint-{step}`, then delete the oldest beyond `save_total_limit`. To be called on every rank.
 
         Raises:
-            CheckpointFailed: not enough free space (found before anything is written), or the system refused a write.
+            CheckpointFailed: not enough free space (found before anything is written), or the system refused a write;
+                on every rank, if it happened on one.
         """
         path = self.directory / f"checkpoint-{step}"
-        tree, tensors = pack_state(state)
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
-        metadata = {"format_version": 1, "step": step, "identity": self.identity, "overrides": self.overrides}
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.directory).free
-            if free < needed:
-                raise CheckpointFailed(
-                    f"{path}: expected {needed / 1e9:.3g} GB of free space for a checkpoint, got {free / 1e9:.3g} GB; "
-                    f"{self.last()}"
-                )
-            if path.exists():  # a run that was continued from an earlier checkpoint comes by here again
-                self._delete(path)
-            with write_directory(path, metadata=metadata) as folder:
+        tree, tensors, rows = pack_state(state)
+        export = self.export() if self.export is not None else None
+        first, stack = shards.rank() == 0, ExitStack()
+
+        def start() -> None:
+            if first:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._check_space(_bytes(tensors) + shards.world_size() * _bytes(rows) + SPARE_BYTES)
+                if path.exists():  # a run that was continued from an earlier checkpoint comes by here again
+                    self._delete(path)
+                metadata = {"format_version": 1, "step": step, "identity": self.identity, "overrides": self.overrides}
+                stack.enter_context(write_directory(path, metadata=metadata))
+
+        def write() -> None:
+            if rows:
+                save_file(rows, folder / f"rank-{shards.rank()}.safetensors")
+            if first:
                 save_file(tensors, folder / TENSORS)
                 (folder / TREE).write_text(json.dumps(tree), encoding="utf-8")
-                if self.export is not None:
-                    self.export(folder)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointFailed(f"{path}: could not be written ({error}); {self.last()}") from error
-        if self.save_total_limit:
+                if export is not None:
+                    export(folder)
+
+        self._together(path, start)
+        folder = partial_path(path, shards.from_first(os.getpid()))
+        with stack:
+            self._together(path, write)
+            finish = stack.pop_all()  # its exit flushes, writes the manifest and renames
+        self._together(path, finish.close)
+        if self.save_total_limit and first:
             for _, old in self.complete()[: -self.save_total_limit]:
                 self._delete(old)
         return path
+
+    def _together(self, path: Path, action: Callable[[], None]) -> None:
+        """Do something on every rank; if it fails on one, all raise."""
+        error: Exception | None = None
+        try:
+            action()
+        except (OSError, SafetensorError) as caught:
+            error = caught
+        if not shards.all_agree(error is None):
+            reason = error or "another rank could not write"
+            raise CheckpointFailed(f"{path}: could not be written ({reason}); {self.last()}") from error
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(f"expected {needed / 1e9:.3g} GB of free space, got {free / 1e9:.3g} GB")
 
     def sweep(self) -> None:
         """Delete what killed processes left half-written or half-deleted."""
@@ -177,7 +239,7 @@ class CheckpointStore:
             logger.warning("resume: overridden: %s", difference)
         try:
             tree = json.loads((path / TREE).read_text(encoding="utf-8"))
-            return int(manifest["step"]), unpack_state(tree, load_file(path / TENSORS))
+            return int(manifest["step"]), unpack_state(tree, load_file(path / TENSORS), path)
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"resume: expected a readable training state in {str(path)!r}: {error!r}") from error
 
@@ -187,6 +249,10 @@ class CheckpointStore:
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> "list[str]":
