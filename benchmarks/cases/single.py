@@ -175,7 +175,13 @@ def masked_matrix(place: Place) -> Case:
 
 
 def _linear_case(
-    place: Place, shape: tuple[int, int], dtype: torch.dtype, tokens: int, layout: str, densities: tuple[float, ...]
+    place: Place,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    tokens: int,
+    layout: str,
+    densities: tuple[float, ...],
+    name: str = "linear fwd+bwd",
 ) -> Case:
     rows, cols = (96, 64) if place.size == "tiny" else shape
     tokens = 16 if place.size == "tiny" else tokens
@@ -235,7 +241,7 @@ def _linear_case(
     params = {
         "shape": f"{rows}x{cols}", "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "layout": layout,
     }  # fmt: skip
-    return Case(name="linear fwd+bwd", params=params, lanes=lanes, floor="plain", budget_s=8.0)
+    return Case(name=name, params=params, lanes=lanes, floor="plain", budget_s=8.0)
 
 
 def packed_linears(place: Place) -> list[Case]:
@@ -258,7 +264,7 @@ def crossover(place: Place) -> list[Case]:
     """Where packing begins to pay: packed at densities around it, whatever the plan would say."""
     densities = (0.15, 0.3, 0.5, 0.7, 0.9)
     return [
-        _linear_case(place, shape, torch.bfloat16, 4096, layout, densities)
+        _linear_case(place, shape, torch.bfloat16, 4096, layout, densities, name="packing crossover")
         for shape in (EIGHT_B, SIX_TENTHS_B)
         for layout in ("block", "panels")
     ]
