@@ -1,7 +1,7 @@
 """The paper's claims as predicates over an audit's numbers: held, did not hold, undecided, or not measured.
 
 A predicate is a number with a 95% interval against a bound. It holds where the whole interval is on the right side,
-fails where the whole interval is on the wrong side (for a difference: below `NEGLIGIBLE`), and is undecided otherwise. A
+fails where the whole interval is on the wrong side (for a difference: below `NEGLIGIBLE`), and is undecided else. A
 claim holds if all its predicates do, and does not if any fails. Nothing here knows what a run will find, and no verdict
 has words of its own.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from lcdd import __version__
 from lcdd.config import (
+    AuditConfig,
     DataConfig,
     DemoConfig,
     EraserConfig,
@@ -22,6 +23,7 @@ from lcdd.config import (
     GenerateConfig,
     LCDDConfig,
     PipelineConfig,
+    PlanConfig,
     ReportConfig,
     SFTConfig,
 )
@@ -55,6 +57,12 @@ def _demo(config: DemoConfig) -> Any:
     return demo.run(config)
 
 
+def _plan(config: PlanConfig) -> Any:
+    from lcdd import plan
+
+    return plan.run(config)
+
+
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         help="the whole method on the small model shipped with the package: minutes on a laptop",
@@ -77,11 +85,21 @@ COMMANDS: dict[str, Command] = {
         configs=(EvalConfig, DataConfig),
         run=_stage("eval_"),
     ),
+    "audit": Command(
+        help="controls of a carrier and its trigger, and which of the paper's claims held in this run",
+        configs=(AuditConfig, DataConfig),
+        run=_stage("audit"),
+    ),
     "report": Command(help="render report.html again from report.json", configs=(ReportConfig,), run=_stage("report")),
     "generate": Command(
         help="answer prompts, with a carrier applied and a trigger prepended if given",
         configs=(GenerateConfig,),
         run=_stage("generate"),
+    ),
+    "plan": Command(
+        help="predicted memory and step time of plain fine-tuning, unfused masking and lcdd, on a named GPU",
+        configs=(PlanConfig,),
+        run=_plan,
     ),
 }
 RUN_HELP = "all stages on one checkpoint directory, as a YAML file says"

@@ -114,7 +114,7 @@ def evaluate(
     outcomes: dict[str, Outcome] = {}
     variants: dict[str, list[tuple[list[list[int]], list[str]]]] = {name: [] for name in states}
     norms: dict[str, list[float]] = {name: [] for name in states}
-    with closing(_patched(model, states)) as runs:
+    with closing(patched_states(model, states)) as runs:
         for name, patch in runs:
             norms[name].append(patch.delta_norm() if patch is not None else 0.0)
             for trigger in states[name].triggers or (None,):
@@ -236,7 +236,7 @@ def gate_overlap(carriers: Sequence[Carrier]) -> dict[str, float]:
 # ---------------------------------------------------------------- parts
 
 
-def _patched(
+def patched_states(
     model: PreTrainedModel, states: Mapping[str, ModelState]
 ) -> Generator[tuple[str, Carrier | None], None, None]:
     """Every state with each of its patches while that is applied, each patch made and applied once; the base first.
@@ -331,7 +331,7 @@ def _kl_table(
     answer_sets = {f"{name}_answers": outcomes[name].answers[: len(ids)] for name in ("sft", "base") if name in states}
     hidden: dict[tuple[str, str], Tensor] = {}
     heads: dict[str, Tensor] = {}
-    with closing(_patched(model, {name: state for name, state in states.items() if name in needed})) as runs:
+    with closing(patched_states(model, {name: state for name, state in states.items() if name in needed})) as runs:
         for name, patch in runs:
             head, triggers = head_weight(model), states[name].triggers
             changed = patch is not None and any(model.get_parameter(p) is head for p in patch.unmasked)

@@ -6,7 +6,7 @@ what it wrote and what to do next; the command line only prints that.
 
 import dataclasses
 import gc
-import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from lcdd import shards
+from lcdd.audit_stage import audit
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import require_new_directory, write_directory
+from lcdd.checkpoint import require_new_directory
 from lcdd.config import (
     DataConfig,
     EraserConfig,
-    EvalConfig,
     GenerateConfig,
     LCDDConfig,
     PipelineConfig,
@@ -29,25 +30,29 @@ from lcdd.config import (
 )
 from lcdd.data import Example, prompt_string
 from lcdd.eraser import SFTEraser
-from lcdd.evaluate import ModelState, evaluate, gate_summary
-from lcdd.models import PreTrainedModel, check_same_architecture, load_model, load_shape, load_tokenizer
+from lcdd.eval_stage import eval_
+from lcdd.models import check_same_architecture, load_model, load_shape, load_tokenizer
 from lcdd.optimizer import LCDDOptimizer
+from lcdd.parallel import process_group, shard_model
 from lcdd.prepare import Prepared, off_topic_ids, prepare, prompt_ids, training_items
 from lcdd.report import read_report, write_report
-from lcdd.runlog import RunLog, read_log
+from lcdd.runlog import RunLog
 from lcdd.stage import (
     Say,
     StageResult,
     check_shapes,
     load_weights,
     resolve_device,
+    run_directory,
+    run_identity,
     save_checkpoint,
-    versions,
     write_summary,
 )
 from lcdd.tables import reversal_table
+from lcdd.templates import use_template
 from lcdd.trainer import TrainResult, train_lcdd, train_sft
-from lcdd.trigger import Trigger
+from lcdd.training_state import CheckpointStore
+from lcdd.trigger import Trigger, stream
 from lcdd.trigger import generate as generate_answers
 
 # ---------------------------------------------------------------- stages
@@ -58,8 +63,21 @@ def sft(
     say: Say = print,
 ) -> StageResult:  # fmt: skip
     """Fine-tune a base on a behaviour; writes `model/`, an ordinary checkpoint in the base's dtype."""
+    with process_group(config.device):
+        return _sft(config, data, prepared, log_dir, say if shards.rank() == 0 else _silent)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _sft(
+    config: SFTConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, say: Say
+) -> StageResult:  # fmt: skip
     config.require("model_name_or_path", "output_dir")
-    output = require_new_directory(str(config.output_dir))
+    if config.parallel == "fsdp2" and shards.world_size() > 1:
+        raise ValueError("parallel: expected ddp for sft (each rank holds the whole model), got 'fsdp2'")
+    output = run_directory(config)
     load_shape(str(config.model_name_or_path))
     prepared = prepared or prepare(data, str(config.model_name_or_path))
     train_items, validation_items = training_items(prepared, config, say=say)
@@ -68,13 +86,20 @@ def sft(
     if stored in (torch.bfloat16, torch.float16):
         model.float()  # small updates vanish in 16-bit weights
 
-    def save(step: int) -> None:
+    def export() -> Callable[[Path], None]:
         weights = {name: value.to(stored) for name, value in model.state_dict().items()}
-        with write_directory(output / f"checkpoint-{step}") as folder:
+
+        def write(folder: Path) -> None:
             model.save_pretrained(folder, state_dict=weights)
             prepared.tokenizer.save_pretrained(folder)
 
-    with RunLog(log_dir or output, stage="sft", report_to=config.report_to) as log:
+        return write
+
+    store = None
+    if config.save_steps or config.resume:
+        identity = run_identity("sft", config, prepared.tokenizer, train_items, {"base": model})
+        store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
+    with _log(log_dir or output, "sft", config.report_to) as log:
         result = train_sft(
             model,
             train_items,
@@ -82,11 +107,15 @@ def sft(
             config,
             pad_token_id=prepared.tokenizer.pad_token_id,
             log=log,
-            save=save,
+            checkpoints=store,
         )
+    if shards.rank() > 0:
+        return StageResult(written=(), next_step="")
     model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
     checkpoint = save_checkpoint(model, prepared.tokenizer, output / "model")
-    summary = write_summary(output, "sft", config, data, result=dataclasses.asdict(result))
+    summary = write_summary(
+        output, "sft", config, data, result=dataclasses.asdict(result), overrides=store.overrides if store else []
+    )
     say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
     return StageResult(
         written=(checkpoint, summary),
@@ -100,8 +129,18 @@ def train(
     say: Say = print,
 ) -> StageResult:  # fmt: skip
     """LCDD on an SFT checkpoint; writes `carrier/` (and with --save_folded `model/`)."""
+    with process_group(config.device):
+        return _train(config, data, prepared, log_dir, say if shards.rank() == 0 else _silent)
+
+
+def _train(
+    config: LCDDConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, say: Say
+) -> StageResult:  # fmt: skip
     config.require("model_name_or_path", "base_model_name_or_path", "output_dir")
-    output = require_new_directory(str(config.output_dir))
+    sharded = config.parallel == "fsdp2" and shards.world_size() > 1
+    if sharded and config.train_unmasked:
+        raise ValueError("train_unmasked: expected it off with parallel fsdp2, got on")
+    output = run_directory(config)
     check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
     prepared = prepared or prepare(data, str(config.model_name_or_path))
     train_items, validation_items = training_items(prepared, config, say=say)
@@ -110,10 +149,24 @@ def train(
     check_same_architecture(base, model)
     teacher = load_weights(config.model_name_or_path, config) if config.loss == "kl" else None
 
-    def save(step: int, optimizer: LCDDOptimizer) -> None:
-        optimizer.carrier().with_tokenizer(prepared.tokenizer).save_pretrained(output / f"checkpoint-{step}")
+    models = {"base": base, "sft": model}
+    wanted = config.save_steps or config.resume
+    identity = run_identity("lcdd", config, prepared.tokenizer, train_items, models) if wanted else {}
+    if sharded:
+        base, model = shard_model(base, trained=False), shard_model(model, trained=True)
+        teacher = shard_model(teacher, trained=False) if teacher is not None else None
+    stores: list[CheckpointStore] = []
 
-    with RunLog(log_dir or output, stage="lcdd", report_to=config.report_to) as log:
+    def checkpoints(optimizer: LCDDOptimizer) -> CheckpointStore:
+        def export() -> Callable[[Path], None]:
+            carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
+            return lambda folder: carrier.save_pretrained(folder / "carrier")
+
+        limit = config.save_total_limit
+        stores.append(CheckpointStore(output, identity=identity, save_total_limit=limit, export=export))
+        return stores[0]
+
+    with _log(log_dir or output, "lcdd", config.report_to) as log:
         optimizer, result = train_lcdd(
             model,
             base,
@@ -124,22 +177,31 @@ def train(
             log=log,
             teacher=teacher,
             initial_logits=initial,
-            save=save,
+            checkpoints=checkpoints if wanted else None,
         )
     carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
+    if shards.rank() > 0:
+        return StageResult(written=(), next_step="")
     carrier.save_pretrained(output / "carrier")
     written = [output / "carrier"]
     if config.save_folded:
-        written.append(save_checkpoint(optimizer.fold(), prepared.tokenizer, output / "model"))
-    written.append(
-        write_summary(output, "lcdd", config, data, result=dataclasses.asdict(result), carrier=carrier.summary())
-    )
+        whole = carrier.fold(load_weights(config.base_model_name_or_path, config)) if sharded else optimizer.fold()
+        written.append(save_checkpoint(whole, prepared.tokenizer, output / "model"))
+    overrides = stores[0].overrides if stores else []
+    found = {"result": dataclasses.asdict(result), "carrier": carrier.summary(), "overrides": overrides}
+    written.append(write_summary(output, "lcdd", config, data, **found))
     _say_carrier(carrier, result, say)
     return StageResult(
         written=tuple(written),
         next_step=f"lcdd erase --base_model_name_or_path {config.base_model_name_or_path} "
         f"--carrier {output / 'carrier'} --output_dir ... (and the same data settings)",
     )
+
+
+def _log(directory: Path, stage: str, report_to: str) -> RunLog:
+    """The stage's log, once every rank has found the directory in order; ranks but the first write none."""
+    shards.all_agree(True)
+    return RunLog(directory if shards.rank() == 0 else None, stage=stage, report_to=report_to)
 
 
 def _say_carrier(carrier: Carrier, result: TrainResult, say: Say) -> None:
@@ -192,116 +254,12 @@ def _eraser_prompts(prepared: Prepared, config: EraserConfig) -> tuple[list[list
     )
 
 
-def eval_(
-    config: EvalConfig, data: DataConfig, *, prepared: Prepared | None = None, say: Say = print,
-    context: dict[str, Any] | None = None,
-) -> StageResult:  # fmt: skip
-    """The reversal table on held-out prompts; writes report.json and report.html.
-
-    Args:
-        context: a pipeline's `config` and `timings`; the output directory may then hold the stages' own.
-    """
-    config.require("base_model_name_or_path", "model_name_or_path", "carrier", "output_dir")
-    output = Path(str(config.output_dir)) if context else require_new_directory(str(config.output_dir))
-    check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
-    carrier = Carrier.from_pretrained(str(config.carrier))
-    prepared = prepared or prepare(data, str(config.base_model_name_or_path))
-    carrier.check_tokenizer(prepared.tokenizer)
-    prompts, others = (
-        ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length)
-        for ids in (prompt_ids, off_topic_ids)
-    )
-    paths = {"carrier": config.trigger, "sft": config.sft_trigger, "matched_norm": config.matched_norm_trigger}
-    triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
-    start = time.perf_counter()
-    base = load_weights(config.base_model_name_or_path, config)
-    carrier.check_base(base)
-    patches = {"carrier": carrier, **_dense_patches(base, config)}
-    states = _states(base, patches, triggers, config, special=prepared.tokenizer.all_special_ids)
-    settings: dict[str, Any] = {
-        "matches": prepared.behavior.matches,
-        "max_new_tokens": config.max_new_tokens,
-        "batch_size": config.per_device_eval_batch_size,
-        "kl_prompts": config.kl_prompts,
-        "progress": True,
-    }
-    found = evaluate(base, prepared.tokenizer, prompts, states, **settings)
-    if others:
-        found["off_topic"] = evaluate(base, prepared.tokenizer, others, states, **settings)["models"]
-    context = context or {"config": {"eval": config.to_dict(), "data": data.to_dict()}, "timings": {}}
-    content = {
-        "behavior": prepared.behavior.name,
-        "seed": config.seed,
-        "split": config.split,
-        "versions": versions(),
-        "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
-        "sparsity": carrier.sparsity(),
-        "sparsity_by_layer": carrier.sparsity_by_layer(),
-        "gates": gate_summary(carrier),
-        "findings": _findings(str(config.carrier)),
-        "curves": _curves(config),
-        **found,
-        **context,
-        "timings": {**context["timings"], "eval": round(time.perf_counter() - start, 2)},
-    }
-    write_report(output, content)
-    say(reversal_table(content))
-    return StageResult(
-        written=(output / "report.json", output / "report.html"), next_step=f"open {output / 'report.html'}"
-    )
-
-
-def _dense_patches(base: PreTrainedModel, config: EvalConfig) -> dict[str, Carrier]:
-    paths = {"sft": config.model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
-    return {name: Carrier.from_models(base, load_weights(path, config)) for name, path in paths.items() if path}
-
-
-def _states(
-    base: PreTrainedModel,
-    patches: dict[str, Carrier],
-    triggers: dict[str, Trigger],
-    config: EvalConfig,
-    *,
-    special: list[int],
-) -> dict[str, ModelState]:
-    """The rows of the reversal table that the given patches and triggers allow."""
-    states = {"base": ModelState()}
-    for name in ("sft", "carrier", "matched_norm"):
-        if name in patches:
-            states[name] = ModelState(patch=patches[name])
-    for name, trigger in triggers.items():
-        states[f"{name}+trigger"] = ModelState(patch=patches[name], triggers=(trigger,))
-    if "carrier" in triggers:
-        seeds = range(config.seed, config.seed + config.random_prefixes)
-        junk = tuple(Trigger.random_like(base, triggers["carrier"], seed=seed, skip=special) for seed in seeds)
-        states["carrier+random_prefix"] = ModelState(patch=patches["carrier"], triggers=junk)
-        states["base+random_prefix"] = ModelState(triggers=junk)
-        states["base+trigger"] = ModelState(triggers=(triggers["carrier"],))
-    return states
-
-
-def _curves(config: EvalConfig) -> list[dict[str, Any]]:
-    """The logs that lie beside what is evaluated (or, in a pipeline, in its directory)."""
-    paths = (
-        config.model_name_or_path, config.carrier, config.trigger, config.sft_trigger, config.matched_norm_trigger
-    )  # fmt: skip
-    folders = [Path(str(config.output_dir)), *(Path(path).parent for path in paths if path)]
-    logs = dict.fromkeys(folder / "log.jsonl" for folder in folders)
-    return [line for log in logs if log.is_file() for line in read_log(log)]
-
-
-def _findings(carrier: str) -> list[dict[str, Any]]:
-    """What `train` found wrong with the carrier, from the summary beside it."""
-    path = Path(carrier).parent / "summary.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content.get("result", {}).get("findings", [])
-
-
 def generate(config: GenerateConfig, *, say: Say = print) -> StageResult:
     """Answer prompts by a model, with a carrier applied and a trigger prepended if given."""
     config.require("model_name_or_path", "prompt")
     load_shape(str(config.model_name_or_path))
     tokenizer = load_tokenizer(str(config.model_name_or_path))
+    use_template(tokenizer, config.chat_template, model=str(config.model_name_or_path))
     carrier = Carrier.from_pretrained(config.carrier) if config.carrier else None
     trigger = Trigger.from_pretrained(config.trigger) if config.trigger else None
     model = load_weights(config.model_name_or_path, config)
@@ -309,13 +267,19 @@ def generate(config: GenerateConfig, *, say: Say = print) -> StageResult:
         carrier.check_tokenizer(tokenizer)
         carrier.apply(model)
     examples = [Example(messages=({"role": "user", "content": text},), completion="") for text in config.prompt]
-    answers = generate_answers(
-        model,
-        tokenizer,
-        [prompt_string(tokenizer, example) for example in examples],
-        trigger=trigger,
-        max_new_tokens=config.max_new_tokens,
-    )
+    prompts = [prompt_string(tokenizer, example) for example in examples]
+    if config.stream:
+        answers = []
+        for text, prompt in zip(config.prompt, prompts, strict=True):
+            say(f"> {text}")
+            pieces = []
+            for piece in stream(model, tokenizer, prompt, trigger=trigger, max_new_tokens=config.max_new_tokens):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+            say("\n")
+            answers.append("".join(pieces).strip())
+        return StageResult(written=(), next_step="", texts=tuple(answers))
+    answers = generate_answers(model, tokenizer, prompts, trigger=trigger, max_new_tokens=config.max_new_tokens)
     for text, answer in zip(config.prompt, answers, strict=True):
         say(f"> {text}\n{answer}\n")
     return StageResult(written=(), next_step="", texts=tuple(answers))
@@ -337,6 +301,8 @@ def report(config: ReportConfig, *, say: Say = print) -> StageResult:
 def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     """SFT, LCDD, eraser, controls and evaluation in one directory; everything is checked before the first stage."""
     config.require("model_name_or_path", "output_dir")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("run: expected one process, got torchrun's several; run `lcdd sft` and `lcdd train` under it")
     base, output = str(config.model_name_or_path), require_new_directory(str(config.output_dir))
     if config.sft_model_name_or_path is not None:
         check_shapes(base, config.sft_model_name_or_path, ("base", "sft"))
@@ -381,6 +347,18 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
                 "matched_norm_trigger": str(output / "erase_matched_norm" / "trigger"),
             }
         controls["sft_trigger"] = str(output / "erase_sft" / "trigger")
+    audited: dict[str, Any] = {}
+    if config.run_audit:
+        settings = replace(
+            config.audit,
+            base_model_name_or_path=base,
+            model_name_or_path=sft_model,
+            carrier=carrier,
+            trigger=str(output / "erase" / "trigger"),
+            **controls,
+        )
+        timed("audit", audit, settings)
+        audited = {"audit": read_report(output / "audit")["audit"]}
     say("\n== eval")
     final = replace(
         config.eval,
@@ -391,5 +369,5 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
         output_dir=str(output),
         **controls,
     )
-    result = eval_(final, data, context={"config": config.to_dict(), "timings": timings}, **common)
+    result = eval_(final, data, context={"config": config.to_dict(), "timings": timings, **audited}, **common)
     return replace(result, written=(Path(carrier), output / "erase" / "trigger", output / "log.jsonl", *result.written))

@@ -12,6 +12,17 @@ from typing import Any
 
 from lcdd.charts import heat_map, interval_bar, line_chart, number
 from lcdd.checkpoint import write_json
+from lcdd.report_audit import audit_section, language_section
+from lcdd.report_parts import (
+    breakable,
+    html_cards,
+    html_details,
+    html_table,
+    plain_words,
+    rate_cell,
+    say_missing,
+    shown_value,
+)
 from lcdd.report_style import STYLE
 from lcdd.runlog import finite_or_null, read_log
 
@@ -99,10 +110,12 @@ def render(report: Mapping[str, Any]) -> str:
         ("Training", _training(report)),
         ("Trigger", _trigger(report)),
         ("Distance between the models", _kl(report)),
+        ("Text and tasks", language_section(report)),
+        ("Audit", audit_section(report)),
         ("Settings and versions", _settings(report)),
     )
     body = "".join(f"<section><h2>{escape(title)}</h2>{content}</section>" for title, content in sections)
-    title = f"LCDD report: {_words(report.get('behavior', 'unknown behaviour'))}"
+    title = f"LCDD report: {plain_words(report.get('behavior', 'unknown behaviour'))}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -144,43 +157,50 @@ def _headline(report: Mapping[str, Any]) -> str:
 def _reversal(report: Mapping[str, Any]) -> str:
     models = report.get("models")
     if not models:
-        return _missing("models")
+        return say_missing("models")
     other = report.get("off_topic")
     off_topic = f"<h3>On prompts outside the behaviour's topic</h3>{_model_table(other, {})}" if other else ""
     return (
         "<p>Share of held-out prompts whose greedy answer shows the behaviour, and whose answer is exactly the base's. "
         "A low behaviour rate alone is not a reversal: garbage shows no behaviour either. Brackets: 95% intervals "
-        f"(Wilson).</p>{_model_table(models, report.get('delta_norm') or {})}{off_topic}{_differences(report)}"
+        f"(Wilson).</p>{_model_table(models, report.get('delta_norm') or {})}{_readings(models)}{off_topic}"
+        f"{_differences(report)}"
     )
 
 
 def _model_table(models: Mapping[str, Mapping[str, Any]], norms: Mapping[str, float]) -> str:
     rows = []
     for name, row in models.items():
-        cells = "".join(_rate(row, key, series) for key, series in (("behavior_rate", 1), ("base_match", 0)))
+        cells = "".join(rate_cell(row, key, series) for key, series in (("behavior_rate", 1), ("base_match", 0)))
         meaning = f"<small>{escape(MEANING[name])}</small>" if name in MEANING else ""
         norm = f'<td class="num">{number(norms.get(name))}</td>' if norms else ""
         prompts = f'<td class="num">{number(row.get("n"))}</td>'
-        rows.append(f'<tr><th scope="row">{_breakable(name)}{meaning}</th>{cells}{prompts}{norm}</tr>')
+        rows.append(f'<tr><th scope="row">{breakable(name)}{meaning}</th>{cells}{prompts}{norm}</tr>')
     head = "<th>Model</th><th>Behaviour rate</th><th>Base match</th><th>Prompts</th>"
-    return _table(head + ("<th>Norm of change</th>" if norms else ""), rows)
+    return html_table(head + ("<th>Norm of change</th>" if norms else ""), rows)
 
 
-def _rate(row: Mapping[str, Any], key: str, series: int) -> str:
-    value, interval = row.get(key), row.get(f"{key}_ci95")
-    if value is None or not interval:
-        return '<td class="num">–</td>'
-    low, high = interval
-    return (
-        f'<td class="rate"><span>{value:.3f}</span> <small>[{low:.3f}, {high:.3f}]</small>'
-        f"{interval_bar(value, low, high, series=series)}</td>"
-    )
+def _readings(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Other readings of the same answers (a fixed response strictly and loosely, say), where a run has any."""
+    names = list(dict.fromkeys(name for row in models.values() for name in row.get("rates") or {}))
+    if not names:
+        return ""
+    rows = []
+    for name, row in models.items():
+        cells = ""
+        for reading in names:
+            found = (row.get("rates") or {}).get(reading)
+            flat = {} if found is None else {"rate": found["rate"], "rate_ci95": found["ci95"]}
+            cells += rate_cell(flat, "rate", 1)
+        rows.append(f'<tr><th scope="row">{breakable(name)}</th>{cells}</tr>')
+    head = "<th>Model</th>" + "".join(f"<th>{escape(plain_words(name))}</th>" for name in names)
+    return f"<h3>The behaviour, read otherwise</h3>{html_table(head, rows)}"
 
 
 def _differences(report: Mapping[str, Any]) -> str:
     found = report.get("differences")
     if not found:
-        return _missing("differences")
+        return say_missing("differences")
     rows, method = [], ""
     for name, row in found.items():
         method = row.get("method", method)
@@ -191,26 +211,26 @@ def _differences(report: Mapping[str, Any]) -> str:
             cells += f'<td class="rate"><span>{value:+.3f}</span> <small>[{low:+.3f}, {high:+.3f}]</small>{bar}</td>'
         rows.append(f'<tr><th scope="row">{escape(name.replace(" - ", " − "))}</th>{cells}</tr>')
     head = "<th>Difference</th><th>Behaviour rate</th><th>Base match</th>"
-    return f"<h3>Differences over the same prompts</h3>{_table(head, rows)}<p class='note'>{escape(method)}.</p>"
+    return f"<h3>Differences over the same prompts</h3>{html_table(head, rows)}<p class='note'>{escape(method)}.</p>"
 
 
 def _explanation(report: Mapping[str, Any]) -> str:
     said = report.get("explanation")
     if not said:
-        return _missing("explanation")
+        return say_missing("explanation")
     return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in said)}</ul>"
 
 
 def _samples(report: Mapping[str, Any]) -> str:
     samples = report.get("samples")
     if not samples:
-        return _missing("samples")
+        return say_missing("samples")
     cards = []
     for sample in samples:
         answers = sample.get("answers") or {}
         base = answers.get("base")
         items = "".join(
-            f'<div class="answer{" same" if text == base else ""}"><dt>{escape(_words(name))}</dt>'
+            f'<div class="answer{" same" if text == base else ""}"><dt>{escape(plain_words(name))}</dt>'
             f"<dd>{escape(text) or '<em>nothing</em>'}</dd></div>"
             for name, text in answers.items()
         )
@@ -224,7 +244,7 @@ def _sparsity(report: Mapping[str, Any]) -> str:
     if gates:
         auc = gates.get("auc_initial_theta")
         parts.append(
-            _cards({
+            html_cards({
                 "gates": number(gates.get("n")),
                 "open": number(gates.get("open")),
                 "fractional": number(gates.get("fractional")),
@@ -237,18 +257,18 @@ def _sparsity(report: Mapping[str, Any]) -> str:
             "at all, 1 completely (then the noise chose the carrier, not the behaviour).</p>"
         )
     else:
-        parts.append(_missing("gates"))
+        parts.append(say_missing("gates"))
     layers = report.get("sparsity_by_layer")
     if layers:
         shares = [{group: 1 - value for group, value in row.items()} for row in layers]
         parts.append(heat_map(shares, row_name="layer", label="Open gates by layer and group (1 − sparsity)"))
     else:
-        parts.append(_missing("sparsity_by_layer"))
+        parts.append(say_missing("sparsity_by_layer"))
     if sparsity:
         rows = [f'<tr><th scope="row">{escape(k)}</th><td class="num">{v:.4f}</td></tr>' for k, v in sparsity.items()]
-        parts.append(_details("Sparsity of each group", _table("<th>Group</th><th>Closed</th>", rows)))
+        parts.append(html_details("Sparsity of each group", html_table("<th>Group</th><th>Closed</th>", rows)))
     else:
-        parts.append(_missing("sparsity"))
+        parts.append(say_missing("sparsity"))
     return "".join(parts)
 
 
@@ -257,7 +277,7 @@ def _training(report: Mapping[str, Any]) -> str:
     for stage, lines in _stages(report).items():
         if any("tail_kl" in line for line in lines):
             continue
-        name = _words(stage)
+        name = plain_words(stage)
         if any("dual_lambda" in line for line in lines):
             losses = {"loss": "loss", "moving average": "ema", "budget ε": "epsilon"}
             charts.append(line_chart(_series(lines, losses), label=f"{name}: loss, nats a token"))
@@ -269,25 +289,25 @@ def _training(report: Mapping[str, Any]) -> str:
         f'<p class="warning">{escape(finding if isinstance(finding, str) else finding["message"])}</p>'
         for finding in report.get("findings") or []
     )
-    return findings + (f'<div class="charts">{"".join(charts)}</div>' if charts else _missing("curves"))
+    return findings + (f'<div class="charts">{"".join(charts)}</div>' if charts else say_missing("curves"))
 
 
 def _trigger(report: Mapping[str, Any]) -> str:
     stages = {k: lines for k, lines in _stages(report).items() if any("tail_kl" in line for line in lines)}
     if not stages:
-        return _missing("curves of the trigger optimisation")
-    held_out = {_words(name): _points(lines, "validation_loss") for name, lines in stages.items()}
+        return say_missing("curves of the trigger optimisation")
+    held_out = {plain_words(name): _points(lines, "validation_loss") for name, lines in stages.items()}
     charts = [line_chart(held_out, label="Held-out loss of each trigger optimisation")]
     for name, lines in stages.items():
         terms = {"loss": "loss", "match": "match", "KL, prompt's tail": "tail_kl", "KL, base's answers": "answer_kl"}
-        charts.append(line_chart(_series(lines, terms), label=f"{_words(name)}: loss and its unweighted terms"))
+        charts.append(line_chart(_series(lines, terms), label=f"{plain_words(name)}: loss and its unweighted terms"))
     return f'<p>The trigger with the lowest held-out loss is kept.</p><div class="charts">{"".join(charts)}</div>'
 
 
 def _kl(report: Mapping[str, Any]) -> str:
     table = report.get("kl")
     if not table:
-        return _missing("kl")
+        return say_missing("kl")
     columns = list(dict.fromkeys(key for row in table.values() for key in row))
     rows = [
         f'<tr><th scope="row">{escape(pair.replace("||", " ‖ "))}</th>'
@@ -295,11 +315,11 @@ def _kl(report: Mapping[str, Any]) -> str:
         + "</tr>"
         for pair, row in table.items()
     ]
-    head = "<th>KL(p ‖ q), nats a token</th>" + "".join(f"<th>on {escape(_words(key))}</th>" for key in columns)
+    head = "<th>KL(p ‖ q), nats a token</th>" + "".join(f"<th>on {escape(plain_words(key))}</th>" for key in columns)
     return (
         "<p>Exact over the vocabulary, teacher-forced on the greedy answers of the SFT model and of the base. On the "
         "SFT model's answers the base's own KL stays large even where its answers are restored, so both are given.</p>"
-        f"{_table(head, rows)}"
+        f"{html_table(head, rows)}"
     )
 
 
@@ -309,19 +329,19 @@ def _settings(report: Mapping[str, Any]) -> str:
         values = report.get(key)
         if values:
             rows = [
-                f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(_value(value))}</td></tr>'
+                f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(shown_value(value))}</td></tr>'
                 for name, value in values.items()
             ]
             note = " (seconds)" if key == "timings" else ""
-            parts.append(_details(key.capitalize() + note, _table("", rows), is_open=key == "versions"))
+            parts.append(html_details(key.capitalize() + note, html_table("", rows), is_open=key == "versions"))
         else:
-            parts.append(_missing(key))
+            parts.append(say_missing(key))
     config = report.get("config")
     if config:
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        parts.append(_details("Configuration", f"<pre>{escape(text)}</pre>"))
+        parts.append(html_details("Configuration", f"<pre>{escape(text)}</pre>"))
     else:
-        parts.append(_missing("config"))
+        parts.append(say_missing("config"))
     return "".join(parts)
 
 
@@ -341,34 +361,3 @@ def _points(lines: list[Mapping[str, Any]], key: str) -> list[tuple[float, float
 
 def _series(lines: list[Mapping[str, Any]], keys: Mapping[str, str]) -> dict[str, list[tuple[float, float]]]:
     return {name: _points(lines, key) for name, key in keys.items()}
-
-
-def _table(head: str, rows: list[str]) -> str:
-    header = f"<thead><tr>{head}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table>{header}<tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _cards(values: Mapping[str, str]) -> str:
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
-    return f'<dl class="cards">{items}</dl>'
-
-
-def _details(title: str, content: str, *, is_open: bool = False) -> str:
-    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
-
-
-def _missing(what: str) -> str:
-    return f'<p class="missing">Missing: report.json has no {escape(what)}.</p>'
-
-
-def _breakable(name: str) -> str:
-    """A state's name, escaped, that may break after its joints."""
-    return escape(name).replace("+", "+<wbr>").replace("_", "_<wbr>")
-
-
-def _words(name: Any) -> str:
-    return str(name).replace("_", " ")
-
-
-def _value(value: Any) -> str:
-    return number(value, 2) if isinstance(value, int | float) else str(value)

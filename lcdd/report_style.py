@@ -70,6 +70,12 @@ details { margin: 0 0 .6rem; border-top: 1px solid var(--line); padding-top: .6r
 summary { cursor: pointer; font-weight: 600; font-size: .95rem; margin-bottom: .5rem; }
 pre { margin: 0; padding: .9rem; overflow-x: auto; background: var(--bg); border-radius: 8px; font-size: .8rem;
   line-height: 1.45; }
+.claims { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .9rem; }
+.claim { border-left: 4px solid var(--line); } .claim.held { border-left-color: var(--s2); }
+.claim.failed { border-left-color: var(--s1); } .claim .evidence { padding: 0 .9rem; }
+.claim table { font-size: .84rem; margin: 0; } .claim .scroll { margin-bottom: .2rem; } .claim th { font-weight: 400; }
+.verdict { display: block; color: var(--soft); font-size: .78rem; text-transform: uppercase; letter-spacing: .04em; }
+.held .verdict { color: var(--s2); } .failed .verdict { color: var(--s1); }
 .note { color: var(--soft); font-size: .86rem; }
 .missing { padding: .6rem .9rem; border: 1px dashed var(--line); border-radius: 8px; color: var(--soft); }
 .warning { padding: .7rem 1rem; border-left: 4px solid var(--warnline); border-radius: 6px; background: var(--warn);

@@ -211,6 +211,42 @@ def generate(
     return decode(tokenizer, answers)
 
 
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    trigger: Trigger | None = None,
+    max_new_tokens: int = 64,
+) -> Iterator[str]:
+    """The greedy answer to one prompt, piece by piece as it comes; the pieces together are the answer's text.
+
+    A piece is held back while it ends inside a character of several tokens. Whoever stops listening stops the model.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    _, ends = _greedy(model, tokenizer, max_new_tokens)
+    (ids,) = encode_prompts(tokenizer, [prompt])
+    inputs: dict[str, Any] = {"inputs_embeds": prompt_embeds(model, ids, trigger)[None]}
+    answer: list[int] = []
+    cache, shown = None, ""
+    with evaluation_mode(model):
+        while len(answer) < max_new_tokens and not (answer and answer[-1] in ends):
+            output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token, cache = output.logits[:, -1].argmax(-1), output.past_key_values
+            answer.append(int(token))
+            inputs = {"input_ids": token[:, None]}
+            text = str(tokenizer.decode(answer, skip_special_tokens=True))
+            # a replacement character at the end is a character that is not complete yet
+            if text.startswith(shown) and not text.endswith("\ufffd") and len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+    text = str(tokenizer.decode(answer, skip_special_tokens=True))
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]]) -> list[str]:
     """Answers as text, special tokens and surrounding white space removed."""
     return [str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in answers]

@@ -18,6 +18,8 @@ SECTIONS = [
     "Training",
     "Trigger",
     "Distance between the models",
+    "Text and tasks",
+    "Audit",
     "Settings and versions",
 ]
 VOID = {"meta", "br", "wbr"}
@@ -112,7 +114,29 @@ def report():
         "versions": {"torch": "2.13.0", "python": "3.11.7"},
         "timings": {"sft": 12.5},
         "fingerprints": {"base": "ab" * 32},
-    }
+        "perplexity": {"base": {"perplexity": 17.25, "nats_per_token": 2.8478, "tokens": 999}},
+        "utility": {"carrier": {"mmlu": {"acc,none": 0.4711}}},
+        "audit": {
+            "states": {
+                name: {"part": part, **rates(0.25, 0.75)}
+                for name, part in {
+                    "base": "table", "carrier-without:group attn_read": "necessity", "sft-only:random": "sufficiency",
+                    "base+trigger": "triggers", "posthoc_ce": "masks", "continued_sft": "dense",
+                }.items()
+            },
+            "differences": {},
+            "patches": {"carrier": {"sparsity": 0.96312, "delta_norm": 3.1416}},
+            "claims": [
+                {
+                    "name": "sparse", "statement": "It is <sparse>.", "verdict": "did not hold",
+                    "evidence": [
+                        {"rule": "sparsity of carrier > 0.73", "verdict": "did not hold", "value": 0.5151, "ci95": [0.5, 0.53]},
+                        {"rule": "another number > 0", "verdict": "not measured"},
+                    ],
+                }
+            ],
+        },
+    }  # fmt: skip
 
 
 def test_the_page_has_every_section_and_the_reports_numbers(report):
@@ -123,6 +147,36 @@ def test_the_page_has_every_section_and_the_reports_numbers(report):
     assert "Missing" not in page.text
     assert "86%" in page.text
     assert "Stalled compression: λ < 1" in page.text
+
+
+def test_the_audit_shows_verdicts_evidence_and_what_was_not_audited(report):
+    page = Page(render(report))
+    for shown in (
+        "did not hold",
+        "It is <sparse>.",
+        "0.515",
+        "[0.500, 0.530]",
+        "not measured",
+        "17.25",
+        "0.4711",
+        "0.9631",
+    ):
+        assert shown in page.text, shown
+    assert page.text.count("Missing") == 0
+    states = report["audit"]["states"]
+    report["audit"]["states"] = {name: row for name, row in states.items() if row["part"] != "masks"}
+    assert "Missing: report.json has no states of the audit's part masks" in Page(render(report)).text
+    for part in ("states", "claims", "patches"):
+        audit = {key: value for key, value in report["audit"].items() if key != part}
+        assert f"Missing: report.json has no {part} of the audit" in Page(render({**report, "audit": audit})).text
+
+
+def test_other_readings_of_the_answers_have_their_own_table(report):
+    assert "read otherwise" not in Page(render(report)).text
+    report["models"]["carrier"]["rates"] = {"loose": {"rate": 0.6543, "ci95": [0.6, 0.7]}}
+    text = Page(render(report)).text
+    assert "read otherwise" in text
+    assert "0.654" in text
 
 
 def test_nothing_on_the_page_can_make_a_request_or_run(report):
@@ -139,7 +193,7 @@ def test_nothing_on_the_page_can_make_a_request_or_run(report):
 @pytest.mark.parametrize(
     "part",
     ["models", "differences", "kl", "samples", "explanation", "sparsity", "sparsity_by_layer", "gates", "curves",
-     "config", "versions", "timings", "fingerprints"],
+     "config", "versions", "timings", "fingerprints", "perplexity", "utility", "audit"],
 )  # fmt: skip
 def test_a_missing_part_says_that_it_is_missing(report, part):
     del report[part]
