@@ -97,7 +97,8 @@ GOALS: tuple[Goal, ...] = (
     ),
     Goal(
         text="all of Llama-3-8B, 4,096 tokens, no checkpointing: peak memory, bytes", metric="peak_memory",
-        limit=139 * GIB, lane=_CLOSED, **{**_SMALL, "model": "llama-3-8b"}, params={"model": "llama-3-8b", "tokens": 4096},
+        limit=139 * GIB, lane=_CLOSED, **{**_SMALL, "model": "llama-3-8b"},
+        params={"model": "llama-3-8b", "tokens": 4096},
     ),
     Goal(
         text="eraser step over one prompt at a time, 0.6B", device="cuda", case="eraser step", provider="lcdd",
