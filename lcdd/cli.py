@@ -1,8 +1,8 @@
 """The command line: `lcdd COMMAND`, one line to start a stage of the pipeline and one to say what to do next.
 
 Flags are generated from the configuration classes. Nothing heavy is imported before the arguments are read, so
-`--help` answers at once. A bad input is one line on stderr and exit code 2; training that could not go on is exit
-code 1.
+`--help` answers at once. A bad input (or a disk that refuses a write) is one line on stderr and exit code 2; training
+that could not go on is exit code 1; a run that SIGTERM ended after a checkpoint is exit code 143.
 """
 
 import argparse
@@ -29,8 +29,9 @@ from lcdd.config import (
 )
 from lcdd.runlog import TrainingStopped
 from lcdd.settings import Config, add_flags, from_flags, from_mapping, read_yaml, type_name
+from lcdd.stopping import Terminated
 
-BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, STOPPED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except TrainingStopped as error:
-        print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return STOPPED
+    except TrainingStopped as error:  # its memory table has lines of its own
+        print(f"lcdd {arguments.command}: {error}", file=sys.stderr)
+        return TERMINATED if isinstance(error, Terminated) else STOPPED
+    except OSError as error:  # a full or read-only disk
+        print(f"lcdd {arguments.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print(f"lcdd {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
