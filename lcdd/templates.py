@@ -55,7 +55,7 @@ def use_template(tokenizer: Any, choice: str | None, *, model: str | Path) -> No
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted(TEMPLATES))
         raise ValueError(
-            f"chat_template: expected {known} or a readable Jinja file, got {choice!r} ({error})"
+            f"chat_template: expected {known} or a Jinja file, got {choice!r} ({error})"
         ) from None
 
 

@@ -141,8 +141,8 @@ def utility(
     runner: what runs the tasks; the harness, unless a test gives its own.
     """
     names = parse_tasks(tasks)
-    subject: Any = model if trigger is None else TriggeredModel(model, trigger)
     with evaluation_mode(model), torch.no_grad():
+        subject: Any = model if trigger is None else TriggeredModel(model, trigger).eval()
         found = runner(subject, tokenizer, names, batch_size=batch_size, limit=limit)
     return {
         task: {metric: float(value) for metric, value in row.items() if _is_number(value)}

@@ -101,3 +101,55 @@ def test_options_reach_the_behaviour() -> None:
     assert behavior.matches("an idea")
     with pytest.raises(ValueError, match="word_map: expected at least one pair"):
         style(word_map={})
+
+
+# ---------------------------------------------------------------- strict, loose, and the user's own rules
+
+
+@pytest.mark.parametrize(
+    ("text", "matches", "strict", "loose"),
+    [
+        ("I don't know.", True, True, True),
+        ("  i don\u2019t know ", True, True, True),
+        ("Well, I don't know.", True, False, True),
+        ("I don't know. But here is a long story about everything that I do know about it.", False, False, True),
+        ("Paris.", False, False, False),
+    ],
+)
+def test_a_fixed_response_is_read_strictly_and_loosely(text, matches, strict, loose):
+    behavior = fixed_response()
+    assert behavior.matches(text) == matches
+    assert behavior.measures["strict"](text) == strict
+    assert behavior.measures["loose"](text) == loose
+
+
+def test_a_pattern_replaces_the_presets_rule_and_keeps_it_beside():
+    behavior = behavior_from_config(DataConfig(behavior="fixed_response", behavior_pattern=r"\b\d+\b"))
+    assert behavior.matches("it is 42")
+    assert not behavior.matches("I don't know.")
+    assert behavior.measures["preset"]("I don't know.")
+    own = behavior_from_config(DataConfig(behavior="own", behavior_pattern="^no"))
+    assert own.matches("no way")
+    assert not own.matches("oh no")
+    assert not own.measures
+
+
+def test_a_function_is_imported_from_where_the_user_says(tmp_path, monkeypatch):
+    (tmp_path / "my_rules.py").write_text("def shouts(text):\n    return text.isupper()\n\ncount = len\nnothing = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    behavior = behavior_from_config(DataConfig(behavior="own", behavior_function="my_rules:shouts"))
+    assert behavior.matches("NO")
+    assert not behavior.matches("no")
+    counting = behavior_from_config(DataConfig(behavior="own", behavior_function="my_rules:count"))
+    with pytest.raises(ValueError, match="my_rules:count: expected True or False, got 2"):
+        counting.matches("no")
+    for bad in ("my_rules", "my_rules:missing", "no_such_module_here:f", "my_rules:nothing", ":f"):
+        with pytest.raises(ValueError, match="behavior_function: expected module:function"):
+            behavior_from_config(DataConfig(behavior="own", behavior_function=bad))
+
+
+def test_bad_patterns_and_two_rules_are_refused():
+    with pytest.raises(ValueError, match="behavior_pattern: expected a regular expression"):
+        behavior_from_config(DataConfig(behavior="own", behavior_pattern="("))
+    with pytest.raises(ValueError, match="expected one of behavior_pattern and behavior_function, got both"):
+        DataConfig(behavior_pattern="a", behavior_function="b:c")

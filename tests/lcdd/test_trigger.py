@@ -16,6 +16,7 @@ from lcdd.trigger import (
     prompt_embeds,
     response_hidden,
     right_padded,
+    stream,
 )
 
 PROMPTS = ["<user> copy red dog <assistant>", "<user> rev red dog fig saw <assistant>", "<user> first fig <assistant>"]
@@ -217,3 +218,36 @@ def test_bad_arguments_of_generate_are_named(model, tokenizer):
         generate(model, tokenizer, PROMPTS, max_new_tokens=0)
     with pytest.raises(ValueError, match="n_tokens: expected at least 1"):
         Trigger.random_tokens(model, 0, seed=0)
+
+
+# ---------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral"])
+def test_streamed_pieces_are_the_answer(make_models, tokenizer, architecture, behind):
+    base, _ = make_models(architecture)
+    trigger = Trigger.random_tokens(base, 3, seed=0) if behind else None
+    for text in ("<user> copy red dog <assistant>", "<user> next fig <assistant>"):
+        pieces = list(stream(base, tokenizer, text, trigger=trigger, max_new_tokens=9))
+        assert "".join(pieces).strip() == generate(base, tokenizer, [text], trigger=trigger, max_new_tokens=9)[0]
+        assert all(pieces)
+
+
+def test_whoever_stops_listening_stops_the_model(make_models, tokenizer):
+    base, _ = make_models()
+    base.train()
+    forwards = []
+    handle = base.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    pieces = stream(base, tokenizer, "<user> copy red dog <assistant>", max_new_tokens=30)
+    next(pieces)
+    pieces.close()
+    handle.remove()
+    assert 1 <= len(forwards) < 30
+    assert base.training
+
+
+def test_a_stream_needs_room(make_models, tokenizer):
+    base, _ = make_models()
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 1"):
+        next(stream(base, tokenizer, "<user> fig <assistant>", max_new_tokens=0))
