@@ -54,8 +54,8 @@ def run(made: Path, config: Any) -> None:
     stage(config, DataConfig(dataset_name=str(made / "data.jsonl")), say=lambda _: None)
 
 
-def kill_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
-    """The run dies in the micro-batch number `calls`."""
+def run_until_killed(made: Path, config: Any, calls: int) -> None:
+    """The run dies in the micro-batch after number `calls`."""
     original, count = trainer.loss_sum, []
 
     def dies(*args: Any) -> Any:
@@ -64,7 +64,10 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
             raise Killed
         return original(*args)
 
-    monkeypatch.setattr(trainer, "loss_sum", dies)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "loss_sum", dies)
+        with pytest.raises(Killed):
+            run(made, config)
 
 
 def tensors(output: Path) -> dict[str, torch.Tensor]:
@@ -113,9 +116,7 @@ def test_resumed_equals_uninterrupted(made: Path, tmp_path: Path, monkeypatch: p
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(made, settings(made, whole, stage, **changes))
     for calls in (9, 6):  # in the middle of a step after checkpoint-3, then of one after checkpoint-6
-        with pytest.raises(Killed), monkeypatch.context() as patch:
-            kill_after(patch, calls)
-            run(made, settings(made, cut, stage, resume=cut.exists(), **changes))
+        run_until_killed(made, settings(made, cut, stage, resume=cut.exists(), **changes), calls)
     assert {path.name for path in cut.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
     (cut / ".checkpoint-9.partial-1").mkdir()  # what a killed process leaves
     (cut / "checkpoint-11").mkdir()  # and what looks like a checkpoint
@@ -125,7 +126,7 @@ def test_resumed_equals_uninterrupted(made: Path, tmp_path: Path, monkeypatch: p
 
 
 def flags(config: Any, made: Path) -> list[str]:
-    found = [config.__class__ is SFTConfig and "sft" or "train", "--dataset_name", str(made / "data.jsonl")]
+    found = ["sft" if isinstance(config, SFTConfig) else "train", "--dataset_name", str(made / "data.jsonl")]
     for key, value in config.to_dict().items():
         if value != getattr(type(config)(), key):
             found += [f"--{key}"] if value is True else [f"--{key}", str(value)]
@@ -137,9 +138,7 @@ def test_other_settings_models_or_data_are_refused_unless_overridden(
 ) -> None:
     output = tmp_path / "run"
     config = settings(made, output, "lcdd")
-    with pytest.raises(Killed), monkeypatch.context() as patch:
-        kill_after(patch, 9)
-        run(made, config)
+    run_until_killed(made, config, 9)
     assert main(flags(config, made)) == 2
     assert "it has checkpoints: --resume goes on from the newest" in capsys.readouterr().err
     config = replace(config, resume=True)
@@ -170,9 +169,7 @@ def test_other_settings_models_or_data_are_refused_unless_overridden(
 
 def test_a_damaged_checkpoint_is_refused_by_name(made: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 9)
-        run(made, settings(made, output, "lcdd"))
+    run_until_killed(made, settings(made, output, "lcdd"), 9)
     path = output / "checkpoint-3" / "training_state.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 4]) + whole[-4:])
