@@ -161,7 +161,7 @@ def run(config: DemoConfig, *, say: Say = print) -> StageResult:
 
 
 def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     watch = Stopwatch(say)
     base_path = BASE_DIRECTORY
     if config.rebuild_base:
@@ -258,7 +258,11 @@ def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
         },
         "versions": versions(),
         "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
-        "timings": {**watch.seconds, "total": round(time.perf_counter() - start, 2)},
+        "timings": {
+            **watch.seconds,
+            "total": round(time.perf_counter() - start, 2),
+            "processor": round(time.process_time() - cpu_start, 2),
+        },
         "sparsity": carrier.sparsity(),
         "sparsity_by_layer": carrier.sparsity_by_layer(),
         "gates": gate_summary(carrier),
