@@ -6,17 +6,13 @@ every result written once, caches ignored.
 
 from collections.abc import Sequence
 
-from lcdd.models import PROJECTION_PATHS, ModelShape
+from lcdd.costs import adamw_bytes, grad_stats_bytes, layer_parameters, masked_parameters, refresh_bytes
+from lcdd.models import ModelShape
 
-
-def layer_parameters(shape: ModelShape) -> int:
-    """Masked parameters of one layer."""
-    return sum(rows * cols for rows, cols in map(shape.weight_shape, PROJECTION_PATHS))
-
-
-def masked_parameters(shape: ModelShape) -> int:
-    """Masked parameters of the whole model."""
-    return shape.n_layers * layer_parameters(shape)
+__all__ = [
+    "adamw_bytes", "cross_entropy_flops", "grad_stats_bytes", "layer_parameters", "linear_flops", "masked_parameters",
+    "refresh_bytes", "step_flops", "tensor_bytes",
+]  # fmt: skip
 
 
 def step_flops(shape: ModelShape, tokens: int, *, sequence: int, weight_grads: float = 1.0) -> float:
@@ -29,21 +25,6 @@ def step_flops(shape: ModelShape, tokens: int, *, sequence: int, weight_grads: f
     head = 4 * shape.vocab_size * shape.d_model * tokens
     attention = 6 * shape.n_layers * tokens * sequence * shape.n_heads * shape.head_dim
     return float(layers + head + attention)
-
-
-def grad_stats_bytes(n: int, *, grad: int, delta: int, share: float = 1.0) -> float:
-    """Pass A over n parameters: G and Δ read; `share` of them where gradients are packed."""
-    return share * n * (grad + delta)
-
-
-def adamw_bytes(n: int, *, weight: int, delta: int, moment: int, grad: int, share: float = 1.0) -> float:
-    """Pass B: G and base read, Δ and both moments read and written, W_eff written."""
-    return n * (share * grad + 2 * weight + 2 * delta + 4 * moment)
-
-
-def refresh_bytes(n: int, *, weight: int, delta: int) -> float:
-    """W_eff alone: base and Δ read, W_eff written."""
-    return n * (2 * weight + delta)
 
 
 def linear_flops(tokens: int, rows: int, cols: int) -> float:

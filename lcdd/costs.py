@@ -64,9 +64,7 @@ def largest_matrix(shape: ModelShape) -> int:
 def total_parameters(model: Architecture) -> int:
     """Every parameter: masked linears, their biases, norms, embedding, head (once where tied)."""
     s = model.shape
-    biased = (("q", "k", "v", "o") if model.attention_bias else ()) + (
-        ("gate", "up", "down") if model.mlp_bias else ()
-    )
+    biased = (("q", "k", "v", "o") if model.attention_bias else ()) + (("gate", "up", "down") if model.mlp_bias else ())
     biases = sum(s.weight_shape(kind)[0] for kind in biased)
     norms = 2 * s.d_model + (2 * s.head_dim if model.qk_norm else 0)
     ends = (1 if model.tied else 2) * s.vocab_size * s.d_model + s.d_model
@@ -84,7 +82,7 @@ def layer_activation_terms(model: Architecture, tokens: int, *, item: int) -> di
         T · [ e·(2D + 2Q + 2K + 4F) + 4·(2D + 2 + H) ]     H query heads
       + T · 4·(Q + K + H + H_kv)                           where there are q/k norms
 
-    A norm keeps its input widened to float32 (for float32 weights: the residual itself) and 1/rms a row; the projections
+    A norm keeps its input widened to float32 (for float32 weights: the residual itself) and 1/rms a row; projections
     after it keep one shared input. Attention keeps rotated q and k, v, its output (also o's input) and log-sum-exp; the
     MLP keeps gate's output, SiLU of it, up's output, and their product, which is down's input.
     """

@@ -3,7 +3,7 @@
 Three ways to train the same weights, side by side: plain fine-tuning (no gates: the floor), the unfused parametrization
 as it is published (masks and W_eff formed in every forward, by autograd), and lcdd. Every figure is a prediction from
 the formulas of `lcdd.costs`, from data sheets and from the two assumed efficiencies below, and is labelled so. Left out:
-launch and Python overhead, the allocator's fragmentation and the CUDA context, padding masks, Adam's state of θ, data.
+the allocator's fragmentation and the CUDA context, padding masks, Adam's state of θ, data.
 
     plan = predict(PlanConfig(model_name_or_path="llama-3-8b", max_length=4096, per_device_train_batch_size=1))
     plan.memory["lcdd"].peak          bytes on each GPU
@@ -11,8 +11,6 @@ launch and Python overhead, the allocator's fragmentation and the CUDA context, 
 """
 
 import json
-import os
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +19,16 @@ import torch
 from lcdd import costs
 from lcdd.config import PLAN_MODELS, PlanConfig
 from lcdd.costs import Architecture, Parametrization
+from lcdd.devices import (
+    BANDWIDTH_EFFICIENCY,
+    DEVICES,
+    LAUNCH_SECONDS,
+    LAYER_LAUNCHES,
+    MASK_LAUNCHES,
+    MATRIX_EFFICIENCY,
+    Device,
+    measured_cpu,
+)
 from lcdd.models import PROJECTION_PATHS, ModelShape, load_settings, load_shape
 from lcdd.plan_tables import render
 from lcdd_kernels import default_crossover, pack_layout
@@ -28,49 +36,7 @@ from lcdd_kernels.losses import CHUNK_BYTES, CHUNK_MULTIPLE
 from lcdd_kernels.pack_plan import pack_cost
 
 PROVIDERS = ("plain", "unfused", "lcdd")
-MATRIX_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.7, 0.85
-"""Shares of a data sheet's peak that large operations are assumed to reach; --flops and --bandwidth replace them."""
-
-
 # ---------------------------------------------------------------- what is planned for
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """tflops: matrix rate by dtype, dense; bandwidth and link: GB/s, link each way to another GPU; memory: GB (1e9).
-
-    source: "data sheet" (peaks), "measured here" or "given" (rates that are reached).
-    """
-
-    name: str
-    tflops: dict[str, float]
-    bandwidth: float
-    link: float
-    memory: float
-    source: str
-
-    def rate(self, dtype: str) -> float:
-        """FLOP/s assumed to be reached."""
-        return self.tflops[dtype] * 1e12 * (MATRIX_EFFICIENCY if self.source == "data sheet" else 1.0)
-
-    def bytes_per_second(self) -> float:
-        """Assumed to be reached."""
-        return self.bandwidth * 1e9 * (BANDWIDTH_EFFICIENCY if self.source == "data sheet" else 1.0)
-
-
-def _sheet(name: str, bfloat16: float, float32: float, bandwidth: float, link: float, memory: float) -> Device:
-    rates = {"bfloat16": bfloat16, "float32": float32}
-    return Device(name=name, tflops=rates, bandwidth=bandwidth, link=link, memory=memory, source="data sheet")
-
-
-# Makers' data sheets: dense bfloat16 with float32 sums, float32 without TF32.
-DEVICES = {
-    "h200": _sheet("H200 SXM", 989, 67, 4800, 450, 141),
-    "h100": _sheet("H100 SXM", 989, 67, 3350, 450, 80),
-    "a100-80gb": _sheet("A100 SXM 80GB", 312, 19.5, 2039, 300, 80),
-    "l40s": _sheet("L40S", 362, 91.6, 864, 32, 48),
-    "rtx-4090": _sheet("GeForce RTX 4090", 165, 82.6, 1008, 32, 24),
-}
 
 
 def _sizes(layers: int, width: int, heads: int, kv_heads: int, ff: int, vocab: int) -> ModelShape:
@@ -87,34 +53,6 @@ MODELS = {
     "llama-3-70b": Architecture(shape=_sizes(80, 8192, 64, 8, 28672, 128256), tied=False),
 }
 assert tuple(MODELS) == PLAN_MODELS
-
-
-def measured_cpu(dtype: str) -> Device:
-    """This machine with the threads torch uses now: a product and a copy, about a second. `link` is of no use here."""
-    kind = getattr(torch, dtype)
-    a, b = torch.randn(512, 512).to(kind), torch.randn(512, 512).to(kind)
-    source, target = torch.ones(1 << 24), torch.empty(1 << 24)
-    product = _fastest(lambda: torch.mm(a, b))
-    copy = _fastest(lambda: target.copy_(source))
-    rate = 2 * 512**3 / product / 1e12
-    bandwidth = 2 * source.numel() * source.element_size() / copy / 1e9
-    name = f"this CPU, {torch.get_num_threads()} threads"
-    return Device(name=name, tflops={dtype: rate}, bandwidth=bandwidth, link=bandwidth, memory=_host_memory(),
-                  source="measured here")  # fmt: skip
-
-
-def _fastest(run: Any, budget: float = 0.2) -> float:
-    best, end = float("inf"), time.perf_counter() + budget
-    run()
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _host_memory() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def read_architecture(name: str) -> Architecture:
@@ -217,9 +155,7 @@ class Case:
 
     def activations(self, *, checkpointing: bool) -> int:
         sequence = self.config.max_length
-        return costs.stack_activations(
-            self.model, self.tokens, sequence, item=self.e, checkpointing=checkpointing
-        )
+        return costs.stack_activations(self.model, self.tokens, sequence, item=self.e, checkpointing=checkpointing)
 
     def gradients(self, provider: str) -> float:
         """Bytes of all weight gradients on a GPU."""
@@ -299,10 +235,17 @@ def seconds_of(case: Case, provider: str, device: Device) -> dict[str, float]:
     parts["backward dX"] = phase(flops.input_grads, 3 * saved)
     added = (micro - 1) * 3 * e * n * size / bandwidth
     parts["backward dW"] = micro * flops.weight_grads / rate + added
+    masks, passes = [0.0, 0.0], 2 if c.gradient_checkpointing else 1
     if provider == "unfused":
-        passes = 2 if c.gradient_checkpointing else 1
-        moved = passes * case.parametrization.forward + case.parametrization.backward
-        parts["masks in every forward and backward"] = micro * n * moved / bandwidth
+        formed = (passes * case.parametrization.forward, case.parametrization.backward)
+        masks = [micro * n * part / bandwidth for part in formed]
+        parts["masks in every forward and backward"] = sum(masks)
+    again = parts.get("forward again (checkpointing)", 0.0)
+    per_layer = [base + len(PROJECTION_PATHS) * mask * (provider == "unfused")
+                 for base, mask in zip(LAYER_LAUNCHES, MASK_LAUNCHES, strict=True)]  # fmt: skip
+    starts = [micro * s.n_layers * LAUNCH_SECONDS * count for count in (passes * per_layer[0], per_layer[1])]
+    busy = [parts["forward"] + again + masks[0], parts["backward dX"] + parts["backward dW"] + masks[1]]
+    parts["waiting for launches"] = sum(max(0.0, start - work) for start, work in zip(starts, busy, strict=True))
     if c.num_gpus > 1:
         sent = costs.collective_bytes(n, item=e, gpus=c.num_gpus)
         exposed = micro * (2 + 1) * sent / (device.link * 1e9) - sum(parts.values())
@@ -330,8 +273,12 @@ def eraser_seconds(case: Case, device: Device) -> dict[str, float]:
         saved = s.n_layers * costs.layer_activations(case.model, tokens, item=e)
         reads = (case.masked + s.vocab_size * s.d_model) * e
         less = 0.0 if whole_logits else head
-        products = sum(max((part - less) / rate, reads / bandwidth) for part in (flops.forward, flops.input_grads))
-        return products + 5 * saved / bandwidth
+        starts = [s.n_layers * LAUNCH_SECONDS * count for count in LAYER_LAUNCHES]
+        work = (
+            max((part - less) / rate, reads / bandwidth) + moved / bandwidth
+            for part, moved in ((flops.forward, 2 * saved), (flops.input_grads, 3 * saved))
+        )
+        return sum(map(max, starts, work))
 
     one_at_a_time = c.eraser_batch_size * step(1, whole_logits=True)
     return {"prompts one at a time": one_at_a_time, "lcdd": step(c.eraser_batch_size, whole_logits=False)}
@@ -342,7 +289,7 @@ def eraser_seconds(case: Case, device: Device) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Predictions. memory and seconds by provider; `alternatives`: bytes of the choices not taken, beside those taken."""
+    """Predictions. memory and seconds by provider; `alternatives`: bytes of each choice, taken or not."""
 
     config: PlanConfig
     device: Device
@@ -362,7 +309,8 @@ class Plan:
             "note": "predictions by formula, not measurements",
             "config": self.config.to_dict(),
             "device": asdict(self.device)
-            | {"matrix_efficiency": MATRIX_EFFICIENCY, "bandwidth_efficiency": BANDWIDTH_EFFICIENCY},
+            | {"matrix_efficiency": MATRIX_EFFICIENCY, "bandwidth_efficiency": BANDWIDTH_EFFICIENCY}
+            | {"launch_seconds": LAUNCH_SECONDS},
             "parameters": costs.total_parameters(self.case.model),
             "masked_parameters": self.case.masked,
             "packing": asdict(self.case.packing),

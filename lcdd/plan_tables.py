@@ -45,7 +45,7 @@ def memory_table(plan: Mapping[str, Any]) -> list[str]:
     rows.append([
         f"fits {plan['device']['memory']:.0f} GB", *("yes" if m["peak"] <= limit else "no" for m in memory.values())
     ])  # fmt: skip
-    lines = _table([f"{name} on each GPU", *memory], rows)
+    lines = _table([f"{name} on each device", *memory], rows)
     fullest = "; ".join(f"{key} at {m['moment']}" for key, m in memory.items())
     others = ", ".join(f"{key} {value / unit:.2f}" for key, value in plan["alternatives"].items())
     return ["Peak memory, predicted", *lines, f"Fullest: {fullest}.", f"By choice, {name}: {others}."]
@@ -57,12 +57,12 @@ def time_table(plan: Mapping[str, Any]) -> list[str]:
     sums = ("total", "ratio")
     rows = [
         [part, *(f"{1e3 * column[part]:.2f}" if part in column else "" for column in seconds.values())]
-        for part in _union({k: v for k, v in column.items() if k not in sums} for column in seconds.values())
+        for part in _union({k: v for k, v in column.items() if k not in sums and v} for column in seconds.values())
     ]
     rows.append(["step", *(f"{1e3 * column['total']:.2f}" for column in seconds.values())])
     rows.append(["over plain", *(f"{column['ratio']:.2f}x" for column in seconds.values())])
     tokens = _tokens(plan["config"])
-    rows.append(["tokens/s, all GPUs", *(f"{tokens / column['total']:,.0f}" for column in seconds.values())])
+    rows.append(["tokens/s, all devices", *(f"{tokens / column['total']:,.0f}" for column in seconds.values())])
     lines = _table(["ms an optimizer step", *seconds], rows)
     layouts = sorted(set(plan["packing"]["layouts"].values()))
     packed = (
@@ -100,9 +100,9 @@ def render(plan: Mapping[str, Any]) -> str:
         "PREDICTIONS by formula: nothing below was measured.",
         f"{c['model_name_or_path']}: {plan['parameters']:,} parameters, {plan['masked_parameters']:,} of them masked; "
         f"{c['gate_kind']} gates, {c['density']:.0%} open.",
-        f"{c['gradient_accumulation_steps']} micro-batch(es) of {c['per_device_train_batch_size']} x {c['max_length']} "
-        f"tokens on each of {c['num_gpus']} GPU(s); weights {c['dtype']}, moments {c['moment_dtype']}"
+        f"Micro-batches: {c['gradient_accumulation_steps']} of {c['per_device_train_batch_size']} x {c['max_length']} "
+        f"tokens on each device, of which {c['num_gpus']}; weights {c['dtype']}, moments {c['moment_dtype']}"
         f"{', activations checkpointed' if c['gradient_checkpointing'] else ''}.",
-        source,
+        source + f" {1e6 * device['launch_seconds']:.0f} us assumed to start an operation.",
     ]
     return "\n".join([*head, "", *memory_table(plan), "", *time_table(plan), "", *eraser_table(plan)])

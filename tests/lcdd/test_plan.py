@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcdd import costs
 from lcdd.cli import main
 from lcdd.config import LCDDConfig, PlanConfig
 from lcdd.costs import Architecture, Parametrization
+from lcdd.devices import LAYER_LAUNCHES
 from lcdd.models import backbone, decoder_layers, head_weight, new_model, projections, shape_of
 from lcdd.plan import MODELS, predict
 
@@ -40,7 +42,9 @@ TINY = {
 
 
 def plan_config(**changes: Any) -> PlanConfig:
-    return PlanConfig(**{"model_name_or_path": "llama-3-8b", "per_device_train_batch_size": 1, "max_length": 4096} | changes)
+    return PlanConfig(
+        **{"model_name_or_path": "llama-3-8b", "per_device_train_batch_size": 1, "max_length": 4096} | changes
+    )
 
 
 def architecture(model: Any) -> Architecture:
@@ -126,6 +130,35 @@ def test_published_parametrization_moves_what_the_issue_counts() -> None:
     assert costs.plain_adamw_bytes(1, weight=2, moment=2, grad=2) + costs.clip_bytes(1, grad=2) == 20
 
 
+class _Operations(TorchDispatchMode):
+    """Counts operations that start work: views do not."""
+
+    views = ("alias", "as_strided", "detach", "expand", "select", "slice", "split", "squeeze", "t", "transpose",
+             "unsqueeze", "view", "_unsafe_view")  # fmt: skip
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.views
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("model_type", "within"), [("qwen3", (54, 94)), ("llama", (38, 66))])
+def test_launches_of_a_layer_are_of_the_assumed_order(model_type: str, within: tuple[int, int]) -> None:
+    counts = []
+    for layers in (1, 2):
+        model = new_model(TINY | {"model_type": model_type, "num_hidden_layers": layers}, seed=0).to(torch.bfloat16)
+        trainable(model)
+        backbone(model).embed_tokens.weight.requires_grad_(True)  # so that the layers' backwards are alike
+        with _Operations() as forward:
+            hidden = backbone(model)(input_ids=torch.randint(259, (2, 9)), use_cache=False).last_hidden_state
+        with _Operations() as backward:
+            hidden.sum().backward()
+        counts.append((forward.count, backward.count))
+    layer = [two - one for one, two in zip(*counts, strict=True)]
+    assert layer == pytest.approx(within, abs=4)
+    assert all(0.7 * assumed < n < 1.3 * assumed for n, assumed in zip(layer, LAYER_LAUNCHES, strict=True))
+
+
 # ---------------------------------------------------------------- predictions
 
 
@@ -191,7 +224,15 @@ def test_command_prints_tables_that_say_they_are_predictions(capsys: pytest.Capt
     assert main(["plan", "--model_name_or_path", "qwen3-0.6b"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("PREDICTIONS by formula")
-    for words in ("596,049,920 parameters", "by data sheet", "assumed", "over plain", "pass A", "Eraser", "fits 141 GB"):
+    for words in (
+        "596,049,920 parameters",
+        "by data sheet",
+        "assumed",
+        "over plain",
+        "pass A",
+        "Eraser",
+        "fits 141 GB",
+    ):
         assert words in text
     assert "measured here" not in text
 
@@ -218,7 +259,9 @@ def test_checkpoint_directory_on_this_cpu(tmp_path: Path, capsys: pytest.Capture
     assert "measured here and now" in text
 
 
-@pytest.mark.parametrize("flags", [["--model_name_or_path", "no/such/model"], ["--density", "1.5"], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "flags", [["--model_name_or_path", "no/such/model"], ["--density", "1.5"], ["--device", "tpu"]]
+)
 def test_bad_input_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     name = [] if "--model_name_or_path" in flags else ["--model_name_or_path", "qwen3-0.6b"]
     assert main(["plan", *name, *flags]) == 2
@@ -228,7 +271,7 @@ def test_bad_input_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[s
 # ---------------------------------------------------------------- predicted peak against resident bytes
 
 BIG = {
-    "model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 4,
+    "model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 6144, "tie_word_embeddings": True,
 }  # fmt: skip
 COMMON = {"device": "cpu", "dtype": "float32", "per_device_train_batch_size": 2, "max_length": 256}
@@ -294,7 +337,9 @@ def _take_steps(provider: str, settings: dict[str, Any], changes: dict[str, Any]
     base = new_model(settings, seed=1).requires_grad_(False)
     logits = gate_logits(model, changes.get("density", 0.2))
     if provider == "unfused":
-        run = UnfusedLCDD(model, base, Settings(total_steps=100, gate_lr=1e-6, gate_kind="heaviside_ste"), logits=logits)
+        run = UnfusedLCDD(
+            model, base, Settings(total_steps=100, gate_lr=1e-6, gate_kind="heaviside_ste"), logits=logits
+        )
         del base
         for _ in range(2):
             run.step(batches)
@@ -314,12 +359,12 @@ def _take_steps(provider: str, settings: dict[str, Any], changes: dict[str, Any]
 def _measure() -> dict[str, int]:
     """Peak resident bytes above those before, of every case in a process of its own."""
     small = BIG | {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
-    for provider, changes in CASES.values():  # libraries loaded, kernels tested, buffers made
-        _take_steps(provider, small, changes, (2, 16))
+    _take_steps("lcdd", small, {}, (2, 16))  # libraries loaded, kernels tested
     found = {}
     for name, (provider, changes) in CASES.items():
         read, write = os.pipe()
         if os.fork() == 0:
+            _take_steps(provider, small, changes, (2, 16))  # a fork maps its libraries' pages as it comes by them
             gc.collect()
             before = _resident()
             tokens = (COMMON["per_device_train_batch_size"], COMMON["max_length"])
