@@ -2,8 +2,8 @@
 
 Three ways to train the same weights, side by side: plain fine-tuning (no gates: the floor), the unfused parametrization
 as it is published (masks and W_eff formed in every forward, by autograd), and lcdd. Every figure is a prediction from
-the formulas of `lcdd.costs`, from data sheets and from the two assumed efficiencies below, and is labelled so. Left out:
-the allocator's fragmentation and the CUDA context, padding masks, Adam's state of θ, data.
+the formulas of `lcdd.costs`, from data sheets and from what `lcdd.devices` assumes, and is labelled so.
+Left out: the allocator's fragmentation and the CUDA context, padding masks, Adam's state of θ, data.
 
     plan = predict(PlanConfig(model_name_or_path="llama-3-8b", max_length=4096, per_device_train_batch_size=1))
     plan.memory["lcdd"].peak          bytes on each GPU

@@ -97,11 +97,11 @@ def render(plan: Mapping[str, Any]) -> str:
         "given": f"{device['name']}: {rates}, given or assumed to be reached.",
     }[device["source"]]
     head = [
-        "PREDICTIONS by formula: nothing below was measured.",
+        "PREDICTIONS by formula: no step was run.",
         f"{c['model_name_or_path']}: {plan['parameters']:,} parameters, {plan['masked_parameters']:,} of them masked; "
         f"{c['gate_kind']} gates, {c['density']:.0%} open.",
         f"Micro-batches: {c['gradient_accumulation_steps']} of {c['per_device_train_batch_size']} x {c['max_length']} "
-        f"tokens on each device, of which {c['num_gpus']}; weights {c['dtype']}, moments {c['moment_dtype']}"
+        f"tokens on each of {c['num_gpus']} device(s); weights {c['dtype']}, moments {c['moment_dtype']}"
         f"{', activations checkpointed' if c['gradient_checkpointing'] else ''}.",
         source + f" {1e6 * device['launch_seconds']:.0f} us assumed to start an operation.",
     ]
