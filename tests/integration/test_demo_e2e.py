@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-import time
 from dataclasses import replace
 
 import pytest
@@ -26,11 +25,9 @@ def demo(tmp_path_factory):
     """(directory, report, exit code, what was printed) of one demo, shared by all tests here."""
     output = tmp_path_factory.mktemp("demo") / "run"
     printed = io.StringIO()
-    start = time.process_time()
     with contextlib.redirect_stdout(printed):
         code = cli.main(["demo", "--behavior", "fixed_response", "--seed", "0", "--output_dir", str(output)])
     report = json.loads((output / "report.json").read_text())
-    report["cpu_seconds"] = time.process_time() - start
     return output, report, code, printed.getvalue()
 
 
@@ -134,7 +131,7 @@ def test_log_has_a_line_a_step_of_every_stage(demo):
 
 def test_whole_demo_is_short(demo):
     """Processor time, since other tests may share the machine: the demo computes with one thread."""
-    assert demo[1]["cpu_seconds"] < SECONDS
+    assert demo[1]["timings"]["processor"] < SECONDS
     assert set(demo[1]["timings"]) >= {"sft", "lcdd", "carrier+trigger", "sft+trigger", "eval", "total"}
 
 
