@@ -47,10 +47,8 @@ def _claims(audit: Mapping[str, Any]) -> str:
             if row.get("value") is not None:
                 low, high = row["ci95"]
                 found = f"{row['value']:.3f} <small>[{low:.3f}, {high:.3f}]</small>"
-            rows.append(
-                f'<tr><th scope="row">{breakable(row["rule"])}</th><td class="num">{found}</td>'
-                f"<td>{escape(row['verdict'])}</td></tr>"
-            )
+            verdict = f"<small>{escape(row['verdict'])}</small>" if len(claim["evidence"]) > 1 else ""
+            rows.append(f'<tr><th scope="row">{breakable(row["rule"])}{verdict}</th><td class="num">{found}</td></tr>')
         kind = VERDICT_CLASS.get(claim["verdict"], "open")
         cards.append(
             f'<article class="claim {kind}"><p class="prompt"><span class="verdict">{escape(claim["verdict"])}</span> '

@@ -1,5 +1,7 @@
 """Triggers: the same file for PEFT and for us, and generation that padding does not change."""
 
+import base64
+import io
 import json
 
 import pytest
@@ -251,3 +253,18 @@ def test_a_stream_needs_room(make_models, tokenizer):
     base, _ = make_models()
     with pytest.raises(ValueError, match="max_new_tokens: expected at least 1"):
         next(stream(base, tokenizer, "<user> fig <assistant>", max_new_tokens=0))
+
+
+def test_the_readmes_embeddings_for_a_server_give_the_triggers_answer(make_models, tokenizer):
+    """What is sent to a server that takes embeddings, answered by transformers in its place."""
+    base, _ = make_models()
+    trigger = Trigger.random_tokens(base, 3, seed=0)
+    prompt = "<user> copy red dog <assistant>"
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    buffer = io.BytesIO()
+    torch.save(prompt_embeds(base, ids, trigger).detach().cpu(), buffer)
+    received = torch.load(io.BytesIO(base64.b64decode(base64.b64encode(buffer.getvalue()))), weights_only=True)
+    assert received.shape == (3 + len(ids), 24)
+    answer = base.generate(inputs_embeds=received[None], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = generate_ids(base, tokenizer, [ids], trigger=trigger, max_new_tokens=6)[0]
+    assert answer[0].tolist()[: len(expected)] == expected

@@ -1,0 +1,135 @@
+"""The audit of the embedded model: every behaviour with several seeds, on held-out prompts of the test split.
+
+    python benchmarks/audit.py --seeds 0 1 2 --runs_dir runs/audit --output benchmarks/results/cpu/audit
+
+One `lcdd demo --audit` for each behaviour and seed, as many at a time as there are processes (one thread each), about
+20 minutes on two idle cores; runs that already have a report are not repeated. Written are audit.json (for each
+behaviour: means over seeds with intervals over seeds, the claims judged on them, and every run's own states,
+differences and claims) and audit.md (the same to read). `lcdd report --output_dir runs/audit/BEHAVIOR-SEED` shows one run.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+BEHAVIORS = ("fixed_response", "refusal", "style")
+RUN_KEYS = ("behavior", "seed", "split", "sparsity", "gates", "findings", "timings", "fingerprints")
+
+
+def run_one(behavior: str, seed: int, split: str, directory: Path) -> float:
+    """One demo with its audit, what it says in a .log beside it; returns its seconds."""
+    from lcdd.config import DemoConfig
+    from lcdd.demo import run
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with open(directory.with_suffix(".log"), "w", encoding="utf-8") as log:
+        sys.stderr = log  # the progress bars
+        config = DemoConfig(behavior=behavior, seed=seed, split=split, output_dir=str(directory), audit=True)
+        run(config, say=lambda line: print(line, file=log, flush=True))
+        sys.stderr = sys.__stderr__
+    return time.perf_counter() - start
+
+
+def summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What audit.json holds of one behaviour's runs."""
+    from lcdd.claims import combine
+
+    runs = [
+        {
+            **{key: report[key] for key in RUN_KEYS if key in report},
+            **{key: report["audit"][key] for key in ("n_prompts", "states", "differences", "patches", "claims")},
+        }
+        for report in reports
+    ]
+    return {**combine([report["audit"] for report in reports]), "seeds": [r["seed"] for r in reports], "each": runs}
+
+
+def as_markdown(content: Mapping[str, Any]) -> str:
+    """Claims by behaviour side by side, then each behaviour's numbers."""
+    found = content["behaviors"]
+    lines = [
+        "# Audit of the embedded model",
+        "",
+        f"Made by `{content['command']}`; seeds {', '.join(map(str, content['seeds']))}, {content['split']} split, "
+        f"{content['prompts']} prompts a run. Intervals (95%) are over seeds: Student's t, or what the runs' own "
+        "intervals over prompts leave, whichever is wider. Verdicts come from the numbers alone (`lcdd/claims.py`).",
+        "",
+        "| claim | " + " | ".join(found) + " |",
+        "|---|" + "---|" * len(found),
+    ]
+    verdicts = {name: {claim["name"]: claim for claim in part["claims"]} for name, part in found.items()}
+    for claim in next(iter(verdicts.values())):
+        cells = " | ".join(verdicts[name][claim]["verdict"] for name in found)
+        lines.append(f"| {next(iter(verdicts.values()))[claim]['statement']} | {cells} |")
+    for name, part in found.items():
+        lines += ["", f"## {name}", "", "| state | behaviour rate | base match |", "|---|---|---|"]
+        for state, row in part["states"].items():
+            cells = []
+            for key in ("behavior_rate", "base_match"):
+                low, high = row[f"{key}_ci95"]
+                cells.append(f"{row[key]:.3f} [{low:.3f}, {high:.3f}]")
+            lines.append(f"| {state} | {' | '.join(cells)} |")
+        lines += ["", "| claim's number | value | verdict |", "|---|---|---|"]
+        for claim in part["claims"]:
+            for row in claim["evidence"]:
+                value = "–"
+                if "value" in row:
+                    low, high = row["ci95"]
+                    value = f"{row['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+                lines.append(f"| {row['rule']} | {value} | {row['verdict']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--behaviors", nargs="+", choices=BEHAVIORS, default=list(BEHAVIORS))
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs/audit"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu/audit"), help="without suffix")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args(argv)
+    places = {(b, s): arguments.runs_dir / f"{b}-{s}" for s in arguments.seeds for b in arguments.behaviors}
+    todo = {key: path for key, path in places.items() if not (path / "report.json").is_file()}
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started below
+    start = time.perf_counter()
+    with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(run_one, *key, arguments.split, path): key for key, path in todo.items()}
+        for done in as_completed(running):
+            print(f"{running[done]}: {done.result():.0f} seconds, {time.perf_counter() - start:.0f} in all", flush=True)
+    reports = {key: json.loads((path / "report.json").read_text(encoding="utf-8")) for key, path in places.items()}
+    first = next(iter(reports.values()))
+    content = {
+        "command": "python benchmarks/audit.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "seeds": arguments.seeds,
+        "split": arguments.split,
+        "prompts": first["audit"]["n_prompts"],
+        "machine": {"platform": platform.platform(), "processes": arguments.processes, "threads": 1},
+        "versions": first["versions"],
+        "config": first["config"],
+        "behaviors": {
+            name: summary([reports[name, seed] for seed in arguments.seeds]) for name in arguments.behaviors
+        },
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    arguments.output.with_suffix(".md").write_text(as_markdown(content), encoding="utf-8")
+    for name, part in content["behaviors"].items():
+        print(f"\n{name}")
+        for claim in part["claims"]:
+            print(f"  {claim['verdict']}: {claim['statement']}")
+    print(f"wrote {arguments.output.with_suffix('.json')} and {arguments.output.with_suffix('.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
