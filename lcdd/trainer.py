@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,6 +102,9 @@ def _peak_memory(device: torch.device) -> int:
     """Bytes: the GPU's peak allocation, or the process's peak resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if (status := Path("/proc/self/status")).exists():  # Linux, where ru_maxrss would begin at the parent's
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(lines["VmHWM"].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -125,6 +129,7 @@ def _newest_state(checkpoints: CheckpointStore | None, config: TrainConfig, log:
         checkpoints.sweep()
     found = checkpoints.complete()
     if not found:
+        log.rewind(0)
         return None
     step, state = checkpoints.load(found[-1][1], override=config.resume_override)
     log.rewind(step)
