@@ -11,7 +11,10 @@ constexpr double BETA = 2.0 / 3.0, GAMMA = -0.1, ZETA = 1.1;
 constexpr int64_t BLOCK = 4096;  // gates of a task, and of a partial sum
 
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
-double slope_of_sigmoid(double x) { return sigmoid(x) * sigmoid(-x); }  // no cancellation for large x
+double slope_of_sigmoid(double x) {  // sigmoid(x) sigmoid(-x), without cancellation for large x
+  const double e = std::exp(-std::fabs(x));
+  return e / ((1.0 + e) * (1.0 + e));
+}
 double l0_shift() { return BETA * std::log(-GAMMA / ZETA); }
 
 // u in (0, 1) of gate n: Philox4x32-10, key (seed), counter (n, step), 23 bits of the first word.
@@ -38,7 +41,7 @@ struct Draw {
   Concrete operator()(float theta, int64_t n) const {
     if (!training) return {sigmoid(theta), 1.0};
     const double u = noise(offset + uint64_t(n), seed, step);
-    return {sigmoid((std::log(u) - std::log(1.0 - u) + theta) / BETA), 1.0 / BETA};
+    return {sigmoid((std::log(u / (1.0 - u)) + theta) / BETA), 1.0 / BETA};
   }
 };
 
