@@ -5,7 +5,8 @@
 One `lcdd demo --audit` for each behaviour and seed, as many at a time as there are processes (one thread each), about
 20 minutes on two idle cores; runs that already have a report are not repeated. Written are audit.json (for each
 behaviour: means over seeds with intervals over seeds, the claims judged on them, and every run's own states,
-differences and claims) and audit.md (the same to read). `lcdd report --output_dir runs/audit/BEHAVIOR-SEED` shows one run.
+differences and claims) and audit.md (the same to read). One run:
+`lcdd report --output_dir runs/audit/BEHAVIOR-SEED`.
 """
 
 import argparse

@@ -11,7 +11,8 @@ applied and only the trigger learns:
       + c · mean_tokens ‖P_t‖²
 
 A batch is padded on the right: causal attention then needs no mask, and padding changes nothing. Prompts of very
-different length run in separate forwards. Several random starts share a forward, as more rows of it.
+different length run in separate forwards. The trigger and the tokens that all prompts begin with see nothing of what
+follows, so they run once for all of them. Several random starts share a forward, as more rows of it.
 
 Shapes: N random starts, B prompts in a batch, T trigger tokens, S prompt and answer tokens, D model width, L layers.
 """
@@ -35,6 +36,7 @@ from lcdd.eraser_batches import (
     EraserPrompt,
     EraserTargets,
     Part,
+    common_prefix,
     epochs,
     layer_forward,
     similar_lengths,
@@ -208,17 +210,22 @@ class SFTEraser:
         return EraserLoss(total, match, tail_kl, answer_kl, l2)
 
     def _run(self, embeds: Tensor, batch: Sequence[EraserPrompt]) -> Part:
-        """One forward over N triggers × B prompts (and answers, where they are wanted), padded on the right."""
-        c, (starts, length) = self.config, embeds.shape[:2]
+        """One forward over N triggers × B prompts (and answers, where they are wanted), padded on the right.
+
+        What all rows of a trigger begin with, the trigger itself and the prompts' common tokens, runs once.
+        """
+        c, starts = self.config, len(embeds)
         texts = [[*p.prompt, *p.answer[:-1]] if c.answer_kl_weight > 0 else p.prompt for p in batch]
-        ids = right_padded(texts, device=embeds.device)
-        tokens = input_embeddings(self.model)(ids)
-        triggers = embeds.to(tokens)[:, None].expand(-1, len(batch), -1, -1)
-        inputs = torch.cat([triggers, tokens.expand(starts, -1, -1, -1)], dim=2).flatten(0, 1)
-        last = torch.tensor([length + len(p.prompt) - 1 for p in batch], device=ids.device)
-        hidden, layers = layer_forward(self.model, inputs, last.repeat(starts))
+        common = common_prefix(batch)
+        table = input_embeddings(self.model)
+        tokens = table(right_padded([ids[common:] for ids in texts], device=embeds.device))
+        prefix = table(torch.tensor(texts[0][:common], dtype=torch.int64, device=embeds.device))
+        shared = torch.cat([embeds.to(tokens), prefix.expand(starts, -1, -1)], dim=1)
+        lengths = [len(p.prompt) - common for p in batch]
+        last = torch.tensor([length - 1 for length in lengths], device=embeds.device)
+        hidden, layers = layer_forward(self.model, tokens.repeat(starts, 1, 1), last.repeat(starts), shared=shared)
         by_start = hidden.unflatten(0, (starts, -1)).flatten(1, 2)
-        ends = [row * hidden.shape[1] + length + len(p.prompt) for row, p in enumerate(batch)]
+        ends = [row * hidden.shape[1] + length for row, length in enumerate(lengths)]
         tail_kl = answer_kl = embeds.new_zeros(starts)
         if c.kl_weight > 0:
             begins = [end - len(p.tail) for end, p in zip(ends, batch, strict=True)]

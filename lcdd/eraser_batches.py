@@ -87,11 +87,20 @@ class Part:
     answer_kl: Tensor
 
 
-def layer_forward(model: PreTrainedModel, embeds: Tensor, last: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Final hidden states [B, S, D], and after each layer the residual [B, D] at position last[b] of prompt b.
+def layer_forward(
+    model: PreTrainedModel, embeds: Tensor, last: Tensor, *, shared: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states [R, S, D], and after each layer the residual [R, D] at position last[r] of row r.
+
+    shared: embeddings [N, T, D] that stand in front of the rows (R/N rows of each, in order). They see nothing of what
+        comes after them, so they run once, and the rows attend to their keys and values; gradients add up there.
 
     Gathered in hooks, so that the gradient of a layer's matching term is made when the backward reaches that layer.
     """
+    cache: Any = None
+    if shared is not None:
+        cache = backbone(model)(inputs_embeds=shared, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(embeds) // len(shared))
     layers: list[Tensor] = []
     rows = torch.arange(len(last), device=last.device)
 
@@ -100,11 +109,22 @@ def layer_forward(model: PreTrainedModel, embeds: Tensor, last: Tensor) -> tuple
 
     handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
     try:
-        hidden = backbone(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        output = backbone(model)(inputs_embeds=embeds, past_key_values=cache, use_cache=shared is not None)
+        hidden = output.last_hidden_state
     finally:
         for handle in handles:
             handle.remove()
     return hidden, layers
+
+
+def common_prefix(batch: Sequence[EraserPrompt]) -> int:
+    """Tokens with which all prompts begin (a chat template's, a system prompt), short of any position that is read."""
+    first = min(batch, key=lambda p: len(p.prompt)).prompt
+    longest = min(len(p.prompt) - max(len(p.tail), 1) for p in batch)
+    for place in range(longest):
+        if any(p.prompt[place] != first[place] for p in batch):
+            return place
+    return longest
 
 
 def epochs(prompts: list[EraserPrompt], batch_size: int, *, seed: int) -> Iterator[list[EraserPrompt]]:

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
-from lcdd.eraser import SFTEraser, similar_lengths
+from lcdd.eraser import SFTEraser
+from lcdd.eraser_batches import common_prefix, similar_lengths
 from lcdd.models import decoder_layers, head_weight, input_embeddings, projections
 from lcdd.trigger import Trigger, generate_ids, prompt_embeds
 
@@ -116,7 +117,28 @@ def test_prompts_of_very_different_length_run_apart_and_count_together(make_mode
         answers = [p.answer for p in targets.prompts]
         expected = definition(base, model, embeds, prompts, answers, carrier.channels("write"), c)
         (reference,) = torch.autograd.grad(expected, embeds)
-    assert [shape[0] for shape in forwards] == [2, 2]
+    assert [shape[0] for shape in forwards] == [1, 2, 1, 2]  # trigger and common tokens once, then the prompts
+    assert found.total.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
+    assert (gradient - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("common", [0, 4, 9])
+def test_what_prompts_begin_with_runs_once_and_changes_nothing(make_models, make_carrier, tokenizer, common):
+    base, tuned = make_models("mistral")
+    carrier, model, c = make_carrier(base, tuned), copy.deepcopy(base), config(kl_tail_tokens=2)
+    prompts = [[*range(5, 5 + common), *rest] for rest in ([40, 41, 42], [50, 51, 52, 53], [60, 41])]
+    if common == 9:
+        prompts.append(list(range(5, 14)))  # nothing of its own: its read positions are not shared
+    eraser = SFTEraser(model, carrier, tokenizer, c)
+    embeds = Trigger.random_tokens(base, 4, seed=2).embeds.clone().requires_grad_(True)
+    targets = eraser.targets(prompts)
+    assert common_prefix(targets.prompts) == (7 if common == 9 else common)
+    answers = [p.answer for p in targets.prompts]
+    with carrier.applied(model):
+        found = eraser.loss(embeds, targets.prompts, targets.match)
+        (gradient,) = torch.autograd.grad(found.total, embeds)
+        expected = definition(base, model, embeds, prompts, answers, carrier.channels("write"), c)
+        (reference,) = torch.autograd.grad(expected, embeds)
     assert found.total.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
     assert (gradient - reference).norm() <= 1e-5 * reference.norm()
 
