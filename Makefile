@@ -38,7 +38,7 @@ $(VENV)/.ready: pyproject.toml requirements.txt setup.py CMakeLists.txt $(wildca
 	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else $(PYTHON) -m venv $(VENV) && { $(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0; }; fi
 	@$(BIN)/python -c 'import triton' 2>/dev/null || [ `uname` != Linux ] || $(BIN)/pip install -q triton==3.9.0
-	$(BIN)/pip install -q -r requirements.txt setuptools wheel
+	$(BIN)/pip install -q -r requirements.txt 'setuptools>=77' wheel
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
