@@ -49,7 +49,8 @@ class AdamW(ctypes.Structure):
     _fields_ = tuple(
         (name, _float)
         for name in (
-            "grad_scale", "decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "inverse_bias2_sqrt", "eps"
+            "grad_scale", "decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "inverse_bias2_sqrt",
+            "eps",
         )
     )  # fmt: skip
 
