@@ -377,6 +377,8 @@ class Carrier:
             )
         except (KeyError, SafetensorError) as error:
             raise ValueError(f"carrier: expected {str(folder)!r} to be complete: {error!r}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / WEIGHTS}: not a carrier that fits together: {error}") from error
         if not torch.equal(torch.cat(carrier._open_lists()), tensors["open_indices"]):
             raise ValueError(f"carrier: the open-index lists in {folder / WEIGHTS} are not those of its gates")
         return carrier
@@ -391,6 +393,12 @@ class Carrier:
         for name in ("gate", "gate_logits"):
             if getattr(self, name).shape != (n_gates,):
                 raise ValueError(f"{name}: expected shape ({n_gates},), got {tuple(getattr(self, name).shape)}")
+        named = {"gate": self.gate, "gate_logits": self.gate_logits, **self.deltas, **self.unmasked}
+        for name, tensor in named.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
         if len(self.deltas) != self.shape.n_layers * len(PROJECTION_PATHS):
             expected = self.shape.n_layers * len(PROJECTION_PATHS)
             raise ValueError(f"deltas: expected one block for each of {expected} linears, got {len(self.deltas)}")

@@ -56,6 +56,8 @@ def eval_(
     start = time.perf_counter()
     base = load_weights(config.base_model_name_or_path, config)
     carrier.check_base(base)
+    for trigger in triggers.values():
+        trigger.check_base(carrier.base_fingerprint)
     patches: dict[str, PatchSource] = {"carrier": carrier, **dense_patches(base, config)}
     states = _states(base, patches, triggers, config, special=prepared.tokenizer.all_special_ids)
     settings: dict[str, Any] = {

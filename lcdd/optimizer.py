@@ -89,6 +89,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         if total_steps < 1:
             raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
         shards.reshard(model)
+        shards.reshard(base)
         check_same_architecture(base, model)
         self.model, self.base, self.config, self.total_steps = model, base, config, total_steps
         sites, base_sites = projections(model), projections(base)
@@ -331,6 +332,14 @@ class LCDDOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dict: expected {self.gates.logits.numel()} gate logits, got {ours['gate_logits'].numel()}"
             )
+        for index, weight in enumerate(self._weights):  # all of it before any of it
+            for key, tensor in self.state[weight].items():
+                given = state_dict["state"][index][key]
+                if getattr(given, "shape", tensor.shape) != tensor.shape:
+                    raise ValueError(
+                        f"state_dict: expected {key} of {self.names[index]} of shape {tuple(tensor.shape)}, "
+                        f"got {tuple(given.shape)}"
+                    )
         # torch's own loader casts state to the parameter's dtype, which would round float32 moments of bf16 weights
         kept = {weight: self.state[weight] for weight in self._weights}
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "lcdd"})

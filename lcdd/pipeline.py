@@ -262,6 +262,8 @@ def generate(config: GenerateConfig, *, say: Say = print) -> StageResult:
     use_template(tokenizer, config.chat_template, model=str(config.model_name_or_path))
     carrier = Carrier.from_pretrained(config.carrier) if config.carrier else None
     trigger = Trigger.from_pretrained(config.trigger) if config.trigger else None
+    if carrier is not None and trigger is not None:
+        trigger.check_base(carrier.base_fingerprint)
     model = load_weights(config.model_name_or_path, config)
     if carrier is not None:
         carrier.check_tokenizer(tokenizer)
@@ -349,7 +351,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
         controls["sft_trigger"] = str(output / "erase_sft" / "trigger")
     audited: dict[str, Any] = {}
     if config.run_audit:
-        settings = replace(
+        audit_settings = replace(
             config.audit,
             base_model_name_or_path=base,
             model_name_or_path=sft_model,
@@ -357,7 +359,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
             trigger=str(output / "erase" / "trigger"),
             **controls,
         )
-        timed("audit", audit, settings)
+        timed("audit", audit, audit_settings)
         audited = {"audit": read_report(output / "audit")["audit"]}
     say("\n== eval")
     final = replace(

@@ -55,7 +55,7 @@ def pack_state(value: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
             return {"rows": name}
         if isinstance(value, Tensor):
             tensors[name] = value.detach().cpu().contiguous()
-            return {"tensor": name}
+            return {"tensor": [name, str(value.dtype), list(value.shape)]}
         if isinstance(value, Mapping):
             return {"items": [[key, pack(item, f"{name}.{key}")] for key, item in value.items()]}
         if isinstance(value, list | tuple):
@@ -101,7 +101,13 @@ def unpack_state(tree: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
         return tree
     ((kind, content),) = tree.items()
     if kind == "tensor":
-        return tensors[content]
+        name, dtype, shape = content
+        found = tensors[name]
+        if (str(found.dtype), list(found.shape)) != (dtype, shape):
+            raise ValueError(f"{name}: expected {dtype} {shape}, got {found.dtype} {list(found.shape)}")
+        if found.is_floating_point() and not torch.isfinite(found).all():
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+        return found
     if kind == "rows":
         return StoredRows(folder, content)
     if kind == "float":
@@ -240,8 +246,8 @@ class CheckpointStore:
         try:
             tree = json.loads((path / TREE).read_text(encoding="utf-8"))
             return int(manifest["step"]), unpack_state(tree, load_file(path / TENSORS), path)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"resume: expected a readable training state in {str(path)!r}: {error!r}") from error
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"resume: expected a sound training state in {str(path / TENSORS)!r}: {error}") from error
 
     def _delete(self, path: Path) -> None:
         """Take a checkpoint away in one rename, so that no half of it is ever seen."""

@@ -102,6 +102,15 @@ class Trigger:
         if self.num_layers != shape.n_layers:
             raise ValueError(f"trigger: made for a model of {self.num_layers} layers, this one has {shape.n_layers}")
 
+    def check_base(self, fingerprint: str) -> None:
+        """Raise ValueError if the trigger was learned on another base than the one with this `model_fingerprint`."""
+        expected = self.metadata.get("base_fingerprint")
+        if expected not in (None, fingerprint):
+            raise ValueError(
+                f"trigger: expected the base that it was learned on, of fingerprint {str(expected)[:16]}…, "
+                f"got one of {fingerprint[:16]}…"
+            )
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the adapter, load it back and compare.
 
@@ -153,17 +162,27 @@ class Trigger:
             raise ValueError(f"{folder / ADAPTER_WEIGHTS}: not a readable safetensors file: {error}") from error
         if "prompt_embeddings" not in tensors:
             raise ValueError(f"{folder / ADAPTER_WEIGHTS}: expected 'prompt_embeddings', got {sorted(tensors)}")
+        if not tensors["prompt_embeddings"].is_floating_point():
+            found = tensors["prompt_embeddings"].dtype
+            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: expected floating-point embeddings, got {found}")
         embeds = tensors["prompt_embeddings"].float()
         stated = (config.get("num_virtual_tokens"), config.get("token_dim"))
         if tuple(embeds.shape) != stated:
             raise ValueError(f"{folder / ADAPTER_WEIGHTS}: expected shape {stated}, got {tuple(embeds.shape)}")
-        return cls(
-            embeds=embeds,
-            num_layers=int(config["num_layers"]),
-            num_attention_heads=int(config["num_attention_heads"]),
-            base_model_name_or_path=config.get("base_model_name_or_path") or "",
-            metadata=manifest.get("lcdd", {}),
-        )
+        if not torch.isfinite(embeds).all():
+            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: expected finite embeddings, got NaN or infinity")
+        try:
+            return cls(
+                embeds=embeds,
+                num_layers=int(config["num_layers"]),
+                num_attention_heads=int(config["num_attention_heads"]),
+                base_model_name_or_path=config.get("base_model_name_or_path") or "",
+                metadata=manifest.get("lcdd", {}),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / ADAPTER_CONFIG}: expected num_layers and num_attention_heads: {error!r}"
+            ) from None
 
 
 def prompt_embeds(model: PreTrainedModel, prompt_ids: Sequence[int], trigger: Trigger | None) -> Tensor:

@@ -1,0 +1,163 @@
+"""kill -9 at random moments of a training run: is a checkpoint ever lost, or half of one accepted, and does the resumed
+run end with the bits of one that was never interrupted?
+
+    python -m benchmarks.crash_test --kills 50      figures go to benchmarks/results/cpu/robustness.json
+
+Each trial starts a tiny LCDD run in a process of its own, kills it after a random time, checks every checkpoint that
+is there, resumes the run, and compares its files with the uninterrupted run's.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lcdd.checkpoint import verify_directory, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "cpu" / "robustness.json"
+STEPS = 12
+
+
+def in_process(body: Callable[[], None]) -> int:
+    """Start `body` in a forked process, without output; its id."""
+    child = os.fork()
+    if child:
+        return child
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    code = 1
+    try:
+        body()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def finish(child: int) -> int:
+    """Wait for a process; its exit code, negative for a signal."""
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def make_inputs(folder: Path) -> None:
+    """Two tiny checkpoints and a data set."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
+
+    tokenizer = make_tokenizer()
+    save_checkpoint(folder / "base", tokenizer=tokenizer)
+    save_checkpoint(folder / "sft", seed=1, tokenizer=tokenizer)
+    write_jsonl(folder / "data.jsonl", list(SENTENCES[:24]))
+
+
+def train(folder: Path, output: Path, *, resume: bool) -> None:
+    """One run with a checkpoint every other step and two kept."""
+    from lcdd import pipeline
+    from lcdd.config import DataConfig, LCDDConfig
+
+    config = LCDDConfig(
+        model_name_or_path=str(folder / "sft"), base_model_name_or_path=str(folder / "base"), output_dir=str(output),
+        max_steps=STEPS, save_steps=2, save_total_limit=2, learning_rate=1e-3, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, warmup_steps=3, gate_lr=0.4, dual_lambda_init=0.02, device="cpu", resume=resume,
+    )  # fmt: skip
+    pipeline.train(config, DataConfig(dataset_name=str(folder / "data.jsonl")), say=lambda _: None)
+
+
+def checkpoints(output: Path) -> dict[int, str]:
+    """Step -> "whole" or what is wrong, of everything that is called a checkpoint."""
+    found = {}
+    for path in output.glob("checkpoint-*"):
+        try:
+            verify_directory(path)
+            found[int(path.name.removeprefix("checkpoint-"))] = "whole"
+        except ValueError as error:
+            found[int(path.name.removeprefix("checkpoint-"))] = str(error)
+    return found
+
+
+def result_of(output: Path) -> dict[str, bytes | list[Any]]:
+    """A finished run's files, and its loss curve."""
+    files: dict[str, bytes | list[Any]] = {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.suffix == ".safetensors"
+    }
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    files["curve"] = [(line["step"], line.get("loss"), line.get("dual_lambda"), line.get("open")) for line in lines]
+    return files
+
+
+def crash_test(folder: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
+    """The figures of `kills` trials."""
+    import torch
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    make_inputs(inputs)
+    train(inputs, folder / "first", resume=False)  # imports and self-tests, once for all the processes forked below
+    start = time.monotonic()
+    assert finish(in_process(lambda: train(inputs, folder / "whole", resume=False))) == 0
+    duration = time.monotonic() - start
+    whole = result_of(folder / "whole")
+    generator = random.Random(seed)
+    record: dict[str, Any] = {
+        "kills": 0, "killed_before_the_first_checkpoint": 0, "killed_in_a_save": 0, "checkpoints_seen": 0,
+        "half_written_accepted": 0, "lost": 0, "resumed_runs_that_differ": 0, "finished_before_the_kill": 0,
+    }  # fmt: skip
+    trial = 0
+    while record["kills"] < kills:
+        trial += 1
+        output = folder / f"trial-{trial}"
+        child = in_process(lambda output=output: train(inputs, output, resume=True))
+        time.sleep(generator.uniform(0, duration))
+        os.kill(child, signal.SIGKILL)
+        if finish(child) != -signal.SIGKILL:
+            record["finished_before_the_kill"] += 1
+            continue
+        record["kills"] += 1
+        found = checkpoints(output)
+        logged = (output / "log.jsonl").read_text(encoding="utf-8").splitlines() if output.exists() else []
+        steps_done = len([line for line in logged if line.endswith("}") and '"ema"' in line])
+        # a step's line is written before its checkpoint: after step N + 1 the checkpoint of N has to be there
+        expected = (steps_done - 1) // 2 * 2
+        record["checkpoints_seen"] += len(found)
+        record["half_written_accepted"] += sum(state != "whole" for state in found.values())
+        record["lost"] += 2 <= expected < STEPS and max(found, default=0) < expected
+        record["killed_before_the_first_checkpoint"] += not found
+        record["killed_in_a_save"] += bool(list(output.glob(".checkpoint-*"))) if output.exists() else 0
+        done = finish(in_process(lambda output=output: train(inputs, output, resume=True))) == 0
+        record["resumed_runs_that_differ"] += not done or result_of(output) != whole
+    return record
+
+
+def write_record(name: str, figures: dict[str, Any]) -> None:
+    """Put one test's figures into robustness.json, beside the others'."""
+    content = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    write_json(RECORD, {**content, name: figures})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        record = crash_test(Path(folder), kills=arguments.kills, seed=arguments.seed)
+    write_record("kill_9", record)
+    print(json.dumps(record, indent=2))
+    return int(bool(record["half_written_accepted"] or record["lost"] or record["resumed_runs_that_differ"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
