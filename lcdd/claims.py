@@ -332,7 +332,9 @@ def combine(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def rows(section: str) -> list[str]:
         return list(dict.fromkeys(name for audit in audits for name in audit[section]))
 
-    states, differences, patches = {}, {}, {}
+    states: dict[str, dict[str, Any]] = {}
+    differences: dict[str, dict[str, Any]] = {}
+    patches: dict[str, dict[str, float]] = {}
     for name in rows("states"):
         found = [audit["states"][name] for audit in audits if name in audit["states"]]
         states[name] = {"n": sum(row["n"] for row in found), "runs": len(found), "part": found[0]["part"]}

@@ -246,8 +246,8 @@ def patched_states(
     sources: dict[int, PatchSource | None] = {id(None): None}
     sources |= {id(source): source for state in states.values() for source in state.sources}
     given = {source.base_fingerprint: source for source in sources.values() if isinstance(source, Carrier)}
-    for patch in given.values():
-        patch.check_base(model)
+    for known in given.values():
+        known.check_base(model)
     checked = set(given)
     for source in sources.values():
         patch = source if source is None or isinstance(source, Carrier) else source()

@@ -150,7 +150,7 @@ def identity_of(config: EraserConfig, *, base: str, patch: Sequence[Tensor], pro
     digest = hashlib.sha256()
     for tensor in patch:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     settings = {key: value for key, value in config.to_dict().items() if key not in FREE}
     return {
         **settings,

@@ -70,8 +70,7 @@ def test_bad_settings(argv: list[str], message: str, capsys) -> None:
     "argv",
     [
         [],
-        ["audit"],
-        ["plan"],
+        ["quantise"],
         ["sft", "--learning"],
         ["train", *REQUIRED, "--gate_l", "1"],
         ["sft", "--max_steps", "x"],
