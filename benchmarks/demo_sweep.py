@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--note", default="", help="what a reader has to know of these runs")
     arguments = parser.parse_args(argv)
 
     arguments.runs_dir.mkdir(parents=True, exist_ok=True)
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     reports = [json.loads((d / "report.json").read_text(encoding="utf-8")) for _, _, d in runs]
     summary = {
         "what": f"lcdd demo, {arguments.split} split",
+        "note": arguments.note,
         "environment": {**asdict(Environment.here(torch.device("cpu"))), "threads": 1},
         "runs_at_a_time": arguments.jobs,
         "versions": reports[0]["versions"],
