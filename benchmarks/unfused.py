@@ -106,8 +106,8 @@ class DeltaMask(nn.Module):
         self.gates, self.rows, self.cols = gates, rows, cols
 
     def forward(self, delta: Tensor) -> Tensor:
-        mask = (self.gates(self.rows)[:, None] * self.gates(self.cols)[None, :]).to(delta.dtype)
-        return self.base + mask * delta
+        mask = self.gates(self.rows)[:, None] * self.gates(self.cols)[None, :]  # θ's dtype: float32 as the authors'
+        return (self.base + mask * delta).to(delta.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight - self.base
