@@ -151,10 +151,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no_record", action="store_true", help="print the figures only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record = crash_test(Path(folder), kills=arguments.kills, seed=arguments.seed)
-    write_record("kill_9", record)
+    if not arguments.no_record:
+        write_record("kill_9", record)
     print(json.dumps(record, indent=2))
     return int(bool(record["half_written_accepted"] or record["lost"] or record["resumed_runs_that_differ"]))
 

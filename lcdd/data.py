@@ -139,6 +139,8 @@ def _jsonl_rows(path: Path, limit: int | None) -> Iterable[tuple[str, Any]]:
                     yield where, json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{where}: expected one JSON object a line, got {error.msg}") from None
+                except RecursionError:
+                    raise ValueError(f"{where}: expected one JSON object a line, got one nested too deeply") from None
                 count += 1
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None

@@ -189,8 +189,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"config: expected a readable YAML file, got {str(path)!r} ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None
     try:
         values = yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(f"{path}: expected settings, got YAML that is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
     if values is None:

@@ -1,0 +1,60 @@
+"""transformers' Trainer with `LCDDOptimizer`, with and without accumulation, against our own loop."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from examples.hf_trainer import make_trainer
+from helpers import make_model
+from transformers import TrainingArguments
+
+from lcdd.config import LCDDConfig
+from lcdd.models import projections
+from lcdd.optimizer import LCDDOptimizer
+
+CONFIG = LCDDConfig(warmup_steps=3, gate_lr=0.2, learning_rate=1e-3, gate_init_mean=0.5, gate_init_std=1.0)
+ROWS = [{"input_ids": [3, 4, 5 + n, 6, 7, 9], "labels": [-100, -100, 5 + n, 6, 7, 9]} for n in range(32)]
+
+
+def models() -> tuple[Any, Any]:
+    base = make_model("qwen3", layers=1)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for site in projections(tuned):
+            site.linear.weight.mul_(1.05)
+    return base, tuned
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_trainer_takes_the_steps_of_our_own_loop(tmp_path: Path, accumulation: int) -> None:
+    base, tuned = models()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4 // accumulation, max_grad_norm=0.0,
+        gradient_accumulation_steps=accumulation, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = make_trainer(tuned, base, ROWS, arguments, CONFIG)
+    trainer.train()
+    ours_base, ours = models()
+    optimizer = LCDDOptimizer.attach(ours.train(), ours_base, CONFIG, total_steps=6)
+    for step in range(6):
+        rows = ROWS[4 * step : 4 * step + 4]
+        loss = ours(**{key: torch.tensor([row[key] for row in rows]) for key in rows[0]}).loss
+        loss.backward()
+        optimizer.step(loss.item())
+        optimizer.zero_grad()
+    assert trainer.lcdd.completed_steps == 6
+    assert trainer.lcdd.dual.ema == pytest.approx(optimizer.dual.ema, rel=1e-5)
+    assert torch.allclose(trainer.lcdd.gates.logits, optimizer.gates.logits, atol=1e-3)
+    assert 0 < trainer.lcdd.carrier().n_open < optimizer.gates.layout.n_gates
+
+
+def test_settings_that_would_break_it_are_refused(tmp_path: Path) -> None:
+    base, tuned = models()
+    common: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    with pytest.raises(ValueError, match="max_steps: expected a positive"):
+        make_trainer(tuned, base, ROWS, TrainingArguments(**common), CONFIG)
+    with pytest.raises(ValueError, match="max_grad_norm: expected 0"):
+        make_trainer(tuned, base, ROWS, TrainingArguments(**common, max_steps=3), CONFIG)
