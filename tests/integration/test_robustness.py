@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.bad_inputs import run_cases
 from benchmarks.corrupt_files import fuzz
+from benchmarks.robustness import accumulation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,3 +31,7 @@ def test_malformed_inputs_are_refused_clearly(tmp_path: Path) -> None:
     record = run_cases(tmp_path, every=9, seed=1)
     assert record["wrong"] == []
     assert record["inputs"] > 35
+
+
+def test_gate_gradients_do_not_depend_on_accumulation() -> None:
+    assert all(error <= 1e-6 for error in accumulation().values())
