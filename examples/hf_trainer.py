@@ -2,9 +2,9 @@
 
     python examples/hf_trainer.py --base path/to/base --sft path/to/sft --output_dir runs/hf --max_steps 100
 
-Trainer calls `optimizer.step()` without a loss, so the one that `compute_loss` returns is observed in `training_step`. With
-gradient accumulation Trainer divides each micro-batch's loss itself, so their sum is the step's mean loss. Evaluation and
-saving see the deterministic gates: `LCDDCallback` puts them in place before, and training goes back by itself.
+Trainer calls `optimizer.step()` without a loss, so the one that `compute_loss` returns is observed in `training_step`.
+With gradient accumulation Trainer divides each micro-batch's loss itself, so their sum is the step's mean loss.
+Evaluation and saving see the deterministic gates: a callback puts them in place before, and training goes back by itself.
 """
 
 import argparse
@@ -22,6 +22,7 @@ class LCDDTrainer(Trainer):
 
     lcdd: LCDDOptimizer
     _seen: float = 0.0
+    _micro_batch_open: bool = False
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.lcdd.train()
@@ -31,8 +32,6 @@ class LCDDTrainer(Trainer):
         self._micro_batch_open = not self.accelerator.sync_gradients
         self.lcdd.observe(self._seen)
         return loss
-
-    _micro_batch_open: bool = False
 
 
 class DeterministicGates(TrainerCallback):

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from examples.hf_trainer import make_trainer
 from helpers import make_model
 from transformers import TrainingArguments
 
+from examples.hf_trainer import make_trainer
 from lcdd.config import LCDDConfig
 from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer

@@ -89,7 +89,8 @@ def test_pipeline_ends_with_carrier_trigger_and_report(
 
     for folder, manifest in (
         ("sft/model", "manifest.json"), ("sft/checkpoint-20", "manifest.json"), ("train/carrier", "carrier.json"),
-        ("train/checkpoint-20", "manifest.json"), ("train/checkpoint-20/carrier", "carrier.json"), ("train/model", "manifest.json"), ("erase/trigger", "manifest.json"),
+        ("train/checkpoint-20", "manifest.json"), ("train/checkpoint-20/carrier", "carrier.json"),
+        ("train/model", "manifest.json"), ("erase/trigger", "manifest.json"),
     ):  # fmt: skip
         verify_directory(output / folder, manifest=manifest)
     carrier = Carrier.from_pretrained(output / "train" / "carrier")
