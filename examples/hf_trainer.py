@@ -4,7 +4,7 @@
 
 Trainer calls `optimizer.step()` without a loss, so the one that `compute_loss` returns is observed in `training_step`.
 With gradient accumulation Trainer divides each micro-batch's loss itself, so their sum is the step's mean loss.
-Evaluation and saving see the deterministic gates: a callback puts them in place before, and training goes back by itself.
+Evaluation and saving see the deterministic gates: a callback puts them in place, and training goes back by itself.
 """
 
 import argparse
