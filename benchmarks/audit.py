@@ -117,9 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": {"platform": platform.platform(), "processes": arguments.processes, "threads": 1},
         "versions": first["versions"],
         "config": first["config"],
-        "behaviors": {
-            name: summary([reports[name, seed] for seed in arguments.seeds]) for name in arguments.behaviors
-        },
+        "behaviors": {name: summary([reports[name, seed] for seed in arguments.seeds]) for name in arguments.behaviors},
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -327,7 +327,7 @@ class EraserConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Config):
-    """Predicted memory and step time of plain fine-tuning, unfused masking and lcdd, by formulas; nothing is trained."""
+    """Predicted memory and step time of plain fine-tuning, unfused masking and lcdd, by formula; nothing is trained."""
 
     model_name_or_path: str | None = option(
         None, "checkpoint directory, or the sizes of " + ", ".join(PLAN_MODELS), required=True

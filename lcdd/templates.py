@@ -54,9 +54,7 @@ def use_template(tokenizer: Any, choice: str | None, *, model: str | Path) -> No
         tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted(TEMPLATES))
-        raise ValueError(
-            f"chat_template: expected {known} or a Jinja file, got {choice!r} ({error})"
-        ) from None
+        raise ValueError(f"chat_template: expected {known} or a Jinja file, got {choice!r} ({error})") from None
 
 
 def render_chat(tokenizer: Any, messages: list[Any], *, add_generation_prompt: bool) -> str:

@@ -23,7 +23,18 @@ def test_finished_runs_are_summed_up(tmp_path):
         report = {"behavior": "style", "seed": seed, "versions": {}, "config": {}, "audit": audit}
         (folder / "report.json").write_text(json.dumps(report))
     output = tmp_path / "results" / "audit"
-    given = ["--seeds", "0", "1", "2", "--behaviors", "style", "--runs_dir", str(tmp_path / "runs"), "--output", str(output)]
+    given = [
+        "--seeds",
+        "0",
+        "1",
+        "2",
+        "--behaviors",
+        "style",
+        "--runs_dir",
+        str(tmp_path / "runs"),
+        "--output",
+        str(output),
+    ]
     assert main(given) == 0
     found = json.loads(output.with_suffix(".json").read_text())["behaviors"]["style"]
     low, high = found["states"]["carrier+trigger"]["base_match_ci95"]

@@ -40,9 +40,13 @@ def test_written_directory_verifies_and_keeps_metadata(tmp_path: Path) -> None:
 
 
 def test_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), write_directory(tmp_path / "x") as directory:
-        (directory / "a").write_text("half")
-        raise KeyError("stop")
+    def interrupted() -> None:
+        with write_directory(tmp_path / "x") as directory:
+            (directory / "a").write_text("half")
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,7 +78,7 @@ def test_flipped_bit_and_missing_file_are_found(tmp_path: Path) -> None:
 def test_manifest_errors_name_the_argument(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="carrier: expected a directory"):
         read_manifest(tmp_path / "no", name="carrier")
-    with pytest.raises(ValueError, match="carrier: expected manifest.json in"):
+    with pytest.raises(ValueError, match=r"carrier: expected manifest\.json in"):
         read_manifest(tmp_path, name="carrier")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="expected JSON"):

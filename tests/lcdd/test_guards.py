@@ -93,9 +93,7 @@ def test_many_in_a_row_stop_with_a_checkpoint_of_the_last_good_state(
 
     monkeypatch.setattr(trainer, "loss_sum", bad)
     base, tuned = models()
-    with pytest.raises(
-        TrainingStopped, match=r"5 steps in a row, .* step 11; the last checkpoint is .*-11"
-    ):
+    with pytest.raises(TrainingStopped, match=r"5 steps in a row, .* step 11; the last checkpoint is .*-11"):
         train_lcdd(tuned, base, ITEMS, [], CONFIG, pad_token_id=PAD, progress=False, checkpoints=checkpoints)
     _, good = stores[0].load(tmp_path / "checkpoint-11")
     assert good["optimizer"]["lcdd"]["completed_steps"] == 6
@@ -200,7 +198,5 @@ def test_thirty_repeats_have_the_same_bits() -> None:
 def test_zero3_and_other_sharding_is_refused_with_the_reason() -> None:
     base, tuned = models()
     projections(tuned)[2].linear.weight.ds_id = 7
-    with pytest.raises(
-        ValueError, match=r"v_proj.weight: expected .* DeepSpeed ZeRO-3, which .*fully_shard"
-    ):
+    with pytest.raises(ValueError, match=r"v_proj.weight: expected .* DeepSpeed ZeRO-3, which .*fully_shard"):
         LCDDOptimizer.attach(tuned, base, CONFIG, total_steps=5)

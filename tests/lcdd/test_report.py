@@ -130,7 +130,7 @@ def report():
                 {
                     "name": "sparse", "statement": "It is <sparse>.", "verdict": "did not hold",
                     "evidence": [
-                        {"rule": "sparsity of carrier > 0.73", "verdict": "did not hold", "value": 0.5151, "ci95": [0.5, 0.53]},
+                        {"rule": "sparsity > 0.73", "verdict": "did not hold", "value": 0.5151, "ci95": [0.5, 0.53]},
                         {"rule": "another number > 0", "verdict": "not measured"},
                     ],
                 }
