@@ -125,6 +125,11 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     return _config(path).to_dict()
 
 
+def load_model_type(path: str | Path) -> str:
+    """Name of the architecture of the model at `path`, read from its config alone."""
+    return str(_config(path).model_type)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer and make sure that it can pad (with the end-of-text token where it has no own pad token).
 

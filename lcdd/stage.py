@@ -22,7 +22,7 @@ from lcdd.checkpoint import (
     write_json,
 )
 from lcdd.config import DataConfig
-from lcdd.models import PreTrainedModel, load_model, load_shape, save_model
+from lcdd.models import PreTrainedModel, load_model, load_model_type, load_shape, save_model
 from lcdd.runlog import finite_or_null
 
 Say = Callable[[str], None]
@@ -121,8 +121,11 @@ def load_weights(path: str | None, config: Any) -> PreTrainedModel:
 
 
 def check_shapes(base: str | None, other: str | None, names: tuple[str, str]) -> None:
-    """Raise ValueError unless the configs of two checkpoints give the same sizes; reads no weights."""
+    """Raise ValueError unless the configs of two checkpoints give the same architecture and sizes; reads no weights."""
     ours, theirs = load_shape(str(base)), load_shape(str(other))
+    kinds = load_model_type(str(base)), load_model_type(str(other))
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{names[1]}: expected architecture {kinds[0]!r} as {names[0]} has, got {kinds[1]!r}")
     for item in dataclasses.fields(ours):
         expected, found = getattr(ours, item.name), getattr(theirs, item.name)
         if expected != found:

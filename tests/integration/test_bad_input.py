@@ -11,7 +11,7 @@ from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lcdd import pipeline
+from lcdd import eval_stage, pipeline
 from lcdd.carrier import Carrier
 from lcdd.cli import main
 from lcdd.models import load_model
@@ -45,8 +45,8 @@ def refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("training started before the input was checked")
 
-    for name in ("train_sft", "train_lcdd", "evaluate"):
-        monkeypatch.setattr(pipeline, name, never)
+    for module, name in ((pipeline, "train_sft"), (pipeline, "train_lcdd"), (eval_stage, "evaluate")):
+        monkeypatch.setattr(module, name, never)
     monkeypatch.setattr(pipeline.SFTEraser, "fit", never)
     output = tmp_path / "output"
 
