@@ -210,6 +210,13 @@ def retain_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap is not given back
 
 
+def give_back_freed_memory() -> None:
+    """Return what a case freed to the system (glibc): kept from case to case, the largest cases would add up."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 # --- time -------------------------------------------------------------------------------------------------------------
 
 

@@ -222,6 +222,8 @@ class Runner:
         gc.collect()
         if self.place.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            harness.give_back_freed_memory()
 
 
 def identity(case: Case) -> str:
