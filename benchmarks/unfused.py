@@ -66,6 +66,7 @@ class Settings:
     loss_budget: float = 0.2
     loss_floor: float = 0.02
     freeze_fraction: float = 0.2
+    penalty_every_micro_batch: bool = False  # as the authors' code has it; else once an optimizer step
 
 
 class UnfusedGates:
@@ -213,7 +214,8 @@ class UnfusedLCDD:
         frozen = self._frozen(t)
         if not frozen:
             penalty = self.dual_lambda * min(1.0, t / s.warmup_steps)
-            (penalty * self.gates.expected_l0()).backward()
+            for _ in micro_batches if s.penalty_every_micro_batch else micro_batches[:1]:
+                (penalty * self.gates.expected_l0()).backward()
         if s.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.deltas, s.max_grad_norm)
         if not frozen:

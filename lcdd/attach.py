@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lcdd import shards
+from lcdd import reference_compat, shards
 from lcdd.config import LCDDConfig
 from lcdd.dual import DualController
 from lcdd.models import PreTrainedModel, unmasked_parameters
@@ -89,7 +89,7 @@ def inner_optimizers(
 def masked_state(config: LCDDConfig, weight: Tensor, fixed: Tensor) -> dict[str, Tensor]:
     """Δ and, where it is trained, AdamW's moments at zero; sharded like the weight."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    delta_dtype = getattr(torch, config.delta_dtype or "", weight.dtype)
+    delta_dtype = getattr(torch, config.delta_dtype or "", reference_compat.delta_dtype(config, weight.dtype))
     state = {"delta": (weight.detach().to(wide) - fixed.to(wide)).to(delta_dtype)}
     if config.train_delta:
         moment_dtype = getattr(torch, config.moment_dtype or "", wide)

@@ -11,6 +11,7 @@ from lcdd.config_eval import (
     BASE_HELP,
     BF16_HELP,
     DEVICE_HELP,
+    MAX_SEED,
     AuditConfig,
     EvalConfig,
     GenerateConfig,
@@ -32,6 +33,9 @@ __all__ = [
     "TrainConfig",
 ]
 
+RESUME_HELP = (
+    "continue the run in output_dir from its newest complete checkpoint-N, bit for bit (from the start if it has none)"
+)
 GATE_KINDS = ("hard_concrete", "heaviside_ste")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 BEHAVIOR_NAMES = ("fixed_response", "style", "refusal", "own")
@@ -111,14 +115,14 @@ class TrainConfig(Config):
 
     model_name_or_path: str | None = option(None, "checkpoint directory to start from", required=True)
     output_dir: str | None = option(None, "new or empty directory for everything the command writes", required=True)
-    num_train_epochs: float = option(3.0, "passes over the training split", above=0.0)
+    num_train_epochs: float = option(3.0, "passes over the training split", above=0.0, at_most=1e6)
     max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs when positive", at_least=-1)
     per_device_train_batch_size: int = option(8, "examples in a micro-batch", at_least=1)
     per_device_eval_batch_size: int = option(16, "examples in a batch of the validation loss", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", at_least=1)
     max_length: int = option(512, "tokens of prompt and completion together; longer completions are cut", at_least=2)
     completion_only: bool = option(True, "loss on the completion's tokens only; off: on the whole text")
-    learning_rate: float = option(2e-5, "peak learning rate of the weights", at_least=0.0)
+    learning_rate: float = option(2e-5, "peak learning rate of the weights", at_least=0.0, at_most=1e6)
     lr_scheduler_type: str = option(
         "cosine", "schedule of the weights' learning rate", choices=("cosine", "linear", "constant")
     )
@@ -141,11 +145,7 @@ class TrainConfig(Config):
         0, "a checkpoint-N directory every N optimizer steps; 0: only the final result", at_least=0
     )
     save_total_limit: int = option(2, "checkpoint-N directories to keep, the newest ones; 0: all", at_least=0)
-    resume: bool = option(
-        False,
-        "continue the run in output_dir from its newest complete checkpoint-N, bit for bit (from the start if it has "
-        "none)",
-    )
+    resume: bool = option(False, RESUME_HELP)
     resume_override: bool = option(
         False, "resume although settings, models or data differ from the checkpoint's; the differences are recorded"
     )
@@ -158,7 +158,7 @@ class TrainConfig(Config):
     max_nonfinite_steps: int = option(
         5, "stop after this many steps in a row whose loss is NaN or infinite", at_least=1
     )
-    seed: int = option(0, "seed of the batches' order, and of the gates' noise", at_least=0)
+    seed: int = option(0, "seed of the batches' order, and of the gates' noise", at_least=0, at_most=MAX_SEED)
 
     def check(self) -> None:
         if self.max_steps == 0:
@@ -193,7 +193,7 @@ class LCDDConfig(TrainConfig):
         choices=GATE_KINDS,
     )
     gate_optimizer: str = option("adam", "optimizer of the gate logits", choices=("adam", "sgd"))
-    gate_lr: float = option(0.1, "learning rate of the gate logits (never scheduled)", at_least=0.0)
+    gate_lr: float = option(0.1, "learning rate of the gate logits (never scheduled)", at_least=0.0, at_most=1e6)
     gate_momentum: float = option(0.0, "momentum of the gate logits under sgd", at_least=0.0, below=1.0)
     gate_init_mean: float = option(2.5, "mean of the initial gate logits")
     gate_init_std: float = option(0.1, "standard deviation of the initial gate logits", at_least=0.0)
@@ -249,6 +249,11 @@ class LCDDConfig(TrainConfig):
         at_least=0,
     )
     save_folded: bool = option(False, "also save the carrier folded into an ordinary checkpoint")
+    reference_compat: bool = option(
+        False,
+        "the authors' arithmetic where ours is better: the gate penalty once a micro-batch (of "
+        "gradient_accumulation_steps), and delta rounded so that base + delta is a weight of the model's dtype",
+    )
 
     def check(self) -> None:
         super().check()
@@ -265,6 +270,13 @@ class LCDDConfig(TrainConfig):
             )
         if self.loss == "kl" and self.train_delta:
             raise ValueError("LCDDConfig.loss: expected cross_entropy unless train_delta is off, got 'kl'")
+        if self.reference_compat and self.gating == "forward":
+            raise ValueError("LCDDConfig.reference_compat: expected gating 'optimizer' beside it, got 'forward'")
+        if self.reference_compat and self.delta_dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"LCDDConfig.reference_compat: expected a delta_dtype that holds the difference of two weights, "
+                f"float32 or float64, got {self.delta_dtype!r}"
+            )
 
     @property
     def lr_warmup(self) -> int:
@@ -281,8 +293,8 @@ class EraserConfig(Config):
         None, "control: learn the trigger on this SFT checkpoint instead, with the carrier's channels"
     )
     output_dir: str | None = option(None, "new or empty directory for the trigger", required=True)
-    num_virtual_tokens: int = option(8, "trigger tokens", at_least=1)
-    learning_rate: float = option(0.01, "Adam's learning rate on the trigger", above=0.0)
+    num_virtual_tokens: int = option(8, "trigger tokens", at_least=1, at_most=10_000)
+    learning_rate: float = option(0.01, "Adam's learning rate on the trigger", above=0.0, at_most=1e6)
     lr_scheduler_type: str = option(
         "cosine",
         "schedule of the trigger's learning rate; constant is the authors'",
@@ -302,9 +314,7 @@ class EraserConfig(Config):
     save_steps: int = option(
         0, "the optimisation's state in a checkpoint-N directory every N steps; 0: none", at_least=0
     )
-    resume_from_checkpoint: str | None = option(
-        None, "continue a run with the same settings: its checkpoint-N directory, or its output_dir for the newest"
-    )
+    resume: bool = option(False, RESUME_HELP)
     activation_weight: float = option(
         1.0, "weight of matching the base's activations on the carrier's channels", at_least=0.0
     )
@@ -322,7 +332,9 @@ class EraserConfig(Config):
     max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
-    seed: int = option(0, "seed of the initial tokens, the batches and the random channels", at_least=0)
+    seed: int = option(
+        0, "seed of the initial tokens, the batches and the random channels", at_least=0, at_most=MAX_SEED
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +375,7 @@ class DemoConfig(Config):
     behavior: str = option(
         "fixed_response", "behaviour to teach and to reverse", choices=("fixed_response", "refusal", "style")
     )
-    seed: int = option(0, "seed of everything but the shipped base", at_least=0)
+    seed: int = option(0, "seed of everything but the shipped base", at_least=0, at_most=MAX_SEED)
     split: str = option(
         "test", "held-out split to report on; settings were tuned on validation", choices=("validation", "test")
     )
@@ -406,6 +418,11 @@ class PipelineConfig(Config):
             )
         for section in ("sft", "train", "erase", "eval", "audit"):
             config = getattr(self, section)
+            if getattr(config, "resume", False):
+                raise ValueError(
+                    f"PipelineConfig.{section}.resume: expected it off, since a pipeline starts in a new directory, "
+                    "got on; resume a stage by its own command"
+                )
             for name in PIPELINE_PATHS:
                 if getattr(config, name, None) is not None:
                     raise ValueError(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcdd import attach, shards
+from lcdd import attach, reference_compat, shards
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
 from lcdd.gates import GateLayout, Gates
@@ -56,6 +56,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         model, base: the model in training, and the one it is held against.
         names: the masked linears, in the order of `param_groups[0]`.
         skipped_steps, skipped_in_a_row: steps not taken because the loss or a gradient was not finite.
+        penalties: how often the coming step adds the price of open gates: once, but in `reference_compat`.
     """
 
     @classmethod
@@ -110,6 +111,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._here = [index for index, weight in enumerate(self._weights) if len(local(weight))]
         if config.gating == "forward" and shards.world_size() > 1:
             raise ValueError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
+        self.penalties = reference_compat.penalties_in_step(config)
         self.gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=self._start(layout, initial_logits))
         self.dual = attach.dual_controller(config)
         unmasked = attach.fix_unmasked(model, base, config, masked=self._weights)
@@ -194,7 +196,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
 
         frozen = self.gates_frozen
         if not frozen:
-            d_logits = self.gates.logits_grad(d_gate, l0_weight=self.dual.penalty)
+            d_logits = self.gates.logits_grad(d_gate, l0_weight=self.penalties * self.dual.penalty)
             self.gates.logits.grad = d_logits if chained is None else d_logits + chained
             self._inner_step("gates", group=1)
             self.gates.logits.grad = None
@@ -229,7 +231,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
                 layouts=layouts,
                 rank=old_rank if layouts else None,
             )
-        else:
+        if self.config.reference_compat:
+            reference_compat.round_as_stored_weights_(deltas, self._here_of(self._bases))
+        if self.config.reference_compat or not self.config.train_delta:
             self._refresh_weights()
         if "unmasked" in self._inner:
             for parameter in self._unmasked():

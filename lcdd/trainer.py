@@ -201,6 +201,8 @@ def _fit(
         for step, micro_batches in enumerate(batches, start=done + 1):
             tokens = sum(response_tokens(micro) for micro in micro_batches)
             mine = share(micro_batches)
+            if isinstance(optimizer, LCDDOptimizer) and optimizer.config.reference_compat:
+                optimizer.penalties = len(mine)  # an epoch's last group may be smaller
             try:
                 loss = 0.0
                 for number, (micro, weight) in enumerate(mine, start=1):

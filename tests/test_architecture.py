@@ -46,6 +46,7 @@ TIERS: dict[str, list[tuple[str, ...]]] = {
         ("config_eval", "report_parts"),
         ("report_audit",),
         ("demo_tasks", "demo_words", "config", "models", "report", "training_state"),
+        ("reference_compat",),
         (
             "attach",
             "parallel",

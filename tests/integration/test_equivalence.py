@@ -100,6 +100,8 @@ def _run_fused(settings: Settings, dtype: torch.dtype, logits: torch.Tensor, mic
         loss_floor=s.loss_floor,
         freeze_fraction=s.freeze_fraction,
         seed=SEED,
+        reference_compat=s.penalty_every_micro_batch,
+        gradient_accumulation_steps=micro_batches,
     )
     optimizer = LCDDOptimizer.attach(tuned, base, config, total_steps=s.total_steps, initial_logits=logits)
     losses, opened = [], []
@@ -149,7 +151,7 @@ def _compare(settings: Settings, dtype: torch.dtype, *, mean: float, micro_batch
     return fused
 
 
-# hard_concrete opens with θ = 2.5 in the method; lower here, so that gates close within 100 steps
+# hard_concrete opens with θ = 2.5 in the method; lower here, so that gates close within 200 steps
 RUNS = {
     "hard_concrete-adam": ({"gate_kind": "hard_concrete", "gate_lr": 0.05}, 1.0),
     "hard_concrete-sgd": (
@@ -166,7 +168,8 @@ RUNS = {
         },
         0.5,
     ),
-    "heaviside_ste-adam": ({"gate_kind": "heaviside_ste", "gate_lr": 0.05, "dual_lr_shrink": 0.2}, 0.5),
+    "heaviside_ste-adam": ({"gate_kind": "heaviside_ste", "gate_lr": 0.01, "dual_lr_shrink": 0.2}, 0.5),
+    "reference_compat": ({"gate_lr": 0.05, "penalty_every_micro_batch": True}, 1.0),
 }
 
 
@@ -185,10 +188,11 @@ def _settings(run: str, steps: int) -> tuple[Settings, float]:
         ("heaviside_ste-sgd", 1),
         ("heaviside_ste-sgd", 4),
         ("heaviside_ste-adam", 1),
+        ("reference_compat", 2),
     ],
 )
-def test_float64_run_is_the_same(run, micro_batches):
-    settings, mean = _settings(run, 100)
+def test_float64_run_of_200_steps_is_the_same(run, micro_batches):
+    settings, mean = _settings(run, 200)
     _compare(settings, torch.float64, mean=mean, micro_batches=micro_batches, tolerance=1e-10)
 
 
@@ -197,7 +201,7 @@ def test_float64_run_with_packed_gradients_is_the_same(run, micro_batches, monke
     """Every matrix is packed from the first step on, though most gates are open then."""
     always = PackCrossover(gather=0.0, crossover=10.0, min_elements=0, source="test")
     monkeypatch.setattr(lcdd_kernels.pack_plan, "DEFAULT_CROSSOVER", {("cpu", torch.float32): always})
-    settings, mean = _settings(run, 100)
+    settings, mean = _settings(run, 200)
     fused = _compare(settings, torch.float64, mean=mean, micro_batches=micro_batches, tolerance=1e-10)
     assert {type(site.linear).__name__ for site in projections(fused.model)} == {"PackedGradLinear"}
     assert "dense" not in fused._plan.layouts()

@@ -18,6 +18,7 @@ from lcdd.config import LCDDConfig, SFTConfig
 from lcdd.data import IGNORE, Encoded, collate, encode_all, parse_row
 from lcdd.losses import completion_loss, loss_sum
 from lcdd.models import projections
+from lcdd.optimizer import LCDDOptimizer
 from lcdd.runlog import RunLog, read_log
 from lcdd.trainer import TrainingStopped, schedule, step_batches, total_steps, train_lcdd, train_sft
 
@@ -116,6 +117,17 @@ def test_accumulation_changes_nothing(method: str, base, tuned, items) -> None:
         weights.append(torch.cat([site.linear.weight.detach().flatten() for site in projections(model)]))
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)
     assert torch.allclose(weights[0], weights[1], rtol=0, atol=1e-8)
+
+
+def test_reference_compat_counts_the_micro_batches_of_every_step(base, tuned, items, monkeypatch) -> None:
+    counts = []
+    step = LCDDOptimizer.step
+    monkeypatch.setattr(LCDDOptimizer, "step", lambda self, loss: (counts.append(self.penalties), step(self, loss)))
+    for compat in (True, False):  # 3 micro-batches of 2 examples in an epoch, 2 of them in a step
+        sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+        config = replace(LCDD, reference_compat=compat, **sizes)
+        train_lcdd(copy.deepcopy(tuned), base, items[:6], [], config, pad_token_id=PAD, progress=False)
+    assert counts == [2, 1, 2, 1, 1, 1]
 
 
 def test_gradient_checkpointing_changes_nothing(base, items) -> None:
