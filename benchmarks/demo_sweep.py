@@ -63,6 +63,11 @@ def checked(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """The stages' settings without where this machine put the run."""
+    return {stage: {key: v for key, v in settings.items() if key != "output_dir"} for stage, settings in config.items()}
+
+
 def over_seeds(reports: list[dict[str, Any]], directories: list[Path]) -> dict[str, Any]:
     """Means over the seeds of one behaviour, and the overlap of their carriers' open gates."""
 
@@ -112,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         "environment": {**asdict(Environment.here(torch.device("cpu"))), "threads": 1},
         "runs_at_a_time": arguments.jobs,
         "versions": reports[0]["versions"],
-        "config": reports[0]["config"],
+        "config": without_paths(reports[0]["config"]),
         "behaviors": {
             behavior: over_seeds(
                 [r for r in reports if r["behavior"] == behavior], [d for b, _, d in runs if b == behavior]

@@ -230,7 +230,8 @@ class _Runner:
                 study.base,
                 study.train,
                 study.validation,
-                replace(settings, save_steps=0),
+                # a control that prunes badly, or cannot prune at all, is a result, and must not end the audit
+                replace(settings, save_steps=0, resume=False, early_stop_patience=0),
                 pad_token_id=study.tokenizer.pad_token_id,
                 log=log,
                 teacher=study.load_sft() if settings.loss == "kl" else None,
@@ -274,7 +275,7 @@ class _Runner:
         if state not in self.triggers:
             study = self.study
             with self._work(state) as log:
-                settings = replace(study.eraser, **changes, save_steps=0, resume_from_checkpoint=None)
+                settings = replace(study.eraser, **changes, save_steps=0, resume=False)
                 patch = source if isinstance(source, Carrier) else source()
                 # a sparse patch has channels of its own; a dense one is matched on the carrier's
                 owner = patch if 0 < patch.n_open < patch.layout.n_gates else study.carrier

@@ -37,8 +37,8 @@ def settings_beside(path: str, kind: type[Settings], stage: str, *, name: str) -
         raise ValueError(
             f"{name}: expected the run's summary.json beside {path!r}, for the controls' settings: {error}"
         ) from None
-    if content.get("stage") != stage or not isinstance(content.get("config"), dict):
-        raise ValueError(f"{name}: expected {str(file)!r} to be of the stage {stage}, got {content.get('stage')!r}")
+    if not isinstance(content, dict) or content.get("stage") != stage or not isinstance(content.get("config"), dict):
+        raise ValueError(f"{name}: expected {str(file)!r} to be of the stage {stage}, got another's")
     return from_mapping(kind, content["config"], where=str(file))
 
 
@@ -65,6 +65,9 @@ def audit(
     start = time.perf_counter()
     base = load_weights(config.base_model_name_or_path, config)
     carrier.check_base(base)
+    triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
+    for trigger in triggers.values():
+        trigger.check_base(carrier.base_fingerprint)
     study = Study(
         base=base,
         tokenizer=prepared.tokenizer,
@@ -81,7 +84,7 @@ def audit(
         lcdd=lcdd,
         eraser=eraser,
         patches={name: patch for name, patch in dense_patches(base, config).items() if name != "sft"},
-        triggers={name: Trigger.from_pretrained(path) for name, path in paths.items() if path},
+        triggers=triggers,
     )
     found = run_audit(study, config, say=say, log=lambda stage: RunLog(log_dir or output, stage=stage))
     content = {

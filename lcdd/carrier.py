@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,7 @@ from lcdd.checkpoint import (
     write_directory,
 )
 from lcdd.config import CHANNEL_KINDS, GATE_KINDS
-from lcdd.gates import GROUPS, GateLayout
+from lcdd.gates import GROUPS, GateLayout, Gates
 from lcdd.models import (
     PROJECTION_PATHS,
     ModelShape,
@@ -42,9 +42,6 @@ from lcdd.patching import changed_parameters, cpu_copy, expanded_gates, open_blo
 from lcdd.shards import full
 from lcdd_kernels import GateMap, weight_eff_
 
-if TYPE_CHECKING:
-    from lcdd.optimizer import LCDDOptimizer
-
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "carrier.safetensors", "carrier.json"
 RESIDUAL_GROUPS = {
@@ -56,6 +53,19 @@ RESIDUAL_GROUPS = {
 
 _PATCHED: "weakref.WeakKeyDictionary[PreTrainedModel, _Applied]" = weakref.WeakKeyDictionary()
 """Models that hold a patch now, and what they held before."""
+
+
+class Training(Protocol):
+    """What a carrier is made from: an `LCDDOptimizer`, as far as it is looked at here."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def base(self) -> PreTrainedModel: ...
+    @property
+    def gates(self) -> Gates: ...
+    def masked(self) -> dict[str, tuple[Tensor, Tensor, GateMap]]:
+        """name -> (weight_base, delta, gate map) of every masked linear, in order."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Carrier:
     # ------------------------------------------------------------------ making one
 
     @classmethod
-    def from_training(cls, optimizer: "LCDDOptimizer") -> "Carrier":
+    def from_training(cls, optimizer: Training) -> "Carrier":
         """The evaluation gates of an LCDD run and Δ where they are open; the optimizer goes on unchanged."""
         gate = optimizer.gates.evaluation_values()
         deltas = {}
@@ -106,7 +116,7 @@ class Carrier:
         )
         return cls(
             shape=optimizer.gates.layout.shape,
-            gate_kind=optimizer.config.gate_kind,
+            gate_kind=optimizer.gates.kind,
             gate_logits=cpu_copy(optimizer.gates.logits),
             gate=cpu_copy(gate),
             deltas=deltas,

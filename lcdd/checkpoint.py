@@ -175,23 +175,14 @@ def verify_directory(path: str | Path, *, manifest: str = MANIFEST, name: str = 
     return content
 
 
-def newest_checkpoint(path: str | Path, *, name: str = "path") -> Path:
-    """`path` if it is a complete directory itself, else the complete `checkpoint-N` in it with the highest N.
-
-    Raises:
-        ValueError: neither; a directory that was never completed does not count.
-    """
-    path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
-    found = {}
-    for folder in path.glob("checkpoint-*"):
+def complete_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
+    """(N, directory) of every finished `checkpoint-N` in a run's directory, oldest first."""
+    found = []
+    for folder in Path(path).glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
         if number.isdecimal() and (folder / MANIFEST).is_file():
-            found[int(number)] = folder
-    if not found:
-        raise ValueError(f"{name}: expected a complete checkpoint-N directory, or a run's with one, got {str(path)!r}")
-    return found[max(found)]
+            found.append((int(number), folder))
+    return sorted(found)
 
 
 # ---------------------------------------------------------------- fingerprints

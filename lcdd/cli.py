@@ -1,8 +1,9 @@
 """The command line: `lcdd COMMAND`, one line to start a stage of the pipeline and one to say what to do next.
 
 Flags are generated from the configuration classes. Nothing heavy is imported before the arguments are read, so
-`--help` answers at once. A bad input (or a disk that refuses a write) is one line on stderr and exit code 2; training
-that could not go on is exit code 1; a run that SIGTERM ended after a checkpoint is exit code 143.
+`--help` answers at once. A bad input (or a disk that refuses a write) is one line on stderr and exit code 2; a run
+that could not go on (out of memory, a loss that stays NaN) is exit code 1; one that SIGTERM ended after a checkpoint
+is exit code 143.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from lcdd import __version__
 from lcdd.config import (
@@ -107,9 +108,16 @@ RUN_HELP = "all stages on one checkpoint directory, as a YAML file says"
 KERNELS_HELP = "which backend serves each kernel here, and whether it passes its self-test"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not below dozens of lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lcdd",
         allow_abbrev=False,
         description="Reversible fine-tuning: train a behaviour into a sparse carrier (LCDD), and learn the trigger "
@@ -174,9 +182,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingStopped as error:  # its memory table has lines of its own
         print(f"lcdd {arguments.command}: {error}", file=sys.stderr)
         return TERMINATED if isinstance(error, Terminated) else STOPPED
-    except OSError as error:  # a full or read-only disk
-        print(f"lcdd {arguments.command}: {error}", file=sys.stderr)
+    except OSError as error:  # a full or read-only disk, a file that a library cannot read
+        print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except RuntimeError as error:
+        from lcdd.guards import is_out_of_memory  # imports torch
+
+        if not is_out_of_memory(error):
+            raise
+        print(f"lcdd {arguments.command}: out of memory; smaller batches or shorter texts need less", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print(f"lcdd {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -6,6 +6,7 @@ from lcdd.settings import Config, option
 
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto: the first GPU if there is one"
 BF16_HELP = "use the weights in bfloat16; off: the checkpoint's own dtype"
+MAX_SEED = 10**9
 BASE_HELP = "checkpoint directory of the base model"
 AUDIT_PARTS = ("necessity", "sufficiency", "triggers", "masks", "dense")
 
@@ -41,7 +42,7 @@ class EvalConfig(Config):
     tasks_limit: int | None = option(None, "examples of each task, at most", at_least=1)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
-    seed: int = option(0, "seed of the random prefixes", at_least=0)
+    seed: int = option(0, "seed of the random prefixes", at_least=0, at_most=MAX_SEED)
 
     def check(self) -> None:
         if self.matched_norm_trigger is not None and self.matched_norm_model_name_or_path is None:
@@ -77,7 +78,7 @@ class AuditConfig(Config):
     random_draws: int = option(3, "random masks, channels and prefixes that are pooled", at_least=1)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
-    seed: int = option(0, "seed of everything random in the controls", at_least=0)
+    seed: int = option(0, "seed of everything random in the controls", at_least=0, at_most=MAX_SEED)
 
     def check(self) -> None:
         if self.matched_norm_trigger is not None and self.matched_norm_model_name_or_path is None:
@@ -104,6 +105,11 @@ class GenerateConfig(Config):
     max_new_tokens: int = option(128, "tokens of an answer, at most", at_least=1)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
+
+    def check(self) -> None:
+        for text in self.prompt:
+            if not text.strip():
+                raise ValueError(f"GenerateConfig.prompt: expected text in every prompt, got {text!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,12 +65,13 @@ class DualController:
             return
         epsilon = self.epsilon
         assert epsilon is not None  # the baseline is set
-        violation = (self.ema - epsilon) / epsilon
+        gap = self.ema - epsilon
+        violation = gap / epsilon if epsilon else math.copysign(math.inf, gap) if gap else 0.0  # a budget of nothing
         self.violation = max(-self.violation_clip, min(self.violation_clip, violation))
         if frozen:
             return
         rate = self.lr if self.violation < 0 or self.lr_shrink is None else self.lr_shrink
-        moved = self.dual_lambda * math.exp(-rate * self.violation)
+        moved = self.dual_lambda * math.exp(min(700.0, -rate * self.violation))  # exp(710) overflows
         self.dual_lambda = max(self.lambda_min, min(self.lambda_max, moved))
 
     def state_dict(self) -> dict:

@@ -126,7 +126,8 @@ class SFTEraser:
             train_prompts, validation_prompts: chat-formatted text, or token ids.
             log: called with one line a step: step, loss and terms (of the leading start; with several, the losses of
                 all under `starts`), validation_loss where it was computed.
-            checkpoints: directory for the checkpoint-N directories of `config.save_steps`.
+            checkpoints: directory for the checkpoint-N directories of `config.save_steps`; `config.resume` goes on
+                from the newest complete one in it.
 
         Raises:
             ValueError: no prompts, a prompt longer than `config.max_prompt_length`, or a checkpoint to resume from
@@ -140,7 +141,7 @@ class SFTEraser:
         with _frozen(self.model):
             targets = self.targets(train, progress=progress)
             validation = self.targets(held_out, progress=progress).prompts
-            search = self._search(train, held_out)
+            search = self._search(train, held_out, checkpoints if c.resume else None)
             with self.patch.applied(self.model, check=False):
                 self._optimise(search, targets, validation, log=log, progress=progress, checkpoints=checkpoints)
         best, losses = search.best[search.leader], search.best_loss
@@ -188,10 +189,7 @@ class SFTEraser:
         separate forwards, but means are over the whole batch, so that the loss does not depend on how it was run.
         """
         if embeds.ndim == 2:
-            several = self.loss(embeds[None], batch, match_target)
-            return EraserLoss(
-                several.total[0], several.match[0], several.tail_kl[0], several.answer_kl[0], several.l2[0]
-            )
+            return self.loss(embeds[None], batch, match_target).of_start(0)
         c, starts = self.config, len(embeds)
         sizes = [len(p.prompt) + len(p.answer) + embeds.shape[1] for p in batch]
         chunks = similar_lengths(sizes, most=max(1, c.max_rows_per_forward // starts))
@@ -242,8 +240,8 @@ class SFTEraser:
         norms = input_embeddings(self.model).weight.detach().float().norm(dim=1)
         return self.config.max_norm_ratio * float(norms.median())
 
-    def _search(self, train: list[list[int]], held_out: list[list[int]]) -> TriggerSearch:
-        """The optimisation at its start, or where the checkpoint that is to be resumed left it."""
+    def _search(self, train: list[list[int]], held_out: list[list[int]], resumed: str | Path | None) -> TriggerSearch:
+        """The optimisation at its start, or where the newest checkpoint in the directory `resumed` left it."""
         c = self.config
         special = self.tokenizer.all_special_ids
         starts = [
@@ -254,13 +252,13 @@ class SFTEraser:
         identity = identity_of(
             c,
             base=self.patch.base_fingerprint,
-            patch=[*patch, self._channels, self._offsets] if c.save_steps or c.resume_from_checkpoint else [],
+            patch=[*patch, self._channels, self._offsets] if c.save_steps or c.resume else [],
             prompts=[train, held_out],
         )
         device = self._base_head.device
         search = TriggerSearch(torch.stack(starts).to(device), c, radius=self.max_norm(), identity=identity)
-        if c.resume_from_checkpoint is not None:
-            search.load(c.resume_from_checkpoint)
+        if resumed is not None:
+            search.load(resumed)
             logger.info("eraser: resumed after step %d", search.completed_steps)
         return search
 

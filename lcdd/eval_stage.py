@@ -53,6 +53,7 @@ def eval_(
         require_harness()
     paths = {"carrier": config.trigger, "sft": config.sft_trigger, "matched_norm": config.matched_norm_trigger}
     triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
+    findings = findings_of(str(config.carrier))
     start = time.perf_counter()
     base = load_weights(config.base_model_name_or_path, config)
     carrier.check_base(base)
@@ -82,7 +83,7 @@ def eval_(
         "sparsity": carrier.sparsity(),
         "sparsity_by_layer": carrier.sparsity_by_layer(),
         "gates": gate_summary(carrier),
-        "findings": findings_of(str(config.carrier)),
+        "findings": findings,
         "curves": curves_of(config),
         **found,
         **context,
@@ -170,4 +171,6 @@ def findings_of(carrier: str) -> list[dict[str, Any]]:
     """What `train` found wrong with the carrier, from the summary beside it."""
     path = Path(carrier).parent / "summary.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"carrier: expected a JSON object in {str(path)!r}, got {type(content).__name__}")
     return content.get("result", {}).get("findings", [])

@@ -18,7 +18,7 @@ import torch
 from lcdd import shards
 from lcdd.audit_stage import audit
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import require_new_directory
+from lcdd.checkpoint import complete_checkpoints, require_new_directory
 from lcdd.config import (
     DataConfig,
     EraserConfig,
@@ -48,7 +48,7 @@ from lcdd.stage import (
     save_checkpoint,
     write_summary,
 )
-from lcdd.tables import reversal_table
+from lcdd.tables import claims_table, reversal_table
 from lcdd.templates import use_template
 from lcdd.trainer import TrainResult, train_lcdd, train_sft
 from lcdd.training_state import CheckpointStore
@@ -220,7 +220,7 @@ def erase(
 ) -> StageResult:  # fmt: skip
     """Learn the trigger that gives the base's answers back; writes `trigger/`, a PEFT prompt-tuning adapter."""
     config.require("base_model_name_or_path", "carrier", "output_dir")
-    output = require_new_directory(str(config.output_dir))
+    output = run_directory(config)
     load_shape(str(config.base_model_name_or_path))
     carrier = Carrier.from_pretrained(str(config.carrier))
     prepared = prepared or prepare(data, str(config.base_model_name_or_path))
@@ -233,6 +233,8 @@ def erase(
         patch = Carrier.from_models(model, load_weights(config.model_name_or_path, config))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
     with RunLog(log_dir or output, stage=stage) as log:
+        if config.resume:
+            log.rewind(max((step for step, _ in complete_checkpoints(output)), default=0))
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
         trigger = eraser.fit(prompts, held_out, log=log.write, progress=True, checkpoints=output)
     trigger.save_pretrained(output / "trigger")
@@ -292,8 +294,15 @@ def report(config: ReportConfig, *, say: Say = print) -> StageResult:
     config.require("output_dir")
     output = Path(str(config.output_dir))
     content = read_report(output)
+    tables = [make(content[key]) for key, make in (("audit", claims_table),) if key in content]
+    tables += [reversal_table(content)] if "models" in content else []
+    if not tables:
+        raise ValueError(
+            f"output_dir: expected the report of an evaluation or an audit in {str(output)!r}, got another"
+        )
     write_report(output, content)
-    say(reversal_table(content))
+    for table in tables:
+        say(table)
     return StageResult(written=(output / "report.html",), next_step=f"open {output / 'report.html'}")
 
 

@@ -7,6 +7,7 @@ torch nor transformers: `lcdd --help` has to be fast.
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -42,13 +43,14 @@ def type_name(hint: Any) -> str:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type that a field declares; a bool is not an int, an int is a float."""
+    """Whether a value has the type that a field declares; a bool is not an int, an int is a float, and
+    NaN and infinity are no numbers."""
     if isinstance(hint, types.UnionType):
         return any(fits(value, part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -14,6 +14,7 @@ import torch
 
 from lcdd import shards
 from lcdd.checkpoint import (
+    MANIFEST,
     model_fingerprint,
     require_new_directory,
     template_fingerprint,
@@ -60,9 +61,15 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
     return device
+
+
+RESULTS = {"model": MANIFEST, "carrier": "carrier.json", "trigger": MANIFEST}
+"""What training stages write at their end, and the file that seals each."""
 
 
 def run_directory(config: Any) -> Path:
@@ -75,7 +82,14 @@ def run_directory(config: Any) -> Path:
     if config.resume and path.is_dir() and any(path.iterdir()):
         if (path / "summary.json").exists():
             raise ValueError(f"resume: expected an unfinished run in {str(path)!r}, got one with its summary.json")
-        for name in ("model", "carrier"):  # results of a run that ended before its summary: they are written again
+        if not any(next(path.glob(trace), None) for trace in ("log.jsonl", "checkpoint-*", ".checkpoint-*")):
+            raise ValueError(
+                f"resume: expected a run's directory, got {str(path)!r}, which has neither log nor checkpoint"
+            )
+        # results of a run that ended before its summary are written again; what has no seal of ours is not ours
+        for name, seal in RESULTS.items():
+            if (path / name).exists() and not (path / name / seal).is_file():
+                raise ValueError(f"resume: expected nothing of another program in {str(path)!r}, got {name!r}")
             if shards.all_agree(True) and shards.rank() == 0:
                 shutil.rmtree(path / name, ignore_errors=True)
         return path

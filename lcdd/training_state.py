@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcdd import shards
-from lcdd.checkpoint import MANIFEST, partial_path, verify_directory, write_directory
+from lcdd.checkpoint import complete_checkpoints, partial_path, verify_directory, write_directory
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +148,7 @@ class CheckpointStore:
 
     def complete(self) -> list[tuple[int, Path]]:
         """(step, directory) of every finished checkpoint, oldest first."""
-        found = []
-        for folder in self.directory.glob("checkpoint-*"):
-            number = folder.name.removeprefix("checkpoint-")
-            if number.isdecimal() and (folder / MANIFEST).is_file():
-                found.append((int(number), folder))
-        return sorted(found)
+        return complete_checkpoints(self.directory)
 
     def last(self) -> str:
         """The newest finished checkpoint in words."""

@@ -153,8 +153,8 @@ class Trigger:
             config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: expected JSON: {error}") from error
-        if config.get("peft_type") != "PROMPT_TUNING":
-            found = config.get("peft_type")
+        found = config.get("peft_type") if isinstance(config, dict) else config
+        if found != "PROMPT_TUNING":
             raise ValueError(f"{folder / ADAPTER_CONFIG}: expected peft_type PROMPT_TUNING, got {found!r}")
         try:
             tensors = load_file(folder / ADAPTER_WEIGHTS)

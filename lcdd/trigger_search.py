@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lcdd.checkpoint import newest_checkpoint, verify_directory, write_directory
+from lcdd.checkpoint import complete_checkpoints, verify_directory, write_directory
 from lcdd.config import EraserConfig
 from lcdd.schedules import schedule
 
 STATE = "state.safetensors"
 FREE = {
     *("base_model_name_or_path", "model_name_or_path", "carrier", "output_dir", "device"),
-    *("save_steps", "resume_from_checkpoint", "max_rows_per_forward"),
+    *("save_steps", "resume", "max_rows_per_forward"),
 }
 """Settings that a resumed run may change: where things lie, and how many prompts run at once."""
 
@@ -113,13 +113,16 @@ class TriggerSearch:
             save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / STATE)
 
     def load(self, directory: str | Path) -> None:
-        """Continue from a `checkpoint-N` directory, or from the newest complete one of a run directory.
+        """Continue from the newest complete `checkpoint-N` of a run directory; where there is none, do nothing.
 
         Raises:
-            ValueError: none there, a damaged one, or one of a run with other settings, models or prompts.
+            ValueError: a damaged checkpoint, or one of a run with other settings, models or prompts.
         """
-        name = "resume_from_checkpoint"
-        folder = newest_checkpoint(directory, name=name)
+        name = "resume"
+        found = complete_checkpoints(directory)
+        if not found:
+            return
+        folder = found[-1][1]
         manifest = verify_directory(folder, name=name)
         if manifest.get("stage") != "eraser" or STATE not in manifest["sha256"]:
             raise ValueError(f"{name}: expected a checkpoint of the eraser, got {str(folder)!r}, which is another's")

@@ -121,6 +121,8 @@ def test_a_part_alone_by_the_command_line(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "NOT MEASURED: KL matters" in printed
     assert f"wrote {tmp_path / 'a' / 'report.json'}" in printed
+    assert main(["report", "--output_dir", str(tmp_path / "a")]) == 0
+    assert "NOT MEASURED: KL matters" in capsys.readouterr().out
 
 
 def test_an_audit_needs_the_settings_of_the_run(run, tmp_path, capsys):

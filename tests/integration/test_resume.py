@@ -186,6 +186,20 @@ def test_resume_with_nothing_to_resume_starts(made: Path, tmp_path: Path) -> Non
     assert not list(output.glob(".*"))
 
 
+@pytest.mark.parametrize("stage", ["sft", "lcdd"])
+def test_resume_takes_nothing_away_that_is_not_its_own(made: Path, tmp_path: Path, stage: str) -> None:
+    output = tmp_path / "project"
+    mine = output / "model" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=r"resume: expected a run's directory, got '.*project'"):
+        run(made, settings(made, output, stage, resume=True))
+    (output / "log.jsonl").touch()
+    with pytest.raises(ValueError, match=r"resume: expected nothing of another program .*, got 'model'"):
+        run(made, settings(made, output, stage, resume=True))
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.parametrize("when", ["step", "save"])
 def test_sigterm_writes_a_checkpoint_and_resumes_bit_for_bit(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lcdd import cli, pipeline
 from lcdd.config import LCDDConfig, SFTConfig
@@ -80,7 +81,18 @@ def test_unknown_commands_abbreviations_and_types_are_usage_errors(argv: list[st
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("lcdd")
+    assert error.count("\n") == 1
+    assert "--help" in error
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(pipeline, "sft", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("20 GiB")))
+    assert cli.main(["sft", *REQUIRED]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("lcdd sft: out of memory")
+    assert error.count("\n") == 1
 
 
 def test_run_reads_sections_and_overrides_the_output(monkeypatch, tmp_path: Path) -> None:

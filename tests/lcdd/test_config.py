@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcdd import config as configs
-from lcdd.config import DataConfig, EvalConfig, GenerateConfig, LCDDConfig, PipelineConfig, SFTConfig
+from lcdd.config import DataConfig, EraserConfig, EvalConfig, GenerateConfig, LCDDConfig, PipelineConfig, SFTConfig
 from lcdd.settings import Config, add_flags, from_flags, from_mapping, parse_text, read_yaml
 
 CLASSES = [
@@ -23,6 +23,9 @@ CLASSES = [
     [
         (lambda: LCDDConfig(gate_lr=-1.0), "LCDDConfig.gate_lr: expected a value >= 0, got -1.0"),
         (lambda: LCDDConfig(gate_lr=float("nan")), "LCDDConfig.gate_lr: expected a number, got nan"),
+        (lambda: LCDDConfig(dual_lr=float("inf")), "LCDDConfig.dual_lr: expected a number, got inf"),
+        (lambda: GenerateConfig(prompt=("copy", " ")), "GenerateConfig.prompt: expected text in every prompt, got ' '"),
+        (lambda: EraserConfig(seed=2**64), "EraserConfig.seed: expected a value <= 1e"),
         (lambda: LCDDConfig(gate_kind="soft"), "expected one of hard_concrete, heaviside_ste, got 'soft'"),
         (lambda: LCDDConfig(loss_ema_beta=1.0), "LCDDConfig.loss_ema_beta: expected a value < 1"),
         (lambda: LCDDConfig(dual_lambda_init=0.0), "expected a value > 0, got 0.0"),
@@ -37,6 +40,7 @@ CLASSES = [
         (lambda: DataConfig(validation_fraction=0.6, test_fraction=0.4), r"validation_fraction \+ test_fraction < 1"),
         (lambda: EvalConfig(matched_norm_trigger="x"), "expected matched_norm_model_name_or_path beside it"),
         (lambda: PipelineConfig(sft=SFTConfig(output_dir="x")), r"PipelineConfig.sft.output_dir: expected nothing"),
+        (lambda: PipelineConfig(erase=EraserConfig(resume=True)), r"PipelineConfig.erase.resume: expected it off"),
     ],
 )
 def test_bad_values_name_field_expectation_and_value(make, message: str) -> None:

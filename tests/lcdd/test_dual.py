@@ -108,3 +108,16 @@ def test_state_round_trip_continues_identically():
     assert copy.state_dict() == dual.state_dict()
     with pytest.raises(ValueError, match="state: expected the keys"):
         copy.load_state_dict({"dual_lambda": 1.0})
+
+
+def test_extreme_settings_neither_overflow_nor_divide_by_zero():
+    eager = controller(lr=1e4)
+    for loss in (1.0, 1.0, 0.0, 0.0):
+        eager.update(loss)
+    assert eager.dual_lambda == eager.lambda_max
+    nothing = controller(loss_budget=0.0)
+    for loss in (0.0, 0.0, 0.0):  # a budget of nothing, met exactly
+        nothing.update(loss)
+    assert nothing.violation == 0.0
+    nothing.update(1.0)
+    assert nothing.violation == nothing.violation_clip

@@ -1,6 +1,7 @@
 """SFT-Eraser: its batched loss against the definition, and what optimising it does and leaves alone."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -353,8 +354,9 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(make_models, m
 
     whole, trigger = fit(tmp_path / "a")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoint-4", "checkpoint-8"]
-    for source in (tmp_path / "a", tmp_path / "a" / "checkpoint-4"):
-        resumed, again = fit(tmp_path / source.name, resume_from_checkpoint=str(source))
+    shutil.copytree(tmp_path / "a" / "checkpoint-4", tmp_path / "b" / "checkpoint-4")
+    for directory in (tmp_path / "a", tmp_path / "b", tmp_path / "none"):  # the last starts anew
+        resumed, again = fit(directory, resume=True)
         assert torch.equal(again.embeds, trigger.embeds)
         assert again.metadata["validation_loss_of_starts"] == trigger.metadata["validation_loss_of_starts"]
         assert resumed.history.steps == whole.history.steps
@@ -367,9 +369,9 @@ def test_resuming_another_run_or_a_damaged_one_is_refused(make_models, make_carr
     quick = {"max_steps": 3, "save_steps": 2}
     SFTEraser(base, carrier, tokenizer, config(**quick)).fit(ids[:4], ids[4:], checkpoints=tmp_path)
 
-    def resume(patch=carrier, prompts=ids[:4], source=tmp_path, **changes):
-        settings = config(**quick | changes, resume_from_checkpoint=str(source))
-        SFTEraser(base, patch, tokenizer, settings).fit(prompts, ids[4:])
+    def resume(patch=carrier, prompts=ids[:4], **changes):
+        settings = config(**quick | changes, resume=True)
+        SFTEraser(base, patch, tokenizer, settings).fit(prompts, ids[4:], checkpoints=tmp_path)
 
     resume(max_rows_per_forward=2)
     for name, arguments in {
@@ -377,13 +379,12 @@ def test_resuming_another_run_or_a_damaged_one_is_refused(make_models, make_carr
         "seed": {"seed": 1},
         "patch": {"patch": make_carrier(base, tuned, seed=5)},
         "prompts": {"prompts": ids[:3]},
-        "checkpoint-N": {"source": tmp_path / "nothing"},
     }.items():
-        with pytest.raises(ValueError, match=f"resume_from_checkpoint.*{name}"):
+        with pytest.raises(ValueError, match=f"resume.*{name}"):
             resume(**arguments)
     state = tmp_path / "checkpoint-2" / "state.safetensors"
     data = bytearray(state.read_bytes())
     data[-1] ^= 1
     state.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint.*state\.safetensors.*damaged"):
+    with pytest.raises(ValueError, match=r"resume.*state\.safetensors.*damaged"):
         resume()
