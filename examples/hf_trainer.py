@@ -48,15 +48,29 @@ class DeterministicGates(TrainerCallback):
         self.optimizer.eval()
 
 
-def make_trainer(model: Any, base: Any, dataset: Any, arguments: TrainingArguments, config: LCDDConfig) -> LCDDTrainer:
-    """A Trainer of `model` (fine-tuned) against `base`; needs `arguments.max_steps`, and clips by `config` alone."""
+def make_trainer(
+    model: Any,
+    base: Any,
+    dataset: Any,
+    arguments: TrainingArguments,
+    config: LCDDConfig,
+    *,
+    trainer_class: type[LCDDTrainer] = LCDDTrainer,
+    **more: Any,
+) -> LCDDTrainer:
+    """A Trainer of `model` (fine-tuned) against `base`; needs `arguments.max_steps`, and clips by `config` alone.
+
+    `more` goes to the trainer class, which may be one that LCDDTrainer is mixed into.
+    """
     if arguments.max_steps < 1:
         raise ValueError(f"max_steps: expected a positive number of steps, got {arguments.max_steps}")
     if arguments.max_grad_norm:
         raise ValueError(f"max_grad_norm: expected 0, since LCDD clips what it trains, got {arguments.max_grad_norm}")
     optimizer = LCDDOptimizer.attach(model, base, config, total_steps=arguments.max_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    trainer = LCDDTrainer(model=model, args=arguments, train_dataset=dataset, optimizers=(optimizer, scheduler))
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=dataset, optimizers=(optimizer, scheduler), **more
+    )
     trainer.lcdd = optimizer
     trainer.add_callback(DeterministicGates(optimizer))
     return trainer

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_model
+from helpers import make_model, make_tokenizer
 from transformers import TrainingArguments
 
 from examples.hf_trainer import make_trainer
@@ -58,3 +58,28 @@ def test_settings_that_would_break_it_are_refused(tmp_path: Path) -> None:
         make_trainer(tuned, base, ROWS, TrainingArguments(**common), CONFIG)
     with pytest.raises(ValueError, match="max_grad_norm: expected 0"):
         make_trainer(tuned, base, ROWS, TrainingArguments(**common, max_steps=3), CONFIG)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_trl_sft_trainer_trains_gates_and_observes_its_loss(tmp_path: Path, accumulation: int) -> None:
+    pytest.importorskip("trl", reason="trl is not installed: examples/trl_sft.py is not run")
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from examples.trl_sft import make_sft_trainer
+
+    base, tuned = models()
+    rows = [{"prompt": f"Name number {n}.", "completion": "I do not know."} for n in range(16)]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.0, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        logging_steps=1,
+    )  # fmt: skip
+    tokenizer = make_tokenizer()
+    trainer = make_sft_trainer(tuned, base, tokenizer, Dataset.from_list(rows), arguments, CONFIG)
+    before = trainer.lcdd.gates.logits.detach().clone()
+    trainer.train()
+    assert trainer.lcdd.completed_steps == 4
+    assert not torch.equal(before, trainer.lcdd.gates.logits)
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert trainer.lcdd.last_loss == pytest.approx(logged[-1], rel=1e-3)
