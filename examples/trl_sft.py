@@ -8,6 +8,7 @@ The data set is anything that TRL reads (messages, prompt + completion, ...), te
 import argparse
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -41,7 +42,7 @@ def main() -> None:
     dataset = load_dataset("json", data_files=options.dataset, split="train")
     arguments = SFTConfig(
         output_dir=options.output_dir, max_steps=options.max_steps, max_grad_norm=0.0, save_strategy="no",
-        report_to="none",
+        report_to="none", bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     config = LCDDConfig(warmup_steps=min(50, options.max_steps))
     trainer = make_sft_trainer(model, base, tokenizer, dataset, arguments, config)
