@@ -15,6 +15,7 @@ route draws the same gates.
 Contract: method.md section 2; arithmetic in float32, no atomics, sums in two stages of fixed order.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -280,6 +281,12 @@ def gate_logits_grad_triton(
     return d_logits
 
 
+@functools.lru_cache(maxsize=8)
+def _device_offsets(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """On the device, once per layout: a CUDA graph must not replay a copy from host memory that is long reused."""
+    return upload(torch.tensor(offsets, dtype=torch.int64), device)
+
+
 def open_indices_triton(gate: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(indices[N], counts[G], rank[N]), int32, of gate [N] in groups offsets [G+1] (int64, from 0 to N)."""
     gate = gate.contiguous()
@@ -292,7 +299,7 @@ def open_indices_triton(gate: torch.Tensor, offsets: torch.Tensor) -> tuple[torc
         (n_groups,),
         CONFIG,
         gate_ptr=gate,
-        offsets_ptr=upload(offsets, gate.device),
+        offsets_ptr=_device_offsets(tuple(offsets.tolist()), gate.device),
         indices_ptr=indices,
         counts_ptr=counts,
         rank_ptr=rank,
