@@ -145,7 +145,7 @@ def cross_entropy_chunk_triton(logits: Tensor, labels: Tensor, losses: Tensor, *
         (n,),
         config,
         logits_ptr=logits,
-        labels_ptr=labels,
+        labels_ptr=labels.contiguous(),
         losses_ptr=losses,
         stride_row=logits.stride(0),
         V=vocab,
