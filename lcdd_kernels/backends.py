@@ -20,6 +20,7 @@ else reference.
 
 import importlib
 import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -160,6 +161,11 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
     key = (op, backend, str(device))
     with _lock:
         if key not in _verdicts:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{op}: its first use on {device} is inside a CUDA graph capture, where it cannot be compiled and "
+                    "tested; call it once before the capture"
+                )
             _verdicts[key] = _self_test(op, backend, device)
             if _verdicts[key] is not None:
                 warnings.warn(
@@ -175,12 +181,13 @@ def _self_test(op: str, backend: str, device: torch.device) -> str | None:
     from lcdd_kernels import testing  # imports this module
 
     failures: tuple[type[BaseException], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
-    failures += (LookupError, OSError, RuntimeError, TypeError, ValueError)
+    # SubprocessError: Triton calls a C compiler, which may be missing Python's headers
+    failures += (LookupError, OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError)
     if "triton.errors" in sys.modules:  # compilation errors and "out of resources" have a base class of their own
         failures += (sys.modules["triton.errors"].TritonError,)
     try:
-        # the first use may come from inside no_grad or inference_mode; the test differentiates
-        with torch.inference_mode(False), torch.enable_grad():
+        # the first use may come from inside no_grad, inference_mode or autocast; the test differentiates
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             testing.known_answer(op, backend, device)
     except failures as error:
         return f"its known-answer self-test failed ({type(error).__name__}: {str(error)[:500]})"

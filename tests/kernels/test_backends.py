@@ -121,7 +121,11 @@ def _crashing_gate_values(logits, **settings):
     raise RuntimeError("no such device function")
 
 
-@pytest.mark.parametrize("broken", [_wrong_gate_values, _crashing_gate_values])
+def _without_a_compiler(logits, *, kind, seed, step, training, offset=0):
+    raise subprocess.CalledProcessError(1, ["gcc"])
+
+
+@pytest.mark.parametrize("broken", [_wrong_gate_values, _crashing_gate_values, _without_a_compiler])
 def test_a_failed_self_test_disables_the_kernel_by_name(monkeypatch, broken) -> None:
     """A kernel with a relative error of 1e-4, or one that crashes: a loud warning, once, and the reference serves."""
     monkeypatch.setitem(backends._loaded, ("gate_values", "native"), broken)
@@ -136,6 +140,14 @@ def test_a_failed_self_test_disables_the_kernel_by_name(monkeypatch, broken) -> 
         lcdd_kernels.gate_values(logits, **settings)
     with use_backend("native"), pytest.raises(BackendUnavailable, match="self-test failed"):
         lcdd_kernels.gate_values(logits, **settings)
+
+
+def test_a_first_use_inside_a_cuda_graph_capture_is_an_error_and_disables_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setitem(backends._loaded, ("gate_values", "triton"), _wrong_gate_values)
+    with pytest.raises(RuntimeError, match="gate_values: its first use on cuda:0 is inside a CUDA graph capture"):
+        backends._obstacle("gate_values", "triton", torch.device("cuda", 0), torch.float32)
+    assert not backends._verdicts
 
 
 def test_an_unwritten_output_fails_the_self_test(monkeypatch) -> None:
