@@ -243,7 +243,7 @@ def rounds(
     labels = list(workloads)
     times: dict[str, list[float]] = {label: [] for label in labels}
     start = time.perf_counter()
-    for turn in range(MAX_ROUNDS):
+    for turn in range(MAX_ROUNDS if labels else 0):  # none: no lane fitted into memory
         if turn >= min_rounds and time.perf_counter() - start >= budget_s:
             break
         for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:

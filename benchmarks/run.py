@@ -10,6 +10,7 @@ code is 1. Records are written after every case, so a run that is cut short keep
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import subprocess
@@ -26,8 +27,14 @@ from benchmarks.cases import Place, suite
 from benchmarks.harness import Case, Check, Clock, Lane, Roof, Sample, Workload
 
 # What a case may die of without taking the rest of the run with it.
-CASE_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
-               TypeError, ValueError)  # fmt: skip
+CASE_ERRORS: tuple[type[BaseException], ...] = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, subprocess.SubprocessError,
+)  # fmt: skip
+with contextlib.suppress(ImportError):  # compilation errors and "out of resources" have a base class of their own
+    from triton.errors import TritonError
+
+    CASE_ERRORS += (TritonError,)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,16 +98,16 @@ class Runner:
             print(f"\n{case.name}: {plot._words(case.params)}", flush=True)
             try:
                 rows = self.measure(case)
+                if rows:
+                    records.save(self.file, rows)
+                    if self.arguments.results == records.RESULTS:
+                        plot.refresh()
             except CASE_ERRORS:
                 traceback.print_exc()
                 self.failed.append(f"{case.name}: {sys.exc_info()[1]}")
                 continue
             finally:
                 self.release()
-            if rows:
-                records.save(self.file, rows)
-                if self.arguments.results == records.RESULTS:
-                    plot.refresh()
         if left:
             print(f"\ntime limit reached; not run: {', '.join(left)}")
         if self.failed:

@@ -175,7 +175,8 @@ class UnfusedLCDD:
         for name, (rows, cols) in positions.items():
             linear: Any = model.get_submodule(name)
             fixed_linear: Any = base.get_submodule(name)
-            mask = DeltaMask(fixed_linear.weight, self.gates, rows, cols)
+            # positions on θ's device, or every access to a weight would wait for a copy of them
+            mask = DeltaMask(fixed_linear.weight, self.gates, rows.to(logits.device), cols.to(logits.device))
             with torch.no_grad():
                 parametrize.register_parametrization(linear, "weight", mask)
             delta = linear.parametrizations.weight.original

@@ -70,6 +70,7 @@ def test_warm_up_runs_are_not_counted_and_inputs_are_fresh():
     times = rounds({"a": lane}, Steps(), budget_s=0.0, min_rounds=4, warmup_s=1e-9)
     assert len(times["a"]) == 4
     assert len(drawn) >= 5
+    assert rounds({}, Steps(), budget_s=0.0) == {}  # no lane fitted into memory
 
 
 def test_cpu_clock_repeats_what_is_short():
