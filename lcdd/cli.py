@@ -9,6 +9,7 @@ is exit code 143.
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ COMMANDS: dict[str, Command] = {
         run=_plan,
     ),
 }
+SEVERAL_RANKS = ("sft", "train")
+"""Commands that torchrun may start on several ranks; of any other, every rank would write the same files."""
 RUN_HELP = "all stages on one checkpoint directory, as a YAML file says"
 KERNELS_HELP = "which backend serves each kernel here, and whether it passes its self-test"
 
@@ -166,6 +169,8 @@ def _execute(arguments: argparse.Namespace) -> Any:
         if "output_dir" in arguments:
             values["output_dir"] = arguments.output_dir
         return pipeline.run(from_mapping(PipelineConfig, values, where=arguments.pipeline))
+    if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
+        raise ValueError("expected one process, got torchrun's several, which only sft and train share their work over")
     command = COMMANDS[arguments.command]
     return command.run(*from_flags(arguments, *command.configs))
 

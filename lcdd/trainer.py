@@ -196,7 +196,7 @@ def _fit(
     last = checkpoints.last if checkpoints is not None else (lambda: "no checkpoints were asked for")
     run_loss = Replicated(_SummedLoss(model, teacher))
     bar = tqdm(total=steps, initial=done, desc=log.stage, unit="step", disable=not progress or shards.rank() > 0)
-    with termination(listen=checkpoints is not None) as terminated:
+    with bar, termination(listen=checkpoints is not None) as terminated:
         batches = itertools.islice(step_batches(items, config, steps), done, None)
         for step, micro_batches in enumerate(batches, start=done + 1):
             tokens = sum(response_tokens(micro) for micro in micro_batches)
@@ -258,7 +258,6 @@ def _fit(
                 write_checkpoint(step)
                 if save is not None:
                     save(step)
-    bar.close()
     if config.gradient_checkpointing:
         _switch_checkpointing(model, on=False)
     model.eval()

@@ -87,6 +87,14 @@ def test_unknown_commands_abbreviations_and_types_are_usage_errors(argv: list[st
     assert "--help" in error
 
 
+def test_torchrun_is_for_training(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(pipeline, "sft", lambda *_: StageResult(written=(), next_step=""))
+    assert cli.main(["sft", *REQUIRED]) == 0
+    assert cli.main(["report", "--output_dir", "o"]) == 2
+    assert capsys.readouterr().err.startswith("lcdd report: expected one process")
+
+
 def test_out_of_memory_is_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr(pipeline, "sft", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("20 GiB")))
     assert cli.main(["sft", *REQUIRED]) == 1
