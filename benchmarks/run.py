@@ -107,6 +107,7 @@ class Runner:
                 self.failed.append(f"{case.name}: {sys.exc_info()[1]}")
                 continue
             finally:
+                torch.compiler.reset()  # one case's compiled shapes count against the next one's limit of them
                 self.release()
         if left:
             print(f"\ntime limit reached; not run: {', '.join(left)}")

@@ -80,7 +80,9 @@ class Unfused:
         n = problem.rows + problem.cols
         rows, cols = torch.arange(problem.rows), torch.arange(problem.rows, n)
         mask = DeltaMask(problem.base, self.gates, rows.to(problem.device), cols.to(problem.device))
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(mask, backend=backend) if backend else mask
+        self.forward: Callable[[Tensor], Tensor] = mask
+        if backend:  # not dynamic: the gate's small matrix must not make the timed one a kernel for any shape
+            self.forward = torch.compile(mask, backend=backend, dynamic=False)
         self.optimizer = None
         if optimizer:
             betas = (ADAMW["beta1"], ADAMW["beta2"])
