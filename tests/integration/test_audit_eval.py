@@ -4,6 +4,7 @@ The models are small and random: what is tested is that every control is trained
 """
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -123,6 +124,18 @@ def test_a_part_alone_by_the_command_line(run, tmp_path, capsys):
     assert f"wrote {tmp_path / 'a' / 'report.json'}" in printed
     assert main(["report", "--output_dir", str(tmp_path / "a")]) == 0
     assert "NOT MEASURED: KL matters" in capsys.readouterr().out
+
+
+def test_a_control_that_cannot_prune_does_not_end_the_audit(run, tmp_path):
+    shutil.copytree(run[2] / "train", tmp_path / "train")
+    summary = tmp_path / "train" / "summary.json"
+    content = json.loads(summary.read_text())
+    content["config"] |= {"early_stop_patience": 1, "dual_lr": 0.0, "loss_budget": 10.0}
+    summary.write_text(json.dumps(content))
+    settings = {"output_dir": tmp_path / "a", "num_prompts": 3, "max_new_tokens": 4, "test_fraction": 0.2}
+    given = paths(run) | settings | {"carrier": tmp_path / "train" / "carrier"}
+    assert main(["audit", *flags(given), "--parts", "sufficiency"]) == 0
+    assert "random_mask" in read_report(tmp_path / "a")["audit"]["states"]
 
 
 def test_an_audit_needs_the_settings_of_the_run(run, tmp_path, capsys):
