@@ -17,7 +17,7 @@ demo: $(VENV)/.ready
 	$(BIN)/lcdd demo --output_dir $(OUTPUT)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -25,7 +25,7 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run --effort 0.5
 
 gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.run --device cuda
