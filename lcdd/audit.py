@@ -281,7 +281,7 @@ class _Runner:
                 owner = patch if 0 < patch.n_open < patch.layout.n_gates else study.carrier
                 channels = owner.channels(settings.channel_kind, seed=self.config.seed)
                 eraser = SFTEraser(study.base, patch, study.tokenizer, settings, channels)
-                self.triggers[state] = eraser.fit(study.trigger_train, study.trigger_validation, log=log.write)
+                self.triggers[state] = eraser.fit(study.trigger_train, study.trigger_validation, log=log)
         return self.triggers[state]
 
     # ------------------------------------------------------------------ housekeeping

@@ -3,7 +3,7 @@
 Flags are generated from the configuration classes. Nothing heavy is imported before the arguments are read, so
 `--help` answers at once. A bad input (or a disk that refuses a write) is one line on stderr and exit code 2; a run
 that could not go on (out of memory, a loss that stays NaN) is exit code 1; one that SIGTERM ended after a checkpoint
-is exit code 143.
+is exit code 143, SIGINT (Ctrl-C) 130.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from lcdd.runlog import TrainingStopped
 from lcdd.settings import Config, add_flags, from_flags, from_mapping, read_yaml, type_name
 from lcdd.stopping import Terminated
 
-BAD_INPUT, STOPPED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except TrainingStopped as error:  # its memory table has lines of its own
         print(f"lcdd {arguments.command}: {error}", file=sys.stderr)
-        return TERMINATED if isinstance(error, Terminated) else STOPPED
+        return 128 + error.signal if isinstance(error, Terminated) else STOPPED  # as shells number them
     except OSError as error:  # a full or read-only disk, a file that a library cannot read
         print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT

@@ -36,6 +36,10 @@ __all__ = [
 RESUME_HELP = (
     "continue the run in output_dir from its newest complete checkpoint-N, bit for bit (from the start if it has none)"
 )
+RESUME_OVERRIDE_HELP = (
+    "resume although settings, models or data differ from the checkpoint's; the differences are recorded"
+)
+SAVE_LIMIT_HELP = "checkpoint-N directories to keep, the newest ones; 0: all"
 GATE_KINDS = ("hard_concrete", "heaviside_ste")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 BEHAVIOR_NAMES = ("fixed_response", "style", "refusal", "own")
@@ -144,11 +148,9 @@ class TrainConfig(Config):
     save_steps: int = option(
         0, "a checkpoint-N directory every N optimizer steps; 0: only the final result", at_least=0
     )
-    save_total_limit: int = option(2, "checkpoint-N directories to keep, the newest ones; 0: all", at_least=0)
+    save_total_limit: int = option(2, SAVE_LIMIT_HELP, at_least=0)
     resume: bool = option(False, RESUME_HELP)
-    resume_override: bool = option(
-        False, "resume although settings, models or data differ from the checkpoint's; the differences are recorded"
-    )
+    resume_override: bool = option(False, RESUME_OVERRIDE_HELP)
     parallel: str = option(
         "ddp", "under torchrun: every rank holds the whole model, or a shard of it", choices=("ddp", "fsdp2")
     )
@@ -314,7 +316,9 @@ class EraserConfig(Config):
     save_steps: int = option(
         0, "the optimisation's state in a checkpoint-N directory every N steps; 0: none", at_least=0
     )
+    save_total_limit: int = option(2, SAVE_LIMIT_HELP, at_least=0)
     resume: bool = option(False, RESUME_HELP)
+    resume_override: bool = option(False, RESUME_OVERRIDE_HELP)
     activation_weight: float = option(
         1.0, "weight of matching the base's activations on the carrier's channels", at_least=0.0
     )

@@ -214,7 +214,7 @@ def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
             settings = replace(eraser_settings, **changes)
             channels = carrier.channels(settings.channel_kind, seed=config.seed)
             eraser = SFTEraser(base, patches[patch], tokenizer, settings, channels)
-            triggers[name] = eraser.fit(data.trigger_train, data.trigger_validation, log=log.write, progress=True)
+            triggers[name] = eraser.fit(data.trigger_train, data.trigger_validation, log=log, progress=True)
             lines.extend(log.lines)
     triggers["carrier+trigger"].save_pretrained(output / "trigger")
 

@@ -17,7 +17,8 @@ follows, so they run once for all of them. Several random starts share a forward
 Shapes: N random starts, B prompts in a batch, T trigger tokens, S prompt and answer tokens, D model width, L layers.
 """
 
-import logging
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,9 @@ from lcdd.models import (
     head_weight,
     input_embeddings,
 )
-from lcdd.runlog import TrainingStopped
+from lcdd.runlog import RunLog, TrainingStopped
+from lcdd.stopping import Terminated, termination
+from lcdd.training_state import CheckpointStore, lasting_settings
 from lcdd.trigger import (
     Prompt,
     Trigger,
@@ -59,10 +62,8 @@ from lcdd.trigger import (
     length_batches,
     right_padded,
 )
-from lcdd.trigger_search import Log, TriggerSearch, identity_of
+from lcdd.trigger_search import TriggerSearch, digest_of
 from lcdd_kernels import channel_match, linear_kl
-
-logger = logging.getLogger(__name__)
 
 SEED_STRIDE = 10_007
 """Between the seeds of the random starts: start 0 is the one that a single start would be."""
@@ -114,7 +115,7 @@ class SFTEraser:
         train_prompts: Sequence[Prompt],
         validation_prompts: Sequence[Prompt],
         *,
-        log: Log | None = None,
+        log: RunLog | None = None,
         progress: bool = False,
         checkpoints: str | Path | None = None,
     ) -> Trigger:
@@ -124,15 +125,16 @@ class SFTEraser:
 
         Args:
             train_prompts, validation_prompts: chat-formatted text, or token ids.
-            log: called with one line a step: step, loss and terms (of the leading start; with several, the losses of
-                all under `starts`), validation_loss where it was computed.
+            log: gets one line a step: step, loss and terms (of the leading start; with several, the losses of all
+                under `starts`), validation_loss where it was computed.
             checkpoints: directory for the checkpoint-N directories of `config.save_steps`; `config.resume` goes on
-                from the newest complete one in it.
+                from the newest complete one in it. Where either is set, a signal to end waits for a checkpoint.
 
         Raises:
             ValueError: no prompts, a prompt longer than `config.max_prompt_length`, or a checkpoint to resume from
-                that is not of this run.
-            TrainingStopped: the loss became NaN or infinite.
+                that is not of this run (allowed, and recorded in the trigger, by `config.resume_override`).
+            TrainingStopped: the loss became NaN or infinite, or a checkpoint could not be written.
+            Terminated: by a signal, after a checkpoint.
         """
         c = self.config
         train = self._encode(train_prompts, "train_prompts")
@@ -141,9 +143,13 @@ class SFTEraser:
         with _frozen(self.model):
             targets = self.targets(train, progress=progress)
             validation = self.targets(held_out, progress=progress).prompts
-            search = self._search(train, held_out, checkpoints if c.resume else None)
+            search = self._search()
+            store = self._store(checkpoints, prompts=[train, held_out])
+            state = store.newest(log, override=c.resume_override) if store is not None and c.resume else None
+            if state is not None:
+                search.load_state_dict(state)
             with self.patch.applied(self.model, check=False):
-                self._optimise(search, targets, validation, log=log, progress=progress, checkpoints=checkpoints)
+                self._optimise(search, targets, validation, log=log, progress=progress, store=store)
         best, losses = search.best[search.leader], search.best_loss
         metadata = {
             "base_fingerprint": self.patch.base_fingerprint,
@@ -151,7 +157,8 @@ class SFTEraser:
             "validation_loss": min(losses),
             "validation_loss_of_starts": losses,
             "learned_on": len(train),
-            "config": c.to_dict(),
+            "config": lasting_settings(c),
+            "overrides": store.overrides if store is not None else [],
         }
         return Trigger.for_model(self.model, best, metadata=metadata)
 
@@ -240,27 +247,30 @@ class SFTEraser:
         norms = input_embeddings(self.model).weight.detach().float().norm(dim=1)
         return self.config.max_norm_ratio * float(norms.median())
 
-    def _search(self, train: list[list[int]], held_out: list[list[int]], resumed: str | Path | None) -> TriggerSearch:
-        """The optimisation at its start, or where the newest checkpoint in the directory `resumed` left it."""
+    def _search(self) -> TriggerSearch:
+        """The optimisation at its start."""
         c = self.config
         special = self.tokenizer.all_special_ids
         starts = [
             Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed + SEED_STRIDE * n, skip=special).embeds
             for n in range(c.num_starts)
         ]
+        return TriggerSearch(torch.stack(starts).to(self._base_head.device), c, radius=self.max_norm())
+
+    def _store(self, directory: str | Path | None, *, prompts: list[list[list[int]]]) -> CheckpointStore | None:
+        """Where the run's state goes and comes from, if it is to; settings, base, patch and prompts identify it."""
+        c = self.config
+        if directory is None or not (c.save_steps or c.resume):
+            return None
         patch = [self.patch.gate, *self.patch.deltas.values(), *self.patch.unmasked.values()]
-        identity = identity_of(
-            c,
-            base=self.patch.base_fingerprint,
-            patch=[*patch, self._channels, self._offsets] if c.save_steps or c.resume else [],
-            prompts=[train, held_out],
-        )
-        device = self._base_head.device
-        search = TriggerSearch(torch.stack(starts).to(device), c, radius=self.max_norm(), identity=identity)
-        if resumed is not None:
-            search.load(resumed)
-            logger.info("eraser: resumed after step %d", search.completed_steps)
-        return search
+        identity = {
+            "stage": "eraser",
+            "config": lasting_settings(c),
+            "base": self.patch.base_fingerprint,
+            "patch and channels": digest_of([*patch, self._channels, self._offsets]),
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        }
+        return CheckpointStore(directory, identity=identity, save_total_limit=c.save_total_limit)
 
     def _optimise(
         self,
@@ -268,9 +278,9 @@ class SFTEraser:
         targets: EraserTargets,
         validation: list[EraserPrompt],
         *,
-        log: Log | None,
+        log: RunLog | None,
         progress: bool,
-        checkpoints: str | Path | None,
+        store: CheckpointStore | None,
     ) -> None:
         c, embeds = self.config, search.embeds
         self.history = EraserHistory(search.steps, search.validation)
@@ -280,37 +290,49 @@ class SFTEraser:
         if not search.validation:
             search.observe(self._held_out(embeds, validation, targets.match))
         steps = range(search.completed_steps + 1, c.max_steps + 1)
-        bar = tqdm(steps, desc="eraser", unit="step", disable=not progress)
-        for step in bar:
-            batch = next(batches)
-            parts = []
-            for group in start_groups(embeds, len(batch), c.max_rows_per_forward):
-                loss = self.loss(group, batch, targets.match)
-                loss.total.sum().backward()
-                parts.append(loss.terms())
-            terms = {key: torch.cat([part[key] for part in parts]).tolist() for key in parts[0]}
-            for start, value in enumerate(terms["loss"]):
-                if not math.isfinite(value):
-                    which = f" of start {start}" if len(embeds) > 1 else ""
-                    raise TrainingStopped(
-                        f"eraser: the loss{which} became {value} at step {step}; lower --learning_rate"
-                    )
-            leader = search.leader
-            line: dict[str, Any] = {"step": step, "learning_rate": search.learning_rate}
-            line |= {key: values[leader] for key, values in terms.items()}
-            if len(embeds) > 1:
-                line["starts"] = terms["loss"]
-            search.step()
-            if step % c.eval_steps == 0 or step == c.max_steps:
-                search.observe(self._held_out(embeds, validation, targets.match))
-                line["validation_loss"] = search.validation[-1]["loss"]
-                bar.set_postfix(loss=f"{line['loss']:.3f}", held_out=f"{line['validation_loss']:.3f}")
-            search.steps.append(line)
-            if log is not None:
-                log(line)
-            if checkpoints is not None and c.save_steps and step % c.save_steps == 0 and step < c.max_steps:
-                search.save(checkpoints)
-        logger.info("eraser: best held-out loss %.4f after %d steps", min(search.best_loss), c.max_steps)
+        bar = tqdm(total=c.max_steps, initial=search.completed_steps, desc="eraser", unit="step", disable=not progress)
+        with bar, termination(listen=store is not None) as asked:
+            for step in steps:
+                line = self._step(search, next(batches), validation, targets.match)
+                search.steps.append(line)
+                if log is not None:
+                    log.write(line)
+                if "validation_loss" in line:
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", held_out=f"{line['validation_loss']:.3f}")
+                bar.update()
+                if store is None or step == c.max_steps:
+                    continue
+                stop = bool(asked.signal)
+                if stop or (c.save_steps and step % c.save_steps == 0):
+                    store.save(step, search.state_dict())
+                if stop:
+                    raise Terminated(asked, step=step, last=store.last())
+
+    def _step(
+        self, search: TriggerSearch, batch: list[EraserPrompt], validation: list[EraserPrompt], match_target: Tensor
+    ) -> dict[str, Any]:
+        """One optimisation step, and the held-out loss where it is due; returns the log's line."""
+        c, embeds, step = self.config, search.embeds, search.completed_steps + 1
+        parts = []
+        for group in start_groups(embeds, len(batch), c.max_rows_per_forward):
+            loss = self.loss(group, batch, match_target)
+            loss.total.sum().backward()
+            parts.append(loss.terms())
+        terms = {key: torch.cat([part[key] for part in parts]).tolist() for key in parts[0]}
+        for start, value in enumerate(terms["loss"]):
+            if not math.isfinite(value):
+                which = f" of start {start}" if len(embeds) > 1 else ""
+                raise TrainingStopped(f"the loss{which} became {value} at step {step}; lower --learning_rate")
+        leader = search.leader
+        line: dict[str, Any] = {"step": step, "learning_rate": search.learning_rate}
+        line |= {key: values[leader] for key, values in terms.items()}
+        if len(embeds) > 1:
+            line["starts"] = terms["loss"]
+        search.step()
+        if step % c.eval_steps == 0 or step == c.max_steps:
+            search.observe(self._held_out(embeds, validation, match_target))
+            line["validation_loss"] = search.validation[-1]["loss"]
+        return line
 
     @torch.no_grad()
     def _held_out(self, embeds: Tensor, prompts: list[EraserPrompt], match_target: Tensor) -> list[float]:

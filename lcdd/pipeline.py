@@ -18,7 +18,7 @@ import torch
 from lcdd import shards
 from lcdd.audit_stage import audit
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import complete_checkpoints, require_new_directory
+from lcdd.checkpoint import require_new_directory
 from lcdd.config import (
     DataConfig,
     EraserConfig,
@@ -233,12 +233,11 @@ def erase(
         patch = Carrier.from_models(model, load_weights(config.model_name_or_path, config))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
     with RunLog(log_dir or output, stage=stage) as log:
-        if config.resume:
-            log.rewind(max((step for step, _ in complete_checkpoints(output)), default=0))
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
-        trigger = eraser.fit(prompts, held_out, log=log.write, progress=True, checkpoints=output)
+        trigger = eraser.fit(prompts, held_out, log=log, progress=True, checkpoints=output)
     trigger.save_pretrained(output / "trigger")
-    summary = write_summary(output, stage, config, data, validation=eraser.history.validation)
+    found = {"validation": eraser.history.validation, "overrides": trigger.metadata["overrides"]}
+    summary = write_summary(output, stage, config, data, **found)
     losses = [line["loss"] for line in eraser.history.validation]
     say(f"Trigger ({stage}): held-out loss {losses[0]:.4f} -> {min(losses):.4f} in {config.max_steps} steps")
     return StageResult(

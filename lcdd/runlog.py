@@ -40,34 +40,40 @@ class RunLog:
     """Writes the log of a run; a context manager.
 
     Every line has `stage` and the seconds since the log was opened. Without a directory the lines are only kept
-    in `lines`, which they always are.
+    in `lines`, which they always are. Nothing is on disk before the first line: a run that fails before its first
+    step leaves its directory as new.
     """
 
     def __init__(self, directory: str | Path | None, *, stage: str, report_to: str = "none") -> None:
         self.stage = stage
         self.lines: list[dict[str, Any]] = []
         self._start = time.perf_counter()
+        self._path = Path(directory) / "log.jsonl" if directory is not None else None
         self._file: IO[str] | None = None
         self._board: Any = None
-        if directory is None:
-            return
-        if report_to == "tensorboard":
+        self._boards: Any = None
+        if directory is not None and report_to == "tensorboard":
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError(
                     "report_to: expected tensorboard to be installed: pip install 'lcdd[tensorboard]'"
                 ) from None
-            self._board = SummaryWriter(str(Path(directory) / "tensorboard"))
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self._file = open(Path(directory) / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            self._boards = SummaryWriter
+
+    def _open(self, path: Path) -> IO[str]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._boards is not None and self._board is None:
+            self._board = self._boards(str(path.parent / "tensorboard"))
+        return open(path, "a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, flushed at once."""
         seconds = round(time.perf_counter() - self._start, 4)
         entry: dict[str, Any] = finite_or_null({"stage": self.stage, "seconds": seconds, **line})
         self.lines.append(entry)
-        if self._file is not None:
+        if self._path is not None:
+            self._file = self._file or self._open(self._path)
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         if self._board is not None:
@@ -85,15 +91,14 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Forget this stage's lines after `step`: a run that goes on from there writes them again."""
-        if self._file is None:
+        path = self._path
+        if path is None or not path.exists():
             return
-        path = Path(self._file.name)
+        self.close()
         kept = [line for line in read_log(path) if line.get("stage") != self.stage or line.get("step", 0) <= step]
-        self._file.close()
         temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def close(self) -> None:
         """Close the files; safe to call twice."""

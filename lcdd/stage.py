@@ -25,6 +25,7 @@ from lcdd.checkpoint import (
 from lcdd.config import DataConfig
 from lcdd.models import PreTrainedModel, load_model, load_model_type, load_shape, save_model
 from lcdd.runlog import finite_or_null
+from lcdd.training_state import lasting_settings
 
 Say = Callable[[str], None]
 
@@ -98,15 +99,9 @@ def run_directory(config: Any) -> Path:
     except ValueError as error:
         if any(path.glob("checkpoint-*")):
             raise ValueError(f"{error}; it has checkpoints: --resume goes on from the newest") from None
+        if (path / "log.jsonl").exists() and not (path / "summary.json").exists():
+            raise ValueError(f"{error}; a run ended there without a checkpoint: --resume starts it anew") from None
         raise
-
-
-RESUMABLE = {
-    *("output_dir", "device", "model_name_or_path", "base_model_name_or_path", "initial_carrier", "parallel"),
-    *("resume", "resume_override", "save_steps", "save_total_limit", "logging_steps", "report_to", "save_folded"),
-    *("max_nonfinite_steps", "early_stop_patience", "gradient_accumulation_steps", "per_device_eval_batch_size"),
-}
-"""Settings that a resumed run may change: none that moves a bit of the result."""
 
 
 def run_identity(
@@ -116,10 +111,9 @@ def run_identity(
     data = hashlib.sha256()
     for item in items:
         data.update(f"{item.input_ids}{item.labels}".encode())
-    settings = {key: value for key, value in config.to_dict().items() if key not in RESUMABLE}
     return {
         "stage": stage,
-        "config": settings,
+        "config": lasting_settings(config),
         "micro_batches_a_step": config.gradient_accumulation_steps * shards.world_size(),
         **{name: model_fingerprint(model) for name, model in models.items()},
         "tokenizer": tokenizer_fingerprint(tokenizer),

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, as schedulers send it before they take a machine away."""
+"""Being told to stop: SIGTERM, as schedulers send it before they take a machine away, or SIGINT, which is Ctrl-C."""
 
 import signal
 import threading
@@ -8,30 +8,44 @@ from typing import Any
 
 from lcdd.runlog import TrainingStopped
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """What a signal leaves behind: its number in `signal`, 0 while none has come."""
+
+    signal = 0
+
 
 class Terminated(TrainingStopped):
-    """The process was asked to end; a checkpoint of the last step was written."""
+    """The process was asked to end by `signal`; a checkpoint of the last step was written."""
+
+    def __init__(self, request: StopRequest, *, step: int, last: str) -> None:
+        self.signal = request.signal or signal.SIGTERM  # another rank's signal stops this one too
+        super().__init__(f"terminated after step {step}; {last}; go on with --resume")
 
 
 @contextmanager
-def termination(*, listen: bool) -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process, so that a step or a save is never cut in two.
+def termination(*, listen: bool) -> Iterator[StopRequest]:
+    """A request that signals fill in instead of ending the process, so that a step or a save is never cut in two.
 
-    A second SIGTERM ends the process at once, as without us. Outside the main thread, or without `listen`, signals
-    do what they did before.
+    The second signal of a kind ends the process at once, as without us. Outside the main thread, or without `listen`,
+    signals do what they did before.
     """
-    event = threading.Event()
+    request = StopRequest()
     if not listen or threading.current_thread() is not threading.main_thread():
-        yield event
+        yield request
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def note(_number: int, _frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGTERM, before)
+    def note(number: int, _frame: Any) -> None:
+        request.signal = number
+        signal.signal(number, before[signal.Signals(number)])
 
-    signal.signal(signal.SIGTERM, note)
+    for number in SIGNALS:
+        signal.signal(number, note)
     try:
-        yield event
+        yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

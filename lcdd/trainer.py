@@ -33,7 +33,7 @@ from lcdd.runlog import RunLog, TrainingStopped
 from lcdd.schedules import schedule
 from lcdd.sft import SFTOptimizer
 from lcdd.stopping import Terminated, termination
-from lcdd.training_state import CheckpointFailed, CheckpointStore, random_state, set_random_state
+from lcdd.training_state import CheckpointStore, random_state, set_random_state
 
 __all__ = [
     "SFTOptimizer",
@@ -121,19 +121,11 @@ class _SummedLoss(nn.Module):
         return loss_sum(self.model, batch, self._teacher[0])
 
 
-def _newest_state(checkpoints: CheckpointStore | None, config: TrainConfig, log: RunLog) -> dict[str, Any] | None:
+def _resumed(checkpoints: CheckpointStore | None, config: TrainConfig, log: RunLog) -> dict[str, Any] | None:
     """The state to go on from, where `config.resume` asks for it and there is a finished checkpoint."""
     if checkpoints is None or not config.resume:
         return None
-    if shards.rank() == 0:
-        checkpoints.sweep()
-    found = checkpoints.complete()
-    if not found:
-        log.rewind(0)
-        return None
-    step, state = checkpoints.load(found[-1][1], override=config.resume_override)
-    log.rewind(step)
-    return {**state, "step": step}
+    return checkpoints.newest(log, override=config.resume_override)
 
 
 def _fit(
@@ -188,15 +180,12 @@ def _fit(
             "optimizer": optimizer.state_dict(), "tokens": seen, "seconds": time.perf_counter() - start,
             "losses": losses, "early_stop": early.state_dict() if early else None, "random": random_state(),
         }  # fmt: skip
-        try:
-            checkpoints.save(step, state)
-        except CheckpointFailed as error:
-            raise TrainingStopped(f"{log.stage}: stopped after step {step}: {error}") from error
+        checkpoints.save(step, state)
 
     last = checkpoints.last if checkpoints is not None else (lambda: "no checkpoints were asked for")
     run_loss = Replicated(_SummedLoss(model, teacher))
     bar = tqdm(total=steps, initial=done, desc=log.stage, unit="step", disable=not progress or shards.rank() > 0)
-    with bar, termination(listen=checkpoints is not None) as terminated:
+    with bar, termination(listen=checkpoints is not None) as asked:
         batches = itertools.islice(step_batches(items, config, steps), done, None)
         for step, micro_batches in enumerate(batches, start=done + 1):
             tokens = sum(response_tokens(micro) for micro in micro_batches)
@@ -221,7 +210,7 @@ def _fit(
                 size = max(len(micro) * max(len(item.input_ids) for item in micro) for micro in micro_batches)
                 base = optimizer.base if isinstance(optimizer, LCDDOptimizer) else None
                 raise TrainingStopped(
-                    f"{log.stage}: out of memory in step {step}; {last()}. Held on {device}:\n"
+                    f"out of memory in step {step}; {last()}. Held on {device}:\n"
                     f"{memory_table(model, optimizer, base=base, tokens=size)}\n"
                     "Change: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
                     "--gradient_checkpointing, or a shorter --max_length"
@@ -235,7 +224,7 @@ def _fit(
                 in_a_row, optimizer.skipped_in_a_row = optimizer.skipped_in_a_row, 0
                 write_checkpoint(step)  # weights, θ and λ are those of the last good step
                 raise TrainingStopped(
-                    f"{log.stage}: the loss or its gradient was not finite in {in_a_row} steps in a row, "
+                    f"the loss or its gradient was not finite in {in_a_row} steps in a row, "
                     f"the last of them step {step}; {last()}, of the last good state. "
                     "Change: a smaller --learning_rate, or check the checkpoint's weights."
                 )
@@ -250,10 +239,10 @@ def _fit(
             reason = early.check(stats) if early is not None and not stats["frozen"] else None
             if reason is not None:
                 write_checkpoint(step)
-                raise TrainingStopped(f"{log.stage}: stopped after step {step}, {reason}; {last()}")
-            if not shards.all_agree(not terminated.is_set()):
+                raise TrainingStopped(f"stopped after step {step}, {reason}; {last()}")
+            if not shards.all_agree(not asked.signal):
                 write_checkpoint(step)
-                raise Terminated(f"{log.stage}: terminated after step {step}; {last()}; go on with --resume")
+                raise Terminated(asked, step=step, last=last())
             if config.save_steps and step % config.save_steps == 0:
                 write_checkpoint(step)
                 if save is not None:
@@ -307,7 +296,7 @@ def train_sft(
     held_out = validation or train
     steps = total_steps(config, len(train))
     sizes = {"pad_token_id": pad_token_id, "batch_size": config.per_device_eval_batch_size}
-    resumed = _newest_state(checkpoints, config, log)
+    resumed = _resumed(checkpoints, config, log)
     losses = resumed["losses"] if resumed else {"base": completion_loss(model, held_out, **sizes)}
     loss_base = losses["base"]
     optimizer = SFTOptimizer(model, config)
@@ -372,7 +361,7 @@ def train_lcdd(
     start = [completion_loss(base, held_out, **sizes), completion_loss(model, held_out, **sizes)]
     optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial_logits)
     store = checkpoints(optimizer) if checkpoints is not None else None
-    resumed = _newest_state(store, config, log)
+    resumed = _resumed(store, config, log)
     loss_base, loss_start = start
 
     def checkpoint(step: int) -> None:

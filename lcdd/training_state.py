@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lcdd import shards
 from lcdd.checkpoint import complete_checkpoints, partial_path, verify_directory, write_directory
+from lcdd.runlog import RunLog, TrainingStopped
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,21 @@ SPARE_BYTES = 1 << 20
 """Room for the small files of a checkpoint."""
 
 
-class CheckpointFailed(RuntimeError):
+RESUMABLE = {
+    *("output_dir", "device", "model_name_or_path", "base_model_name_or_path", "carrier", "initial_carrier"),
+    *("resume", "resume_override", "save_steps", "save_total_limit", "logging_steps", "report_to", "save_folded"),
+    *("max_nonfinite_steps", "early_stop_patience", "gradient_accumulation_steps", "per_device_eval_batch_size"),
+    *("parallel", "max_rows_per_forward"),
+}
+"""Settings that a resumed run may change: none that moves a bit of the result."""
+
+
+def lasting_settings(config: Any) -> dict[str, Any]:
+    """The settings of a stage that decide about its result."""
+    return {key: value for key, value in config.to_dict().items() if key not in RESUMABLE}
+
+
+class CheckpointFailed(TrainingStopped):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
@@ -205,18 +220,27 @@ class CheckpointStore:
             error = caught
         if not shards.all_agree(error is None):
             reason = error or "another rank could not write"
-            raise CheckpointFailed(f"{path}: could not be written ({reason}); {self.last()}") from error
+            raise CheckpointFailed(f"stopped, {path}: could not be written ({reason}); {self.last()}") from error
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise OSError(f"expected {needed / 1e9:.3g} GB of free space, got {free / 1e9:.3g} GB")
 
-    def sweep(self) -> None:
-        """Delete what killed processes left half-written or half-deleted."""
-        for pattern in (".*.partial-*", ".checkpoint-*.deleted"):
-            for debris in self.directory.glob(pattern):
-                shutil.rmtree(debris, ignore_errors=True)
+    def newest(self, log: RunLog | None = None, *, override: bool = False) -> dict[str, Any] | None:
+        """State and "step" of the newest finished checkpoint, None without one; `log` is taken back to that step.
+
+        What killed processes left half-written or half-deleted is deleted. Arguments and errors as of `load`.
+        """
+        if shards.rank() == 0:
+            for pattern in (".*.partial-*", ".checkpoint-*.deleted"):
+                for debris in self.directory.glob(pattern):
+                    shutil.rmtree(debris, ignore_errors=True)
+        found = self.complete()
+        step, state = self.load(found[-1][1], override=override) if found else (0, {})
+        if log is not None:
+            log.rewind(step)
+        return {**state, "step": step} if found else None
 
     def load(self, path: Path, *, override: bool = False) -> tuple[int, dict[str, Any]]:
         """(step, state) of a finished checkpoint of this run.

@@ -218,7 +218,7 @@ def test_sigterm_writes_a_checkpoint_and_resumes_bit_for_bit(
     monkeypatch.setattr(target, name, interrupted)
     config = settings(made, cut, "lcdd")
     assert main(flags(config, made)) == 143
-    assert "terminated after step" in capsys.readouterr().err
+    assert "lcdd train: terminated after step" in capsys.readouterr().err
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     run(made, replace(config, resume=True))
@@ -284,10 +284,10 @@ def test_signals_outside_the_main_thread_are_left_alone() -> None:
     seen = []
 
     def body() -> None:
-        with termination(listen=True) as event:
-            seen.append(event.is_set())
+        with termination(listen=True) as request:
+            seen.append((request.signal, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=body)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert seen == [(0, signal.SIG_DFL)]

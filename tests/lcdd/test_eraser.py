@@ -12,6 +12,7 @@ from lcdd.config import EraserConfig
 from lcdd.eraser import SFTEraser
 from lcdd.eraser_batches import common_prefix, similar_lengths
 from lcdd.models import decoder_layers, head_weight, input_embeddings, projections
+from lcdd.runlog import RunLog
 from lcdd.trigger import Trigger, generate_ids, prompt_embeds
 
 TEXTS = [
@@ -175,14 +176,14 @@ def test_fit_lowers_the_held_out_loss_and_leaves_the_model_as_it_was(make_models
     base.train()
     frozen = next(base.parameters()).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
-    lines = []
+    log = RunLog(None, stage="eraser")
     eraser = SFTEraser(base, carrier, tokenizer, config(max_steps=40, eval_steps=10, learning_rate=0.03))
-    trigger = eraser.fit(ids[:4], ids[4:], log=lines.append)
+    trigger = eraser.fit(ids[:4], ids[4:], log=log)
     held_out = [line["loss"] for line in eraser.history.validation]
     assert trigger.metadata["validation_loss"] == min(held_out)
     assert min(held_out) < 0.9 * held_out[0]
-    assert [line["step"] for line in lines] == list(range(1, 41))
-    assert {"loss", "match", "tail_kl", "answer_kl", "l2"} <= set(lines[0])
+    assert [line["step"] for line in log.lines] == list(range(1, 41))
+    assert {"loss", "match", "tail_kl", "answer_kl", "l2"} <= set(log.lines[0])
     assert trigger.embeds.norm(dim=1).max() <= eraser.max_norm() * (1 + 1e-6)
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
     assert all(p.grad is None for p in base.parameters())
@@ -329,11 +330,11 @@ def test_the_best_of_several_starts_is_kept_and_the_first_is_what_one_start_is(
     quick = {"max_steps": 12, "eval_steps": 4, "learning_rate": 0.03}
     alone = SFTEraser(base, carrier, tokenizer, config(**quick))
     one = alone.fit(ids[:4], ids[4:])
-    lines = []
+    log = RunLog(None, stage="eraser")
     eraser = SFTEraser(base, carrier, tokenizer, config(**quick, num_starts=3, max_rows_per_forward=rows))
-    trigger = eraser.fit(ids[:4], ids[4:], log=lines.append)
+    trigger = eraser.fit(ids[:4], ids[4:], log=log)
     losses = trigger.metadata["validation_loss_of_starts"]
-    assert len(losses) == len(lines[0]["starts"]) == 3
+    assert len(losses) == len(log.lines[0]["starts"]) == 3
     assert trigger.metadata["validation_loss"] == min(losses)
     assert losses[0] == pytest.approx(one.metadata["validation_loss"], rel=1e-4)
     assert len(set(losses)) == 3
@@ -382,7 +383,7 @@ def test_resuming_another_run_or_a_damaged_one_is_refused(make_models, make_carr
     }.items():
         with pytest.raises(ValueError, match=f"resume.*{name}"):
             resume(**arguments)
-    state = tmp_path / "checkpoint-2" / "state.safetensors"
+    state = tmp_path / "checkpoint-2" / "training_state.safetensors"
     data = bytearray(state.read_bytes())
     data[-1] ^= 1
     state.write_bytes(bytes(data))
