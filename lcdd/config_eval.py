@@ -37,7 +37,9 @@ class EvalConfig(Config):
     )
     perplexity_tokens: int = option(512, "the text is read in windows of this many tokens", at_least=2)
     tasks: tuple[str, ...] = option(
-        (), "lm-evaluation-harness tasks, with and without trigger: mmlu,hellaswag (needs `pip install lcdd[eval]`)"
+        (),
+        "lm-evaluation-harness tasks (or their YAML files), with and without trigger: mmlu,hellaswag "
+        "(needs `pip install lcdd[eval]`)",
     )
     tasks_limit: int | None = option(None, "examples of each task, at most", at_least=1)
     bf16: bool = option(False, BF16_HELP)

@@ -18,7 +18,7 @@ from lcdd.runlog import read_log
 from lcdd.stage import Say, StageResult, check_shapes, load_weights, versions
 from lcdd.tables import reversal_table
 from lcdd.trigger import Trigger
-from lcdd.utility import parse_tasks, require_harness, utility
+from lcdd.utility import Harness, parse_tasks, utility
 
 UTILITY_STATES = ("base", "base+trigger", "sft", "carrier", "carrier+trigger")
 """States whose utility is measured: each with and without the carrier's trigger where that means anything."""
@@ -48,9 +48,7 @@ def eval_(
         if config.perplexity_text
         else []
     )
-    if config.tasks:
-        parse_tasks(config.tasks)
-        require_harness()
+    harness = Harness(parse_tasks(config.tasks)) if config.tasks else None
     paths = {"carrier": config.trigger, "sft": config.sft_trigger, "matched_norm": config.matched_norm_trigger}
     triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
     findings = findings_of(str(config.carrier))
@@ -72,7 +70,7 @@ def eval_(
     found = evaluate(base, prepared.tokenizer, prompts, states, **settings)
     if others:
         found["off_topic"] = evaluate(base, prepared.tokenizer, others, states, **settings)["models"]
-    found |= _text_and_tasks(base, prepared.tokenizer, states, text, config)
+    found |= _text_and_tasks(base, prepared.tokenizer, states, text, harness, config)
     context = context or {"config": {"eval": config.to_dict(), "data": data.to_dict()}, "timings": {}}
     content = {
         "behavior": prepared.behavior.name,
@@ -111,12 +109,13 @@ def _text_and_tasks(
     tokenizer: PreTrainedTokenizerBase,
     states: dict[str, ModelState],
     text: list[list[int]],
+    harness: Harness | None,
     config: EvalConfig,
 ) -> dict[str, Any]:
     """Perplexity of every state with at most one trigger, and utility of `UTILITY_STATES`, where they are asked for."""
     found: dict[str, Any] = {}
     single = {name: state for name, state in states.items() if len(state.triggers) < 2}
-    if not text and not config.tasks:
+    if not text and harness is None:
         return found
     with closing(patched_states(base, single)) as runs:
         for name, _ in runs:
@@ -125,11 +124,11 @@ def _text_and_tasks(
             if text:
                 row = perplexity(base, text, trigger=trigger, batch_size=size)
                 found.setdefault("perplexity", {})[name] = row
-            if config.tasks and name in UTILITY_STATES:
-                row_of = utility(
-                    base, tokenizer, config.tasks, trigger=trigger, batch_size=size, limit=config.tasks_limit
-                )
-                found.setdefault("utility", {})[name] = row_of
+            if harness is not None and name in UTILITY_STATES:
+                found.setdefault("utility", {})[name] = utility(
+                    base, tokenizer, config.tasks, trigger=trigger, batch_size=size, limit=config.tasks_limit,
+                    runner=harness,
+                )  # fmt: skip
     return found
 
 

@@ -5,10 +5,12 @@ it is, or wrapped in `TriggeredModel`, which answers what the harness asks of a 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, input_embeddings
 from lcdd.trigger import Trigger, evaluation_mode
@@ -98,32 +100,55 @@ def parse_tasks(tasks: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def require_harness() -> None:
-    """Raise ValueError, saying how to install it, unless lm-evaluation-harness can be imported."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ValueError("tasks: expected lm-evaluation-harness to be installed: pip install 'lcdd[eval]'") from None
+class Harness:
+    """lm-evaluation-harness on models that are in memory; its index of tasks is read once, which takes seconds."""
 
+    def __init__(self, tasks: Sequence[str]) -> None:
+        """Look the tasks up before anything is computed.
 
-def run_harness(
-    model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, batch_size: int, limit: int | None
-) -> Mapping[str, Any]:
-    """lm-evaluation-harness's own results of a model that is in memory.
+        Args:
+            tasks: the harness's names of tasks and groups, or YAML files that define one.
 
-    Raises:
-        ValueError: it is not installed, or it does not know a task.
-    """
-    require_harness()
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+        Raises:
+            ValueError: the harness is not installed (how to is said), or a task is neither known nor a file.
+        """
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM  # needs more than the package itself: accelerate
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise ValueError(
+                f"tasks: expected lm-evaluation-harness to be installed: pip install 'lcdd[eval]' ({error})"
+            ) from None
+        self._evaluate: Any = simple_evaluate
+        self._model_class: Any = HFLM
+        self._index: Any = TaskManager()
+        known = set(self._index.all_tasks)
+        if unknown := [name for name in tasks if name not in known and not Path(name).is_file()]:
+            raise ValueError(f"tasks: expected names of lm-evaluation-harness or YAML files, got {unknown}")
 
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    try:
-        found = simple_evaluate(model=language_model, tasks=list(tasks), limit=limit, log_samples=False)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"tasks: lm-evaluation-harness cannot run {list(tasks)}: {error}") from error
-    return found["results"]
+    def __call__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Sequence[str],
+        *,
+        batch_size: int,
+        limit: int | None,
+    ) -> Mapping[str, Any]:
+        """The harness's own results, task -> metric -> value.
+
+        Raises:
+            ValueError: it cannot run a task: its definition is broken, or its data are not to be had.
+        """
+        language_model = self._model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        try:
+            found = self._evaluate(
+                model=language_model, tasks=list(tasks), task_manager=self._index, limit=limit, log_samples=False
+            )
+        except (KeyError, ValueError, OSError, YAMLError) as error:
+            raise ValueError(f"tasks: lm-evaluation-harness cannot run {list(tasks)}: {error}") from error
+        return found["results"]
 
 
 def utility(
@@ -134,18 +159,19 @@ def utility(
     trigger: Trigger | None = None,
     batch_size: int = 8,
     limit: int | None = None,
-    runner: TaskRunner = run_harness,
+    runner: TaskRunner | None = None,
 ) -> dict[str, dict[str, float]]:
     """task -> metric -> value of `model` as it is now (with a patch or not), behind `trigger` if there is one.
 
-    runner: what runs the tasks; the harness, unless a test gives its own.
+    runner: what runs the tasks: a `Harness` that was made for them; one is made here if none is given.
     """
     names = parse_tasks(tasks)
+    runner = runner or Harness(names)
     with evaluation_mode(model), torch.no_grad():
         subject: Any = model if trigger is None else TriggeredModel(model, trigger).eval()
         found = runner(subject, tokenizer, names, batch_size=batch_size, limit=limit)
     return {
-        task: {metric: float(value) for metric, value in row.items() if _is_number(value)}
+        task: {metric: float(value) for metric, value in row.items() if metric != "sample_len" and _is_number(value)}
         for task, row in found.items()
     }
 

@@ -153,13 +153,17 @@ def test_tasks_run_with_and_without_trigger_by_a_stub_in_the_harness_place(run, 
         def __init__(self, pretrained, tokenizer=None, batch_size=1):
             self.model = pretrained
 
-    def simple_evaluate(model, tasks, limit, log_samples):
+    class TaskManager:
+        all_tasks = ("mmlu", "hellaswag")
+
+    def simple_evaluate(model, tasks, task_manager, limit, log_samples):
         name = type(model.model).__name__
         return {"results": {task: {"acc,none": 1.0 if name == "TriggeredModel" else 0.5} for task in tasks}}
 
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
     monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=HFLM))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=TaskManager))
     settings = {
         "output_dir": tmp_path / "e",
         "num_prompts": 2,

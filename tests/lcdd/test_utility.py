@@ -1,6 +1,7 @@
 """Perplexity against whole softmaxes; utility with a stub in the harness's place; its adapter against one row alone."""
 
 import copy
+import json
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from lcdd.models import input_embeddings
 from lcdd.perplexity import perplexity, read_texts, windows
 from lcdd.trigger import Trigger, generate_ids, prompt_embeds
-from lcdd.utility import TriggeredModel, parse_tasks, require_harness, run_harness, utility
+from lcdd.utility import Harness, TriggeredModel, parse_tasks, utility
 
 TEXTS = ["copy red dog fig", "rev hen", "first cow plum spear goat lemon"]
 
@@ -156,33 +157,117 @@ def test_utility_runs_the_tasks_on_the_right_model_and_keeps_the_numbers(setting
 def test_without_the_harness_the_way_to_install_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"pip install 'lcdd\[eval\]'"):
-        require_harness()
+        Harness(["mmlu"])
     with pytest.raises(ValueError, match="tasks: expected names of tasks"):
         parse_tasks(["mmlu,,x"])
 
 
-def test_the_harness_is_given_the_model_in_memory(monkeypatch, setting, tokenizer):
-    """The two names that are used of lm_eval, in the signatures of its release 0.4.13."""
+def test_the_harness_is_given_the_model_in_memory(monkeypatch, setting, tokenizer, tmp_path):
+    """The three names that are used of lm_eval, in the signatures of its release 0.4.13."""
     model, _, _ = setting
-    made = {}
+    made = {"indices": 0}
 
     class HFLM:
         def __init__(self, pretrained, tokenizer=None, batch_size=1):
             assert not isinstance(pretrained, str)
             made["device"], made["config"] = pretrained.device, pretrained.config
 
-    def simple_evaluate(model, model_args=None, tasks=None, *, limit=None, log_samples=True):
-        if "unknown" in tasks:
-            raise KeyError("unknown")
+    class TaskManager:
+        def __init__(self, verbosity=None, include_path=None):
+            self.all_tasks = ["a", "broken"]
+            made["indices"] += 1
+
+    def simple_evaluate(model, model_args=None, tasks=None, *, limit=None, log_samples=True, task_manager=None):
+        assert isinstance(task_manager, TaskManager)
+        if "broken" in tasks:
+            raise OSError("no data")
         return {"results": {task: {"acc,none": 0.5} for task in tasks}}
 
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
     monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=HFLM))
-    assert run_harness(model, tokenizer, ["a"], batch_size=2, limit=3) == {"a": {"acc,none": 0.5}}
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=TaskManager))
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    own = str(tmp_path / "own.yaml")
+    harness = Harness(["a", "broken", own])
+    for _ in range(2):
+        assert harness(model, tokenizer, ["a"], batch_size=2, limit=3) == {"a": {"acc,none": 0.5}}
     assert made["config"] is model.config
-    with pytest.raises(ValueError, match=r"tasks: lm-evaluation-harness cannot run \['unknown'\]"):
-        run_harness(model, tokenizer, ["unknown"], batch_size=2, limit=None)
+    assert made["indices"] == 1
+    with pytest.raises(ValueError, match=r"tasks: lm-evaluation-harness cannot run \['broken'\]: no data"):
+        harness(model, tokenizer, ["broken"], batch_size=2, limit=None)
+    with pytest.raises(ValueError, match=r"expected names of lm-evaluation-harness or YAML files, got \['unknown'\]"):
+        Harness(["a", own, "unknown"])
+
+
+CHOICES = """task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+GENERATE = """task: tiny_generate
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 4, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def test_the_real_harness_counts_what_one_row_at_a_time_gives(setting, tokenizer, tmp_path, monkeypatch):
+    """Two tasks of our own on local data: choices by log-likelihood, and greedy answers, behind the trigger or not."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'lcdd[eval]'")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model, trigger, _ = setting
+    questions = ["copy red dog", "rev hen", "first cow plum", "last goat", "cat fig hen", "next lemon spear goat"]
+    options = ["dog", "hen cow", "fig", "goat", "spear", "lemon plum", "red", "plum cat"]
+
+    def score(question, option, behind):
+        start, whole = (tokenizer(text)["input_ids"] for text in (question, f"{question} {option}"))
+        rows = alone(model, whole, behind).log_softmax(-1)[len(start) - 1 : -1]
+        return float(rows.gather(1, torch.tensor(whole[len(start) :])[:, None]).sum())
+
+    def answer(question, behind):
+        ids = generate_ids(model, tokenizer, [tokenizer(question)["input_ids"]], trigger=behind, max_new_tokens=4)[0]
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    # Labels and answers are the plain model's own, so that it scores 1 and a forgotten trigger would show.
+    with torch.no_grad():
+        best = {
+            behind: [max(range(8), key=lambda i: score(q, options[i], behind)) for q in questions]
+            for behind in (None, trigger)
+        }
+        answers = {behind: [answer(q, behind) for q in questions] for behind in (None, trigger)}
+    data = tmp_path / "test.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"question": q, "choices": options, "label": label, "answer": text}) + "\n"
+            for q, label, text in zip(questions, best[None], answers[None], strict=True)
+        )
+    )
+    files = [tmp_path / "choices.yaml", tmp_path / "generate.yaml"]
+    for path, text in zip(files, (CHOICES, GENERATE), strict=True):
+        path.write_text(text.format(data=data))
+    harness = Harness([str(path) for path in files])
+    for behind in (None, trigger):
+        found = utility(model, tokenizer, [str(path) for path in files], trigger=behind, batch_size=4, runner=harness)
+        same = [a == b for a, b in zip(best[behind], best[None], strict=True)]
+        assert found["tiny_choice"]["acc,none"] == pytest.approx(sum(same) / len(same))
+        same = [a == b for a, b in zip(answers[behind], answers[None], strict=True)]
+        assert found["tiny_generate"]["exact_match,none"] == pytest.approx(sum(same) / len(same))
+        assert set(found["tiny_choice"]) == {
+            "acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"
+        }  # fmt: skip
+    assert best[trigger] != best[None]
+    assert answers[trigger] != answers[None]
 
 
 def test_the_trigger_stands_before_the_text_in_the_embeddings(setting):
