@@ -42,6 +42,13 @@ def settings_beside(path: str, kind: type[Settings], stage: str, *, name: str) -
     return from_mapping(kind, content["config"], where=str(file))
 
 
+def _log(directory: Path, stage: str) -> RunLog:
+    """A control's log, without what an audit that was interrupted had written."""
+    log = RunLog(directory, stage=stage)
+    log.rewind(0)
+    return log
+
+
 def audit(
     config: AuditConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
     say: Say = print,
@@ -86,7 +93,7 @@ def audit(
         patches={name: patch for name, patch in dense_patches(base, config).items() if name != "sft"},
         triggers=triggers,
     )
-    found = run_audit(study, config, say=say, log=lambda stage: RunLog(log_dir or output, stage=stage))
+    found = run_audit(study, config, say=say, log=lambda stage: _log(log_dir or output, stage))
     content = {
         "behavior": prepared.behavior.name,
         "seed": config.seed,

@@ -56,6 +56,12 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def path_sha256(path: str | Path) -> str:
+    """Hex SHA-256 over the names and contents of a directory's files (weights, config, …), hidden ones aside."""
+    files = [file for file in sorted(Path(path).iterdir()) if file.is_file() and not file.name.startswith(".")]
+    return _json_sha256([[file.name, file_sha256(file)] for file in files])
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -142,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("pipeline", metavar="pipeline.yaml", help="settings of all stages")
     run.add_argument("--output_dir", default=argparse.SUPPRESS, help="overrides the file's output_dir")
+    run.add_argument("--resume", action="store_true", default=argparse.SUPPRESS, help="go on with an interrupted run")
     kernels = commands.add_parser("kernels", help=KERNELS_HELP, description=KERNELS_HELP)
     kernels.add_argument("--aot", action="store_true", help="also compile every Triton kernel for five GPUs (minutes)")
     return parser
@@ -166,8 +167,7 @@ def _execute(arguments: argparse.Namespace) -> Any:
         from lcdd import pipeline
 
         values = read_yaml(arguments.pipeline)
-        if "output_dir" in arguments:
-            values["output_dir"] = arguments.output_dir
+        values |= {key: value for key, value in vars(arguments).items() if key in ("output_dir", "resume")}
         return pipeline.run(from_mapping(PipelineConfig, values, where=arguments.pipeline))
     if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
         raise ValueError("expected one process, got torchrun's several, which only sft and train share their work over")

@@ -401,6 +401,9 @@ class PipelineConfig(Config):
     model_name_or_path: str | None = option(None, BASE_HELP, required=True)
     output_dir: str | None = option(None, "new or empty directory for all stages", required=True)
     sft_model_name_or_path: str | None = option(None, "an SFT checkpoint made elsewhere; the SFT stage is then skipped")
+    resume: bool = option(
+        False, "go on with the run in output_dir: finished stages are skipped, an unfinished one resumes"
+    )
     controls: bool = option(
         True,
         "also run the controls: the same trigger optimisation on plain SFT and on a matched-norm dense SFT",
@@ -424,8 +427,8 @@ class PipelineConfig(Config):
             config = getattr(self, section)
             if getattr(config, "resume", False):
                 raise ValueError(
-                    f"PipelineConfig.{section}.resume: expected it off, since a pipeline starts in a new directory, "
-                    "got on; resume a stage by its own command"
+                    f"PipelineConfig.{section}.resume: expected it off, since the pipeline resumes as a whole, got on; "
+                    "set resume beside the sections"
                 )
             for name in PIPELINE_PATHS:
                 if getattr(config, name, None) is not None:

@@ -7,9 +7,11 @@ what it wrote and what to do next; the command line only prints that.
 import dataclasses
 import gc
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ import torch
 from lcdd import shards
 from lcdd.audit_stage import audit
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import require_new_directory
 from lcdd.config import (
     DataConfig,
     EraserConfig,
@@ -31,6 +32,7 @@ from lcdd.config import (
 from lcdd.data import Example, prompt_string
 from lcdd.eraser import SFTEraser
 from lcdd.eval_stage import eval_
+from lcdd.ledger import Ledger, has_run
 from lcdd.models import check_same_architecture, load_model, load_shape, load_tokenizer
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.parallel import process_group, shard_model
@@ -60,11 +62,11 @@ from lcdd.trigger import generate as generate_answers
 
 def sft(
     config: SFTConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
-    say: Say = print,
+    stage: str = "sft", say: Say = print,
 ) -> StageResult:  # fmt: skip
     """Fine-tune a base on a behaviour; writes `model/`, an ordinary checkpoint in the base's dtype."""
     with process_group(config.device):
-        return _sft(config, data, prepared, log_dir, say if shards.rank() == 0 else _silent)
+        return _sft(config, data, prepared, log_dir, stage, say if shards.rank() == 0 else _silent)
 
 
 def _silent(_: str) -> None:
@@ -72,7 +74,7 @@ def _silent(_: str) -> None:
 
 
 def _sft(
-    config: SFTConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, say: Say
+    config: SFTConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, stage: str, say: Say
 ) -> StageResult:  # fmt: skip
     config.require("model_name_or_path", "output_dir")
     if config.parallel == "fsdp2" and shards.world_size() > 1:
@@ -97,9 +99,9 @@ def _sft(
 
     store = None
     if config.save_steps or config.resume:
-        identity = run_identity("sft", config, prepared.tokenizer, train_items, {"base": model})
+        identity = run_identity(stage, config, prepared.tokenizer, train_items, {"base": model})
         store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
-    with _log(log_dir or output, "sft", config.report_to) as log:
+    with _log(log_dir or output, stage, config.report_to) as log:
         result = train_sft(
             model,
             train_items,
@@ -114,7 +116,7 @@ def _sft(
     model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
     checkpoint = save_checkpoint(model, prepared.tokenizer, output / "model")
     summary = write_summary(
-        output, "sft", config, data, result=dataclasses.asdict(result), overrides=store.overrides if store else []
+        output, stage, config, data, result=dataclasses.asdict(result), overrides=store.overrides if store else []
     )
     say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
     return StageResult(
@@ -313,7 +315,8 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     config.require("model_name_or_path", "output_dir")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("run: expected one process, got torchrun's several; run `lcdd sft` and `lcdd train` under it")
-    base, output = str(config.model_name_or_path), require_new_directory(str(config.output_dir))
+    base, output = str(config.model_name_or_path), Path(str(config.output_dir))
+    resumed = has_run(output, resume=config.resume)
     if config.sft_model_name_or_path is not None:
         check_shapes(base, config.sft_model_name_or_path, ("base", "sft"))
     load_shape(base)
@@ -324,60 +327,59 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     _eraser_prompts(prepared, config.erase)
     for ids in (prompt_ids, off_topic_ids):
         ids(prepared, config.eval.split, limit=config.eval.num_prompts, max_length=config.eval.max_prompt_length)
+    given = {"base": base} | ({"sft": config.sft_model_name_or_path} if config.sft_model_name_or_path else {})
+    ledger = Ledger(output, data, prepared, given)
     timings: dict[str, float] = {}
     common: dict[str, Any] = {"prepared": prepared, "say": say}
 
-    def timed(name: str, call: Callable[..., StageResult], settings: Any, **more: Any) -> StageResult:
+    def timed(name: str, call: Callable[..., StageResult], section: Any, **paths: Any) -> None:
+        settings = replace(section, output_dir=str(output / name), **paths)
+        seconds = ledger.seconds(name, section)
+        if seconds is not None:
+            say(f"\n== {name}: finished before")
+            timings[name] = seconds
+            return
         say(f"\n== {name}")
+        if resumed and hasattr(section, "resume"):
+            (output / name / "summary.json").unlink(missing_ok=True)  # of one that ended just before the ledger knew
+            settings = replace(settings, resume=True)
+        elif resumed:
+            shutil.rmtree(output / name, ignore_errors=True)
         start = time.perf_counter()
-        result = call(replace(settings, output_dir=str(output / name)), data, log_dir=output, **common, **more)
+        result = call(settings, data, log_dir=output, **common)
         timings[name] = round(time.perf_counter() - start, 2)
+        ledger.add(name, section, result.written, seconds=timings[name])
         gc.collect()
-        return result
 
     sft_model = config.sft_model_name_or_path
     if sft_model is None:
-        timed("sft", sft, replace(config.sft, model_name_or_path=base))
+        timed("sft", sft, config.sft, model_name_or_path=base)
         sft_model = str(output / "sft" / "model")
-    timed("train", train, replace(config.train, model_name_or_path=sft_model, base_model_name_or_path=base))
-    carrier = str(output / "train" / "carrier")
-    erase_settings = replace(config.erase, base_model_name_or_path=base, carrier=carrier)
-    timed("erase", erase, erase_settings)
+    timed("train", train, config.train, model_name_or_path=sft_model, base_model_name_or_path=base)
+    carrier, trigger = str(output / "train" / "carrier"), str(output / "erase" / "trigger")
+    patch = {"base_model_name_or_path": base, "carrier": carrier}
+    timed("erase", erase, config.erase, **patch)
     controls: dict[str, Any] = {}
     if config.controls:
-        timed("erase_sft", erase, replace(erase_settings, model_name_or_path=sft_model), stage="eraser_sft")
+        timed("erase_sft", partial(erase, stage="eraser_sft"), config.erase, model_name_or_path=sft_model, **patch)
         norm = Carrier.from_pretrained(carrier).delta_norm()
         if norm > 0:
-            timed("matched_norm", sft, replace(config.sft, model_name_or_path=base, max_delta_norm=norm))
+            bounded = replace(config.sft, max_delta_norm=norm)
+            timed("matched_norm", partial(sft, stage="sft_matched_norm"), bounded, model_name_or_path=base)
             matched = str(output / "matched_norm" / "model")
-            settings = replace(erase_settings, model_name_or_path=matched)
-            timed("erase_matched_norm", erase, settings, stage="eraser_matched_norm")
+            again = partial(erase, stage="eraser_matched_norm")
+            timed("erase_matched_norm", again, config.erase, model_name_or_path=matched, **patch)
             controls = {
                 "matched_norm_model_name_or_path": matched,
                 "matched_norm_trigger": str(output / "erase_matched_norm" / "trigger"),
             }
         controls["sft_trigger"] = str(output / "erase_sft" / "trigger")
+    everything = {**patch, "model_name_or_path": sft_model, "trigger": trigger, **controls}
     audited: dict[str, Any] = {}
     if config.run_audit:
-        audit_settings = replace(
-            config.audit,
-            base_model_name_or_path=base,
-            model_name_or_path=sft_model,
-            carrier=carrier,
-            trigger=str(output / "erase" / "trigger"),
-            **controls,
-        )
-        timed("audit", audit, audit_settings)
+        timed("audit", audit, config.audit, **everything)
         audited = {"audit": read_report(output / "audit")["audit"]}
     say("\n== eval")
-    final = replace(
-        config.eval,
-        base_model_name_or_path=base,
-        model_name_or_path=sft_model,
-        carrier=carrier,
-        trigger=str(output / "erase" / "trigger"),
-        output_dir=str(output),
-        **controls,
-    )
+    final = replace(config.eval, output_dir=str(output), **everything)
     result = eval_(final, data, context={"config": config.to_dict(), "timings": timings, **audited}, **common)
-    return replace(result, written=(Path(carrier), output / "erase" / "trigger", output / "log.jsonl", *result.written))
+    return replace(result, written=(Path(carrier), Path(trigger), output / "log.jsonl", *result.written))

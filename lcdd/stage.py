@@ -83,7 +83,9 @@ def run_directory(config: Any) -> Path:
     if config.resume and path.is_dir() and any(path.iterdir()):
         if (path / "summary.json").exists():
             raise ValueError(f"resume: expected an unfinished run in {str(path)!r}, got one with its summary.json")
-        if not any(next(path.glob(trace), None) for trace in ("log.jsonl", "checkpoint-*", ".checkpoint-*")):
+        traces = ("log.jsonl", "checkpoint-*", ".checkpoint-*", *(f"{name}/{seal}" for name, seal in RESULTS.items()))
+        partial = (f".{name}.partial-*" for name in RESULTS)
+        if not any(next(path.glob(trace), None) for trace in (*traces, *partial)):
             raise ValueError(
                 f"resume: expected a run's directory, got {str(path)!r}, which has neither log nor checkpoint"
             )

@@ -235,7 +235,7 @@ class CheckpointStore:
         if shards.rank() == 0:
             for pattern in (".*.partial-*", ".checkpoint-*.deleted"):
                 for debris in self.directory.glob(pattern):
-                    shutil.rmtree(debris, ignore_errors=True)
+                    shutil.rmtree(debris) if debris.is_dir() else debris.unlink()
         found = self.complete()
         step, state = self.load(found[-1][1], override=override) if found else (0, {})
         if log is not None:
@@ -253,14 +253,14 @@ class CheckpointStore:
         manifest = verify_directory(path, name="resume")
         if not {TENSORS, TREE} <= set(manifest["sha256"]) or not isinstance(manifest.get("identity"), dict):
             raise ValueError(f"resume: expected a training checkpoint, got {str(path)!r}, which is something else")
-        differences = list(_differences(manifest["identity"], self.identity))
-        if differences and not override:
+        found = differences(manifest["identity"], self.identity)
+        if found and not override:
             raise ValueError(
-                f"resume: {path} is of another run: {'; '.join(differences)}. "
+                f"resume: {path} is of another run: {'; '.join(found)}. "
                 "To go on nevertheless, and have that recorded: --resume_override"
             )
-        self.overrides = [*manifest.get("overrides", []), *differences]
-        for difference in differences:
+        self.overrides = [*manifest.get("overrides", []), *found]
+        for difference in found:
             logger.warning("resume: overridden: %s", difference)
         try:
             tree = json.loads((path / TREE).read_text(encoding="utf-8"))
@@ -280,12 +280,13 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> "list[str]":
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What an earlier run had, `theirs`, that this one has otherwise, in words."""
     found = []
     for key in [*theirs, *(key for key in ours if key not in theirs)]:
         expected, got = theirs.get(key), ours.get(key)
         if isinstance(expected, dict) and isinstance(got, dict):
-            found += _differences(expected, got, f"{prefix}{key}.")
+            found += differences(expected, got, f"{prefix}{key}.")
         elif expected != got:
             found.append(f"expected {prefix}{key} {_short(expected)}, got {_short(got)}")
     return found

@@ -65,7 +65,7 @@ TIERS: dict[str, list[tuple[str, ...]]] = {
         ("behaviors", "guards", "losses", "packed", "modules", "patching", "perplexity", "plan", "utility"),
         ("carrier",),
         ("ablate", "optimizer", "prepare", "eraser", "evaluate"),
-        ("trainer", "eval_stage"),
+        ("trainer", "eval_stage", "ledger"),
         ("audit",),
         ("audit_stage",),
         ("pipeline", "demo"),

@@ -89,7 +89,7 @@ def test_controls_are_of_the_carriers_size_and_training(run):
 
 def test_starts_checkpoints_and_text_are_where_they_should_be(run):
     _, _, output = run
-    assert (output / "erase" / "checkpoint-1" / "state.safetensors").is_file()
+    assert (output / "erase" / "checkpoint-1" / "training_state.safetensors").is_file()
     trigger = json.loads((output / "erase" / "trigger" / "manifest.json").read_text())
     assert len(trigger["lcdd"]["validation_loss_of_starts"]) == 2
     found = read_report(output)

@@ -1,0 +1,115 @@
+"""`lcdd run` that is killed in one stage after the other, and goes on each time with --resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import SENTENCES, save_checkpoint, write_jsonl
+
+from lcdd import trainer
+from lcdd.cli import main
+from lcdd.report import read_report
+from lcdd.runlog import read_log
+from lcdd.trigger_search import TriggerSearch
+
+PIPELINE = """
+model_name_or_path: {base}
+data: {{dataset_name: {data}, test_fraction: 0.2}}
+sft: {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4}}
+train: {{learning_rate: 1e-3, max_steps: 8, warmup_steps: 3, gate_lr: 0.4, dual_lambda_init: 0.02, save_steps: 3,
+        per_device_train_batch_size: 4}}
+erase: {{max_steps: 5, eval_steps: 2, train_prompts: 4, validation_prompts: 2, max_answer_tokens: 3, save_steps: 2}}
+eval: {{num_prompts: 2, max_new_tokens: 3, kl_prompts: 2, random_prefixes: 1}}
+"""
+RESULTS = ("sft/model", "train/carrier", "erase/trigger", "erase_sft/trigger", "matched_norm/model",
+           "erase_matched_norm/trigger")  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for a process that ends without a word."""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's file, and beside it `whole/`, its run without a break."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    base = save_checkpoint(folder / "base")
+    data = write_jsonl(folder / "data.jsonl", list(SENTENCES[:40]))
+    (folder / "p.yaml").write_text(PIPELINE.format(base=base, data=data))
+    assert main(["run", str(folder / "p.yaml"), "--output_dir", str(folder / "whole")]) == 0
+    return folder / "p.yaml"
+
+
+def killed_after(calls: int, target: Any, name: str, argv: list[str]) -> None:
+    original, count = getattr(target, name), []
+
+    def dies(*args: Any) -> Any:
+        count.append(1)
+        if len(count) > calls:
+            raise Killed
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, dies)
+        with pytest.raises(Killed):
+            main(argv)
+
+
+def test_a_pipeline_killed_in_stage_after_stage_ends_with_the_files_of_one_that_was_not(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, cut = pipeline.parent / "whole", tmp_path / "cut"
+    start = ["run", str(pipeline), "--output_dir", str(cut)]
+    killed_after(4 + 5, trainer, "loss_sum", start)  # the sixth step of train, after sft's four
+    assert main(start) == 2
+    assert "it has a pipeline's run: --resume goes on with it" in capsys.readouterr().err
+    killed_after(3, TriggerSearch, "step", [*start, "--resume"])  # the fourth step of erase
+    assert sorted(path.name for path in cut.glob("*/checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
+    out = capsys.readouterr().out
+    assert "== sft: finished before" in out
+    assert "== train\n" in out
+    before = {path: (cut / path).stat().st_mtime_ns for path in RESULTS[:2]}
+    killed_after(3 + 1, TriggerSearch, "step", [*start, "--resume"])  # erase_sft, which has no checkpoint yet
+    killed_after(2, trainer, "loss_sum", [*start, "--resume"])  # matched_norm, which keeps none
+    assert main([*start, "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("finished before") == 2 + 3 + 4
+    assert {path: (cut / path).stat().st_mtime_ns for path in RESULTS[:2]} == before
+    for result in RESULTS:
+        for file in sorted((whole / result).iterdir()):
+            assert (cut / result / file.name).read_bytes() == file.read_bytes(), f"{result}/{file.name}"
+    changing = ("seconds", "tokens_per_second", "peak_memory_bytes")
+    logs = [[{k: v for k, v in line.items() if k not in changing} for line in read_log(run / "log.jsonl")]
+            for run in (whole, cut)]  # fmt: skip
+    assert logs[0] == logs[1]
+    ours, theirs = (read_report(run) for run in (cut, whole))
+    assert all(ours[key] == theirs[key] for key in ("models", "kl", "delta_norm", "gates", "sparsity"))
+    assert set(ours["timings"]) == set(theirs["timings"])
+    assert main([*start, "--resume"]) == 2
+    assert "expected an unfinished run" in capsys.readouterr().err
+
+
+def test_a_finished_stage_of_other_settings_models_or_files_is_not_taken(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    start = ["run", str(pipeline), "--output_dir", str(output)]
+    killed_after(4 + 1, trainer, "loss_sum", start)
+
+    def refused(text: str, replacement: str) -> str:
+        (tmp_path / "p.yaml").write_text(pipeline.read_text().replace(text, replacement))
+        assert main(["run", str(tmp_path / "p.yaml"), "--output_dir", str(output), "--resume"]) == 2
+        return capsys.readouterr().err
+
+    assert "sft was made of something else: expected config.learning_rate 0.01, got 0.03" in refused("1e-2", "3e-2")
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", list(SENTENCES[:30]))
+    assert "expected examples '" in refused(str(pipeline.parent / "data.jsonl"), str(fewer))
+    other = save_checkpoint(tmp_path / "other", seed=3)
+    assert "expected inputs.base '" in refused(str(pipeline.parent / "base"), str(other))
+    config = output / "sft" / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 1.0}))
+    assert "config.json' is damaged" in refused("", "")
+    (output / "sft" / "model" / "manifest.json").write_text("{}")
+    assert "sft/model/manifest.json' is damaged" in refused("", "")
+    assert not (output / "train" / "carrier").exists()
