@@ -23,6 +23,7 @@ from lcdd.config import DataConfig
 from lcdd.templates import render_chat
 
 IGNORE = -100
+FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")  # names that are meant as files, not looked up
 FORMATS = ("messages", "prompt+completion", "text", "instruction+output")
 
 Message = Mapping[str, str]
@@ -189,7 +190,7 @@ def load_examples(config: DataConfig) -> list[Example]:
     path = Path(str(config.dataset_name))
     if path.is_dir():
         raise ValueError(f"dataset_name: expected a JSONL file, got the directory {str(path)!r}")
-    looks_local = path.exists() or path.suffix in (".jsonl", ".json") or path.is_absolute()
+    looks_local = path.exists() or path.suffix in FILE_SUFFIXES or path.is_absolute()
     rows = _jsonl_rows(path, config.max_samples) if looks_local else _hub_rows(config)
     examples = [
         parse_row(_columns(row, config, where), where=where, template_string_prompts=config.template_string_prompts)

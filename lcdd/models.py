@@ -136,6 +136,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: `path` has no tokenizer, or the tokenizer has neither a pad nor an end-of-text token.
     """
+    _refuse_bare_name(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -237,7 +238,21 @@ def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
+def _refuse_bare_name(path: str | Path) -> None:
+    """Raise ValueError for a name that can only be meant as a directory and is none.
+
+    Every model of our architectures has an owner on the hub, so that a name without one is not looked up there: offline
+    that takes the hub client's retries, half a minute. It refuses by itself what no hub name can look like.
+    """
+    if "/" not in str(path) and not Path(path).exists():
+        raise ValueError(
+            f"model_name_or_path: expected a checkpoint directory or a hub name (owner/name), got {str(path)!r}: "
+            "no such directory"
+        )
+
+
 def _config(path: str | Path) -> PretrainedConfig:
+    _refuse_bare_name(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

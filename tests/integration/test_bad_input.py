@@ -167,12 +167,14 @@ def test_output_directory_that_is_not_empty(refused: Run, tmp_path: Path, comman
 @pytest.mark.parametrize("command", WITH_DATA)
 def test_missing_data_file(refused: Run, tmp_path: Path, command: str) -> None:
     assert "No such file" in refused(command, **dataset(command, tmp_path / "no.jsonl"))
+    assert "No such file" in refused(command, **dataset(command, Path("no-such-data.csv")))  # not asked of the hub
 
 
 @pytest.mark.parametrize("command", WITH_DATA)
 def test_missing_checkpoint(refused: Run, tmp_path: Path, command: str) -> None:
     name = "model_name_or_path" if command in ("sft", "train", "run") else "base_model_name_or_path"
     assert str(tmp_path / "no") in refused(command, **{name: str(tmp_path / "no")})
+    assert "got 'no-such-model': no such directory" in refused(command, **{name: "no-such-model"})  # nor this
 
 
 @pytest.mark.parametrize("what", ["config.json", "tokenizer.json", "shard", "weights", "damaged", "key"])
