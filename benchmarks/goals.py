@@ -85,6 +85,10 @@ GOALS: tuple[Goal, ...] = (
         text="one linear, 80% closed, block gradient", device="cpu", case="linear fwd+bwd", provider="lcdd",
         params={"layout": "block", "dtype": "float32"}, lane=_CLOSED, limit=0.85,
     ),
+    Goal(
+        text="eraser step over one prompt at a time, authors' settings (20 trigger tokens)", device="cpu",
+        case="eraser step", provider="lcdd", params={"trigger": 20}, limit=1 / 3,
+    ),
     Goal(text="tax of open gates, 0.6B", lane=_DENSE, limit=1.03, **_SMALL),
     Goal(text="tax of open gates, 8B layers", lane=_DENSE, limit=1.03, **_LARGE),
     Goal(text="tax at 80% closed, Heaviside, 8B layers", lane=_CLOSED, limit=0.92, params=_HEAVISIDE, **_LARGE),

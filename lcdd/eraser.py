@@ -10,9 +10,9 @@ applied and only the trigger learns:
       + b' · KL( base(x ⊕ y) ‖ carrier(P ⊕ x ⊕ y) )             mean over the tokens of the base's own answers y
       + c · mean_tokens ‖P_t‖²
 
-A batch is padded on the right: causal attention then needs no mask, and padding changes nothing. Prompts of very
-different length run in separate forwards. The trigger and the tokens that all prompts begin with see nothing of what
-follows, so they run once for all of them. Several random starts share a forward, as more rows of it.
+A batch is one forward (`packed_rows`): prompts of any length one after another, without padding, behind one copy of
+what they all begin with, the trigger and the tokens they have in common, which see nothing of what follows. Several
+random starts share a forward too.
 
 Shapes: N random starts, B prompts in a batch, T trigger tokens, S prompt and answer tokens, D model width, L layers.
 """
@@ -40,7 +40,6 @@ from lcdd.eraser_batches import (
     common_prefix,
     epochs,
     layer_forward,
-    similar_lengths,
     start_groups,
 )
 from lcdd.models import (
@@ -50,6 +49,7 @@ from lcdd.models import (
     head_weight,
     input_embeddings,
 )
+from lcdd.packed_rows import PackedRows
 from lcdd.runlog import RunLog, TrainingStopped
 from lcdd.stopping import Terminated, termination
 from lcdd.training_state import CheckpointStore, lasting_settings
@@ -60,7 +60,6 @@ from lcdd.trigger import (
     evaluation_mode,
     generate_ids,
     length_batches,
-    right_padded,
 )
 from lcdd.trigger_search import TriggerSearch, digest_of
 from lcdd_kernels import channel_match, linear_kl
@@ -178,28 +177,28 @@ class SFTEraser:
         total = torch.zeros(self._channels.numel(), dtype=torch.float64, device=self._channels.device)
         for indices in length_batches([len(ids) for ids in prompts], c.per_device_train_batch_size):
             texts = [[*prompts[i], *answers[i][:-1]] for i in indices]
-            ids = right_padded(texts, device=self._channels.device)
-            last = torch.tensor([len(prompts[i]) - 1 for i in indices], device=ids.device)
-            hidden, layers = layer_forward(self.model, input_embeddings(self.model)(ids), last)
+            packed = PackedRows([len(ids) for ids in texts], starts=1, shared=0, device=total.device)
+            tokens = self._embed([token for ids in texts for token in ids])
+            ends = [first + len(prompts[i]) for first, i in zip(packed.first, indices, strict=True)]
+            hidden, layers = layer_forward(self.model, tokens, packed, [end - 1 for end in ends])
             total += self._on_channels(layers).double().sum(0)
-            for row, i in enumerate(indices):
-                end = len(prompts[i])
-                tail = hidden[row, max(0, end - c.kl_tail_tokens) : end].clone()
-                responses = hidden[row, end - 1 : end - 1 + len(answers[i])].clone()
+            for end, i in zip(ends, indices, strict=True):
+                tail = hidden[end - min(c.kl_tail_tokens, len(prompts[i])) : end].clone()
+                responses = hidden[end - 1 : end - 1 + len(answers[i])].clone()
                 found[i] = EraserPrompt(list(prompts[i]), answers[i], tail, responses)
         return EraserTargets([p for p in found if p is not None], (total / len(prompts)).float())
 
     def loss(self, embeds: Tensor, batch: Sequence[EraserPrompt], match_target: Tensor) -> EraserLoss:
         """The loss of trigger embeddings [T, D], or of N of them [N, T, D], under the weights now in the model.
 
-        Differentiable in `embeds`; computes only the terms whose weight is not 0. Prompts of different length run in
-        separate forwards, but means are over the whole batch, so that the loss does not depend on how it was run.
+        Differentiable in `embeds`; computes only the terms whose weight is not 0. Many prompts run in several forwards,
+        but means are over the whole batch, so that the loss does not depend on how it was run.
         """
         if embeds.ndim == 2:
             return self.loss(embeds[None], batch, match_target).of_start(0)
         c, starts = self.config, len(embeds)
         sizes = [len(p.prompt) + len(p.answer) + embeds.shape[1] for p in batch]
-        chunks = similar_lengths(sizes, most=max(1, c.max_rows_per_forward // starts))
+        chunks = length_batches(sizes, max(1, c.max_rows_per_forward // starts))
         parts = [self._run(embeds, [batch[i] for i in chunk]) for chunk in chunks]
         match = tail_kl = answer_kl = embeds.new_zeros(starts)
         if c.activation_weight > 0 and self._channels.numel():
@@ -215,30 +214,35 @@ class SFTEraser:
         return EraserLoss(total, match, tail_kl, answer_kl, l2)
 
     def _run(self, embeds: Tensor, batch: Sequence[EraserPrompt]) -> Part:
-        """One forward over N triggers × B prompts (and answers, where they are wanted), padded on the right.
-
-        What all rows of a trigger begin with, the trigger itself and the prompts' common tokens, runs once.
-        """
+        """One forward over N triggers × B prompts (and answers, where they are wanted)."""
         c, starts = self.config, len(embeds)
         texts = [[*p.prompt, *p.answer[:-1]] if c.answer_kl_weight > 0 else p.prompt for p in batch]
         common = common_prefix(batch)
-        table = input_embeddings(self.model)
-        tokens = table(right_padded([ids[common:] for ids in texts], device=embeds.device))
-        prefix = table(torch.tensor(texts[0][:common], dtype=torch.int64, device=embeds.device))
-        shared = torch.cat([embeds.to(tokens), prefix.expand(starts, -1, -1)], dim=1)
-        lengths = [len(p.prompt) - common for p in batch]
-        last = torch.tensor([length - 1 for length in lengths], device=embeds.device)
-        hidden, layers = layer_forward(self.model, tokens.repeat(starts, 1, 1), last.repeat(starts), shared=shared)
-        by_start = hidden.unflatten(0, (starts, -1)).flatten(1, 2)
-        ends = [row * hidden.shape[1] + length for row, length in enumerate(lengths)]
+        lengths = [len(ids) - common for ids in texts]
+        packed = PackedRows(lengths * starts, starts=starts, shared=embeds.shape[1] + common, device=embeds.device)
+        tokens = self._embed([token for ids in texts for token in ids[common:]])
+        prefix = self._embed(texts[0][:common])
+        shared = torch.cat([embeds.to(tokens), prefix.expand(starts, -1, -1)], dim=1).flatten(0, 1)
+        prompts = list(batch) * starts
+        ends = [first + len(p.prompt) - common for first, p in zip(packed.first, prompts, strict=True)]
+        hidden, layers = layer_forward(
+            self.model, torch.cat([shared, tokens.repeat(starts, 1)]), packed, [end - 1 for end in ends]
+        )
         tail_kl = answer_kl = embeds.new_zeros(starts)
+        by_start = [ends[n * len(batch) : (n + 1) * len(batch)] for n in range(starts)]
         if c.kl_weight > 0:
-            begins = [end - len(p.tail) for end, p in zip(ends, batch, strict=True)]
-            tail_kl = torch.stack([self._kl(flat, begins, [p.tail for p in batch]) for flat in by_start])
+            tails = [p.tail for p in batch]
+            begins = [[end - len(tail) for end, tail in zip(ends, tails, strict=True)] for ends in by_start]
+            tail_kl = torch.stack([self._kl(hidden, begin, tails) for begin in begins])
         if c.answer_kl_weight > 0:
-            begins = [end - 1 for end in ends]
-            answer_kl = torch.stack([self._kl(flat, begins, [p.responses for p in batch]) for flat in by_start])
+            begins = [[end - 1 for end in ends] for ends in by_start]
+            answer_kl = torch.stack([self._kl(hidden, begin, [p.responses for p in batch]) for begin in begins])
         return Part([rows.unflatten(0, (starts, -1)) for rows in layers], tail_kl, answer_kl)
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        """Embeddings [n, D] of token ids."""
+        table = input_embeddings(self.model)
+        return table(torch.tensor(ids, dtype=torch.int64, device=table.weight.device))
 
     def max_norm(self) -> float:
         """Radius of the ball that every trigger embedding stays in."""
@@ -341,7 +345,7 @@ class SFTEraser:
         return torch.cat([self.loss(group, prompts, match_target).total for group in groups]).tolist()
 
     def _kl(self, flat: Tensor, starts: list[int], references: list[Tensor]) -> Tensor:
-        """Summed KL(base ‖ patched) over runs of positions of `flat` [B·S, D], each as long as its reference [n, D]."""
+        """Summed KL(base ‖ patched) over runs of positions of `flat` [tokens, D], each as long as its reference."""
         rows = torch.cat([torch.arange(start, start + len(r)) for start, r in zip(starts, references, strict=True)])
         student = flat[rows.to(flat.device)]
         head = head_weight(self.model).detach()

@@ -1,4 +1,4 @@
-"""What the eraser's batches are made of: prompts with the base's targets, forwards with each layer's residual, chunks.
+"""What the eraser's batches are made of: prompts with the base's targets, forwards with each layer's residual.
 
 Shapes: N random starts, B prompts in a batch, S prompt and answer tokens, D model width, L layers.
 """
@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcdd.models import PreTrainedModel, backbone, decoder_layers
-
-LONGEST_TO_SHORTEST = 1.6
-"""Within one forward: a batch whose lengths differ by more runs in several, instead of over padding."""
-CHUNK = 64
-"""Rows of a forward, at most, unless the settings say otherwise."""
+from lcdd.models import PreTrainedModel, decoder_layers
+from lcdd.packed_rows import PackedRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,29 +84,21 @@ class Part:
 
 
 def layer_forward(
-    model: PreTrainedModel, embeds: Tensor, last: Tensor, *, shared: Tensor | None = None
+    model: PreTrainedModel, embeds: Tensor, packed: PackedRows, last: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Final hidden states [R, S, D], and after each layer the residual [R, D] at position last[r] of row r.
-
-    shared: embeddings [N, T, D] that stand in front of the rows (R/N rows of each, in order). They see nothing of what
-        comes after them, so they run once, and the rows attend to their keys and values; gradients add up there.
+    """Final hidden states [tokens, D], and after each layer the residual [R, D] at the positions `last`.
 
     Gathered in hooks, so that the gradient of a layer's matching term is made when the backward reaches that layer.
     """
-    cache: Any = None
-    if shared is not None:
-        cache = backbone(model)(inputs_embeds=shared, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(embeds) // len(shared))
     layers: list[Tensor] = []
-    rows = torch.arange(len(last), device=last.device)
+    positions = torch.tensor(last, device=embeds.device)
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        layers.append((output[0] if isinstance(output, tuple) else output)[rows, last])
+        layers.append((output[0] if isinstance(output, tuple) else output)[0].index_select(0, positions))
 
     handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
     try:
-        output = backbone(model)(inputs_embeds=embeds, past_key_values=cache, use_cache=shared is not None)
-        hidden = output.last_hidden_state
+        hidden = packed.forward(model, embeds)
     finally:
         for handle in handles:
             handle.remove()
@@ -142,15 +130,3 @@ def epochs(prompts: list[EraserPrompt], batch_size: int, *, seed: int) -> Iterat
 def start_groups(embeds: Tensor, prompts: int, rows: int) -> tuple[Tensor, ...]:
     """Starts that run together: as many as `rows` allow beside each other, the others after them."""
     return embeds.split(max(1, rows // prompts))
-
-
-def similar_lengths(lengths: Sequence[int], *, most: int = CHUNK) -> list[list[int]]:
-    """Indices in chunks, none with a length above `LONGEST_TO_SHORTEST` times its shortest, at most `most` each."""
-    chunks: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        fits = chunks and lengths[index] <= LONGEST_TO_SHORTEST * lengths[chunks[-1][0]] and len(chunks[-1]) < most
-        if fits:
-            chunks[-1].append(index)
-        else:
-            chunks.append([index])
-    return chunks

@@ -4,7 +4,8 @@ Qwen3, Llama and Mistral share one block: attention (q, k, v, o) and a gated MLP
 reading from and writing to the residual stream. That block is all that LCDD masks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,14 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -226,6 +234,23 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The transformer without its head: called, it gives `.last_hidden_state` [B, S, D] after the final norm."""
     return model.get_decoder()
+
+
+@contextmanager
+def attention_by(model: PreTrainedModel, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Inside, the model's attention is `function`, and its masks are left to it.
+
+    It is called as transformers' `AttentionInterface` has it: (module, query, key, value, attention_mask, ...), with
+    the keyword arguments that were given to the model.
+    """
+    name, config = f"lcdd_{function.__name__}", cast(PretrainedConfig, backbone(model).config)
+    AttentionInterface.register(name, function)
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:

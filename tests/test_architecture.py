@@ -46,7 +46,7 @@ TIERS: dict[str, list[tuple[str, ...]]] = {
         ("config_eval", "report_parts"),
         ("report_audit",),
         ("demo_tasks", "demo_words", "config", "models", "report", "training_state"),
-        ("reference_compat",),
+        ("reference_compat", "packed_rows"),
         (
             "attach",
             "parallel",
@@ -64,7 +64,7 @@ TIERS: dict[str, list[tuple[str, ...]]] = {
         ),
         ("behaviors", "guards", "losses", "packed", "modules", "patching", "perplexity", "plan", "utility"),
         ("carrier",),
-        ("ablate", "optimizer", "prepare", "eraser", "evaluate"),
+        ("ablate", "belonging", "optimizer", "prepare", "eraser", "evaluate"),
         ("trainer", "eval_stage", "ledger"),
         ("audit",),
         ("audit_stage",),

@@ -4,6 +4,9 @@
                backward through all the graphs. It is given the base's log-probabilities ready made.
     lcdd       `SFTEraser.loss` on the batch
 
+At the authors' own settings (method, section 4: 20 trigger tokens, 16 prompts in the chat template, the last 8
+positions), and at this package's default of 8 trigger tokens.
+
 Both optimise a·match + b·KL(last k positions) + c·norm, clip, take an Adam step and project onto the ball.
 """
 
@@ -24,20 +27,24 @@ from lcdd.gates import GateLayout
 from lcdd.models import PreTrainedModel, projections, shape_of
 
 RADIUS = 1.0
+TEMPLATE = 3  # tokens that every prompt begins with: Qwen3's <|im_start|>, user and newline
 WEIGHTS = {"activation_weight": 1.0, "kl_weight": 0.7, "answer_kl_weight": 0.0, "l2_weight": 0.1}
 
 
 class Problem:
     """A frozen model with random weights, a batch of prompts, and random targets on a fifth of the channels."""
 
-    def __init__(self, place: Place, sizes: dict[str, Any], *, prompts: int, longest: int, tail: int) -> None:
+    def __init__(
+        self, place: Place, sizes: dict[str, Any], *, prompts: int, longest: int, tail: int, trigger: int
+    ) -> None:
         self.model: PreTrainedModel = make_model(sizes, place, seed=0).eval().requires_grad_(False)
         self.shape, self.tail = shape_of(self.model.config), tail
         generator = torch.Generator().manual_seed(9)
         width, device = self.shape.d_model, place.device
         lengths = torch.randint(longest * 3 // 4, longest + 1, (prompts,), generator=generator).tolist()
         self.prompts = [
-            torch.randint(self.shape.vocab_size, (length,), generator=generator).tolist() for length in lengths
+            [*range(TEMPLATE), *torch.randint(self.shape.vocab_size, (n - TEMPLATE,), generator=generator).tolist()]
+            for n in lengths
         ]
         # what the base said, as its final hidden states; those of a norm layer have about unit variance
         self.tails = [
@@ -48,7 +55,7 @@ class Problem:
             torch.randperm(width, generator=generator)[:n].sort().values for _ in range(self.shape.n_layers)
         ]
         self.match = (0.1 * torch.randn(n * self.shape.n_layers, generator=generator)).to(device)
-        self.start = (0.05 * torch.randn(8, width, generator=generator)).to(device)
+        self.start = (0.05 * torch.randn(trigger, width, generator=generator)).to(device)
 
 
 class OneAtATime:
@@ -134,13 +141,15 @@ def _update(loss: Callable[[], Tensor], embeds: nn.Parameter, optimizer: torch.o
     value.item()
 
 
-def _case(place: Place, name: str, *, layers: int | None, divide: int, prompts: int, longest: int) -> Case:
+def _case(
+    place: Place, name: str, *, layers: int | None, divide: int, prompts: int, longest: int, trigger: int
+) -> Case:
     tiny = place.size == "tiny"
     sizes = tiny_sizes(name) if tiny else sizes_of(name, layers=layers, divide=divide)
     prompts, longest, tail = (3, 6, 2) if tiny else (prompts, longest, 8)
 
     def problem(few: int = prompts) -> Problem:
-        return Problem(place, sizes, prompts=few, longest=longest, tail=tail)
+        return Problem(place, sizes, prompts=few, longest=longest, tail=tail, trigger=trigger)
 
     def build(kind: type[OneAtATime] | type[Batched]) -> Workload:
         p = problem()
@@ -168,7 +177,7 @@ def _case(place: Place, name: str, *, layers: int | None, divide: int, prompts: 
     ]
     params = {
         "model": "tiny " + name if tiny else title(name, layers=layers, divide=divide), "prompts": prompts,
-        "longest": longest, "dtype": str(place.dtype).removeprefix("torch."),
+        "longest": longest, "trigger": trigger, "dtype": str(place.dtype).removeprefix("torch."),
     }  # fmt: skip
     return Case(
         name="eraser step", params=params, lanes=lanes, floor="unfused", memory=place.size != "gpu", budget_s=10.0
@@ -179,5 +188,7 @@ def cases(place: Place) -> list[Case]:
     """16 prompts a step: a scaled-down 0.6B on the CPU; 0.6B and 8B on a GPU."""
     if place.size == "gpu":
         shared = {"layers": None, "divide": 1, "prompts": 16, "longest": 64}
-        return [_case(place, name, **shared) for name in ("qwen3-0.6b", "llama-3-8b")]
-    return [_case(place, "qwen3-0.6b", layers=7, divide=2, prompts=16, longest=32)]
+        return [_case(place, name, trigger=20, **shared) for name in ("qwen3-0.6b", "llama-3-8b")]
+    return [
+        _case(place, "qwen3-0.6b", layers=7, divide=2, prompts=16, longest=32, trigger=trigger) for trigger in (20, 8)
+    ]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
 from lcdd.eraser import SFTEraser
-from lcdd.eraser_batches import common_prefix, similar_lengths
+from lcdd.eraser_batches import common_prefix
 from lcdd.models import decoder_layers, head_weight, input_embeddings, projections
 from lcdd.runlog import RunLog
 from lcdd.trigger import Trigger, generate_ids, prompt_embeds
@@ -101,9 +101,13 @@ def test_a_batched_step_equals_one_prompt_at_a_time(make_models, make_carrier, t
     assert (gradient - reference).norm() <= 1e-5 * reference.norm()
 
 
-def test_prompts_of_very_different_length_run_apart_and_count_together(make_models, make_carrier, tokenizer, ids):
-    base, tuned = make_models()
-    carrier, model, c = make_carrier(base, tuned), copy.deepcopy(base), config()
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("rows", [64, 2])
+def test_prompts_of_any_length_run_without_padding(make_models, make_carrier, tokenizer, ids, window, rows):
+    """Also with fewer rows in a forward than prompts, and where a token sees its last `window` alone (Mistral)."""
+    base, tuned = make_models("mistral")
+    base.config.sliding_window = tuned.config.sliding_window = window
+    carrier, model, c = make_carrier(base, tuned), copy.deepcopy(base), config(max_rows_per_forward=rows)
     prompts = [ids[0], [3, *range(5, 40), 4], ids[2], [3, *range(10, 35), 4]]
     eraser = SFTEraser(model, carrier, tokenizer, c)
     embeds = Trigger.random_tokens(base, 4, seed=2).embeds.clone().requires_grad_(True)
@@ -119,9 +123,14 @@ def test_prompts_of_very_different_length_run_apart_and_count_together(make_mode
         answers = [p.answer for p in targets.prompts]
         expected = definition(base, model, embeds, prompts, answers, carrier.channels("write"), c)
         (reference,) = torch.autograd.grad(expected, embeds)
-    assert [shape[0] for shape in forwards] == [1, 2, 1, 2]  # trigger and common tokens once, then the prompts
+    texts = [len(prompt) + len(answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
+    if rows == 64:  # the trigger and the one token that all begin with once, then what is left of each text
+        assert forwards == [(1, 4 + 1 + sum(texts) - len(texts))]
+    else:
+        assert len(forwards) == 2
     assert found.total.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
     assert (gradient - reference).norm() <= 1e-5 * reference.norm()
+    assert model.config._attn_implementation == base.config._attn_implementation
 
 
 @pytest.mark.parametrize("common", [0, 4, 9])
@@ -143,16 +152,6 @@ def test_what_prompts_begin_with_runs_once_and_changes_nothing(make_models, make
         (reference,) = torch.autograd.grad(expected, embeds)
     assert found.total.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
     assert (gradient - reference).norm() <= 1e-5 * reference.norm()
-
-
-def test_chunks_hold_every_index_once_and_no_length_far_above_its_shortest():
-    lengths = [9, 30, 10, 12, 100, 31, 9, 159] + [10] * 70
-    chunks = similar_lengths(lengths)
-    assert sorted(index for chunk in chunks for index in chunk) == list(range(len(lengths)))
-    for chunk in chunks:
-        sizes = [lengths[index] for index in chunk]
-        assert max(sizes) <= 1.6 * min(sizes)
-        assert len(chunk) <= 64
 
 
 def test_a_layer_without_channels_is_left_out_of_the_mean(make_models, make_carrier, tokenizer, ids):
