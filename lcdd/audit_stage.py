@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from lcdd.audit import Study
 from lcdd.audit import audit as run_audit
+from lcdd.belonging import load_base
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import require_new_directory
 from lcdd.config import AuditConfig, DataConfig, EraserConfig, LCDDConfig
@@ -17,7 +18,7 @@ from lcdd.prepare import Prepared, prepare, prompt_ids, training_items
 from lcdd.report import write_report
 from lcdd.runlog import RunLog
 from lcdd.settings import Config, from_mapping
-from lcdd.stage import Say, StageResult, check_shapes, load_weights, resolve_device, versions
+from lcdd.stage import Say, StageResult, check_shapes, resolve_device, versions
 from lcdd.tables import claims_table
 from lcdd.trigger import Trigger
 
@@ -61,7 +62,6 @@ def audit(
     lcdd = settings_beside(str(config.carrier), LCDDConfig, "lcdd", name="carrier")
     eraser = settings_beside(str(config.trigger), EraserConfig, "eraser", name="trigger")
     prepared = prepared or prepare(data, str(config.base_model_name_or_path))
-    carrier.check_tokenizer(prepared.tokenizer)
     train, validation = training_items(prepared, lcdd, say=lambda _: None)
     limit = eraser.max_prompt_length
     paths = {
@@ -70,11 +70,10 @@ def audit(
         "matched_norm+trigger": config.matched_norm_trigger,
     }
     start = time.perf_counter()
-    base = load_weights(config.base_model_name_or_path, config)
-    carrier.check_base(base)
     triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
-    for trigger in triggers.values():
-        trigger.check_base(carrier.base_fingerprint)
+    base, carrier, overrides = load_base(
+        config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
+    )
     study = Study(
         base=base,
         tokenizer=prepared.tokenizer,
@@ -100,6 +99,7 @@ def audit(
         "split": config.split,
         "versions": versions(),
         "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
+        "overrides": overrides,
         "sparsity": carrier.sparsity(),
         "sparsity_by_layer": carrier.sparsity_by_layer(),
         "gates": gate_summary(carrier),

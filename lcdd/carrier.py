@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcdd.checkpoint import (
+    WrongFingerprint,
     model_fingerprint,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -245,7 +246,7 @@ class Carrier:
             raise ValueError(f"model: expected the carrier's base of {self.shape}, got {found}")
         fingerprint = model_fingerprint(model)
         if fingerprint != self.base_fingerprint:
-            raise ValueError(
+            raise WrongFingerprint(
                 "model: expected the carrier's base (same weights and dtype, no patch applied): fingerprint "
                 f"{self.base_fingerprint[:16]}…, got {fingerprint[:16]}…"
             )
@@ -253,12 +254,14 @@ class Carrier:
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise ValueError if the carrier was trained with another tokenizer or chat template."""
         found = _tokenizer_fingerprints(tokenizer)
-        for key, expected in self.tokenizer.items():
-            if found[key] != expected:
-                raise ValueError(
-                    f"tokenizer: expected the {key.replace('_', ' ')} that the carrier was trained with "
-                    f"({expected[:16]}…), got {found[key][:16]}…"
-                )
+        wrong = [
+            f"expected the {key.replace('_', ' ')} that the carrier was trained with ({expected[:16]}…), "
+            f"got {found[key][:16]}…"
+            for key, expected in self.tokenizer.items()
+            if found[key] != expected
+        ]
+        if wrong:
+            raise WrongFingerprint(f"tokenizer: {'; '.join(wrong)}")
 
     @torch.no_grad()
     def apply(self, model: PreTrainedModel, *, check: bool = True) -> None:

@@ -194,6 +194,10 @@ def complete_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
 # ---------------------------------------------------------------- fingerprints
 
 
+class WrongFingerprint(ValueError):
+    """Something belongs to another base, tokenizer or chat template than the one it is to be used with."""
+
+
 def _update_with_tensor(digest: Any, tensor: Tensor) -> None:
     data = shards.full(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, data.numel(), CHUNK_BYTES):

@@ -11,6 +11,7 @@ from lcdd.config_eval import (
     BASE_HELP,
     BF16_HELP,
     DEVICE_HELP,
+    FINGERPRINT_HELP,
     MAX_SEED,
     AuditConfig,
     EvalConfig,
@@ -334,6 +335,7 @@ class EraserConfig(Config):
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: off", at_least=0.0)
     channel_kind: str = option("write", "carrier channels that are matched", choices=CHANNEL_KINDS)
     max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
+    fingerprint_override: bool = option(False, FINGERPRINT_HELP)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
     seed: int = option(

@@ -6,6 +6,9 @@ from lcdd.settings import Config, option
 
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto: the first GPU if there is one"
 BF16_HELP = "use the weights in bfloat16; off: the checkpoint's own dtype"
+FINGERPRINT_HELP = (
+    "go on although carrier or trigger belong to another base, tokenizer or chat template; the differences are recorded"
+)
 MAX_SEED = 10**9
 BASE_HELP = "checkpoint directory of the base model"
 AUDIT_PARTS = ("necessity", "sufficiency", "triggers", "masks", "dense")
@@ -42,6 +45,7 @@ class EvalConfig(Config):
         "(needs `pip install lcdd[eval]`)",
     )
     tasks_limit: int | None = option(None, "examples of each task, at most", at_least=1)
+    fingerprint_override: bool = option(False, FINGERPRINT_HELP)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
     seed: int = option(0, "seed of the random prefixes", at_least=0, at_most=MAX_SEED)
@@ -78,6 +82,7 @@ class AuditConfig(Config):
     max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
     per_device_eval_batch_size: int = option(32, "prompts answered at once", at_least=1)
     random_draws: int = option(3, "random masks, channels and prefixes that are pooled", at_least=1)
+    fingerprint_override: bool = option(False, FINGERPRINT_HELP)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
     seed: int = option(0, "seed of everything random in the controls", at_least=0, at_most=MAX_SEED)
@@ -105,6 +110,7 @@ class GenerateConfig(Config):
         "vicuna, plain, or a Jinja file; default: the tokenizer's own, Vicuna's for a model of that name, else plain",
     )
     max_new_tokens: int = option(128, "tokens of an answer, at most", at_least=1)
+    fingerprint_override: bool = option(False, FINGERPRINT_HELP)
     bf16: bool = option(False, BF16_HELP)
     device: str = option("auto", DEVICE_HELP)
 

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from lcdd.belonging import load_base
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import require_new_directory
 from lcdd.config import DataConfig, EvalConfig
@@ -38,7 +39,6 @@ def eval_(
     check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
     carrier = Carrier.from_pretrained(str(config.carrier))
     prepared = prepared or prepare(data, str(config.base_model_name_or_path))
-    carrier.check_tokenizer(prepared.tokenizer)
     prompts, others = (
         ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length)
         for ids in (prompt_ids, off_topic_ids)
@@ -53,10 +53,9 @@ def eval_(
     triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
     findings = findings_of(str(config.carrier))
     start = time.perf_counter()
-    base = load_weights(config.base_model_name_or_path, config)
-    carrier.check_base(base)
-    for trigger in triggers.values():
-        trigger.check_base(carrier.base_fingerprint)
+    base, carrier, overrides = load_base(
+        config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
+    )
     patches: dict[str, PatchSource] = {"carrier": carrier, **dense_patches(base, config)}
     states = _states(base, patches, triggers, config, special=prepared.tokenizer.all_special_ids)
     settings: dict[str, Any] = {
@@ -78,6 +77,7 @@ def eval_(
         "split": config.split,
         "versions": versions(),
         "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
+        "overrides": overrides,
         "sparsity": carrier.sparsity(),
         "sparsity_by_layer": carrier.sparsity_by_layer(),
         "gates": gate_summary(carrier),

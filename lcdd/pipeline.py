@@ -19,6 +19,7 @@ import torch
 
 from lcdd import shards
 from lcdd.audit_stage import audit
+from lcdd.belonging import load_base
 from lcdd.carrier import Carrier
 from lcdd.config import (
     DataConfig,
@@ -226,10 +227,8 @@ def erase(
     load_shape(str(config.base_model_name_or_path))
     carrier = Carrier.from_pretrained(str(config.carrier))
     prepared = prepared or prepare(data, str(config.base_model_name_or_path))
-    carrier.check_tokenizer(prepared.tokenizer)
     prompts, held_out = _eraser_prompts(prepared, config)
-    model = load_weights(config.base_model_name_or_path, config)
-    carrier.check_base(model)
+    model, carrier, overrides = load_base(config.base_model_name_or_path, config, carrier, prepared.tokenizer)
     patch = carrier
     if config.model_name_or_path is not None:
         patch = Carrier.from_models(model, load_weights(config.model_name_or_path, config))
@@ -237,8 +236,9 @@ def erase(
     with RunLog(log_dir or output, stage=stage) as log:
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
         trigger = eraser.fit(prompts, held_out, log=log, progress=True, checkpoints=output)
-    trigger.save_pretrained(output / "trigger")
-    found = {"validation": eraser.history.validation, "overrides": trigger.metadata["overrides"]}
+    overrides += trigger.metadata["overrides"]
+    replace(trigger, metadata={**trigger.metadata, "overrides": overrides}).save_pretrained(output / "trigger")
+    found = {"validation": eraser.history.validation, "overrides": overrides}
     summary = write_summary(output, stage, config, data, **found)
     losses = [line["loss"] for line in eraser.history.validation]
     say(f"Trigger ({stage}): held-out loss {losses[0]:.4f} -> {min(losses):.4f} in {config.max_steps} steps")
@@ -265,12 +265,12 @@ def generate(config: GenerateConfig, *, say: Say = print) -> StageResult:
     use_template(tokenizer, config.chat_template, model=str(config.model_name_or_path))
     carrier = Carrier.from_pretrained(config.carrier) if config.carrier else None
     trigger = Trigger.from_pretrained(config.trigger) if config.trigger else None
-    if carrier is not None and trigger is not None:
-        trigger.check_base(carrier.base_fingerprint)
-    model = load_weights(config.model_name_or_path, config)
-    if carrier is not None:
-        carrier.check_tokenizer(tokenizer)
-        carrier.apply(model)
+    if carrier is None:
+        model = load_weights(config.model_name_or_path, config)
+    else:
+        triggers = [trigger] if trigger else []
+        model, carrier, _ = load_base(config.model_name_or_path, config, carrier, tokenizer, triggers)
+        carrier.apply(model, check=False)
     examples = [Example(messages=({"role": "user", "content": text},), completion="") for text in config.prompt]
     prompts = [prompt_string(tokenizer, example) for example in examples]
     if config.stream:

@@ -324,7 +324,7 @@ def _kl(report: Mapping[str, Any]) -> str:
 
 
 def _settings(report: Mapping[str, Any]) -> str:
-    parts = []
+    parts = [f'<p class="warning">Overridden: {escape(text)}</p>' for text in report.get("overrides") or []]
     for key in ("versions", "timings", "fingerprints"):
         values = report.get(key)
         if values:

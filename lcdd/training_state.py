@@ -39,7 +39,7 @@ RESUMABLE = {
     *("output_dir", "device", "model_name_or_path", "base_model_name_or_path", "carrier", "initial_carrier"),
     *("resume", "resume_override", "save_steps", "save_total_limit", "logging_steps", "report_to", "save_folded"),
     *("max_nonfinite_steps", "early_stop_patience", "gradient_accumulation_steps", "per_device_eval_batch_size"),
-    *("parallel", "max_rows_per_forward"),
+    *("parallel", "max_rows_per_forward", "fingerprint_override"),
 }
 """Settings that a resumed run may change: none that moves a bit of the result."""
 

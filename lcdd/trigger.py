@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lcdd.checkpoint import MANIFEST, verify_directory, write_directory, write_json
+from lcdd.checkpoint import MANIFEST, WrongFingerprint, verify_directory, write_directory, write_json
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, input_embeddings, shape_of
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -106,7 +106,7 @@ class Trigger:
         """Raise ValueError if the trigger was learned on another base than the one with this `model_fingerprint`."""
         expected = self.metadata.get("base_fingerprint")
         if expected not in (None, fingerprint):
-            raise ValueError(
+            raise WrongFingerprint(
                 f"trigger: expected the base that it was learned on, of fingerprint {str(expected)[:16]}…, "
                 f"got one of {fingerprint[:16]}…"
             )

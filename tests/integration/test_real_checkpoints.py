@@ -5,6 +5,7 @@ stage does its part on such directories, to the letter of the file formats.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from helpers import SHARED_DATA, instruction_rows, make_tokenizer, save_checkpoint, write_jsonl
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import verify_directory
+from lcdd.checkpoint import model_fingerprint, verify_directory
 from lcdd.cli import main
 from lcdd.models import load_model, projections
 from lcdd.report import read_report
@@ -195,6 +196,29 @@ def test_another_tokenizer_or_base_is_refused(tmp_path: Path, capsys) -> None:
         assert main([*map(str, argv), *data]) == 2
         assert message in capsys.readouterr().err
         assert not output.exists()
+    # nevertheless: what differs is warned of, and stays on record with everything that comes of it
+    shutil.copytree(other, tmp_path / "ot")
+    make_tokenizer(chat_template=None).save_pretrained(tmp_path / "ot")
+    (tmp_path / "ot" / "chat_template.jinja").unlink(missing_ok=True)
+    patch = ["--base_model_name_or_path", str(tmp_path / "ot"), "--carrier", carrier, "--fingerprint_override", *data]
+    brief = ["--max_steps", "1", "--max_answer_tokens", "2", "--train_prompts", "2", "--validation_prompts", "2"]
+    assert main(["erase", *patch, "--output_dir", str(tmp_path / "erase"), *brief]) == 0
+    trigger = Trigger.from_pretrained(tmp_path / "erase" / "trigger")
+    assert trigger.metadata["base_fingerprint"] == model_fingerprint(load_model(tmp_path / "ot"))
+    overrides = trigger.metadata["overrides"]
+    assert overrides == json.loads((tmp_path / "erase" / "summary.json").read_text())["overrides"]
+    assert ["chat template" in overrides[0], "the carrier's base" in overrides[1]] == [True, True]
+    patch += ["--trigger", str(tmp_path / "erase" / "trigger"), "--model_name_or_path", str(sft)]
+    brief = ["--num_prompts", "2", "--max_new_tokens", "2", "--kl_prompts", "1", "--random_prefixes", "1"]
+    assert main(["eval", *patch, "--output_dir", str(tmp_path / "eval"), *brief]) == 0
+    assert read_report(tmp_path / "eval")["overrides"] == overrides
+    assert "Overridden: tokenizer: expected the chat template" in (tmp_path / "eval" / "report.html").read_text()
+    argv = ["generate", "--model_name_or_path", str(base), "--carrier", carrier, "--prompt", "Hi", "--max_new_tokens",
+            "1", "--trigger", str(tmp_path / "erase" / "trigger")]  # fmt: skip
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert "trigger: expected the base that it was learned on" in capsys.readouterr().err
+    assert main([*argv, "--fingerprint_override"]) == 0
 
 
 def test_the_real_data_is_read_and_encoded(capsys) -> None:
