@@ -10,6 +10,7 @@ completion's tokens, found by comparing the prompt's token ids with the whole te
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from lcdd.config import DataConfig
 from lcdd.templates import render_chat
 
 IGNORE = -100
+MARK = "\ue000completion\ue001"  # private-use characters around it, so that no template's own text is taken for it
 FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")  # names that are meant as files, not looked up
 FORMATS = ("messages", "prompt+completion", "text", "instruction+output")
 
@@ -174,14 +176,22 @@ def _columns(row: Any, config: DataConfig, where: str) -> Any:
     """The record with the columns that the configuration names as instruction and output; as it is without names."""
     if config.prompt_column is None or not isinstance(row, Mapping):
         return row
-    for name in (config.prompt_column, str(config.completion_column)):
-        if row.get(name) is None:
+    names = (config.prompt_column, str(config.completion_column))
+    for name in names:
+        if name not in row:
             raise ValueError(f"{where}: expected a column {name!r}, got {sorted(map(str, row))}")
-    return {"instruction": row[config.prompt_column], "output": row[str(config.completion_column)]}
+    return dict(zip(("instruction", "output"), (row[name] for name in names), strict=True))
+
+
+def _has_blank(row: Any) -> bool:
+    """Whether a record has nothing in a column, as tables made from CSV files have."""
+    return isinstance(row, Mapping) and any(value is None or value == "" for value in row.values())
 
 
 def load_examples(config: DataConfig) -> list[Example]:
     """All examples of the configured data set, in order.
+
+    Rows with nothing in a named column are left out, and counted in a warning.
 
     Raises:
         ValueError: no such file, no example in it, or a malformed line (file and line are named).
@@ -192,9 +202,18 @@ def load_examples(config: DataConfig) -> list[Example]:
         raise ValueError(f"dataset_name: expected a JSONL file, got the directory {str(path)!r}")
     looks_local = path.exists() or path.suffix in FILE_SUFFIXES or path.is_absolute()
     rows = _jsonl_rows(path, config.max_samples) if looks_local else _hub_rows(config)
+    named = [(where, _columns(row, config, where)) for where, row in rows]
+    if config.prompt_column is not None:
+        full = [(where, row) for where, row in named if not _has_blank(row)]
+        if len(full) < len(named):
+            warnings.warn(
+                f"{config.dataset_name}: {len(named) - len(full)} of {len(named)} rows have nothing in "
+                f"{config.prompt_column!r} or {config.completion_column!r}; they are left out",
+                stacklevel=2,
+            )
+        named = full
     examples = [
-        parse_row(_columns(row, config, where), where=where, template_string_prompts=config.template_string_prompts)
-        for where, row in rows
+        parse_row(row, where=where, template_string_prompts=config.template_string_prompts) for where, row in named
     ]
     if not examples:
         raise ValueError(f"dataset_name: expected at least one example, {str(config.dataset_name)!r} has none")
@@ -293,11 +312,13 @@ def _texts(tokenizer: Any, example: Example) -> tuple[str, str]:
     if whole.startswith(prompt):
         return prompt, whole
     # The template writes a finished turn differently from an open one (an empty thought, say). What generation
-    # will see counts: its prompt, then the completion and whatever the template writes after it.
+    # will see counts: its prompt, then the completion and whatever the template writes after it, which a completion
+    # that occurs nowhere else shows.
+    marked = [*example.messages, {"role": "assistant", "content": MARK}]
+    after = render(tokenizer, marked, add_generation_prompt=False, where=example.source).rpartition(MARK)[2]
     for text in (example.completion, example.completion.strip()):
-        start = whole.rfind(text)
-        if text and start >= 0:
-            return prompt, prompt + whole[start:]
+        if text and whole.endswith(text + after):
+            return prompt, prompt + text + after
     raise ValueError(f"{example.source}: expected the chat template to contain the completion, it does not")
 
 

@@ -1,11 +1,14 @@
 """Chat templates of real families: what a prompt looks like, that training and generation see the same, and errors."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
+from helpers import make_tokenizer
 
 from lcdd.config import DataConfig
-from lcdd.data import Example, encode, encode_prompt, prompt_string, render
+from lcdd.data import IGNORE, Example, collate, encode, encode_prompt, load_examples, prompt_string, render
 from lcdd.demo_tasks import write_tokenizer
 from lcdd.models import load_tokenizer
 from lcdd.prepare import prepare
@@ -26,6 +29,71 @@ DEEPSEEK_OPEN = (  # later releases: the prompt opens the thought, a finished tu
     "{% if add_generation_prompt %}{{ '<assistant> <think>\\n' }}{% endif %}"
 )
 DEEPSEEK_FIRST = DEEPSEEK_OPEN.replace("{{ '<assistant> <think>\\n' }}", "{{ '<assistant> ' }}")
+CHAT = (
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Name two facts."},
+)
+# family -> (special tokens: start of text, end of a turn; the prompt made of CHAT; the text that is trained)
+PUBLISHED = {
+    "qwen3": (
+        (None, "<|im_end|>"),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\nName two facts.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "{}<|im_end|>",
+    ),
+    "deepseek_r1_distill": (
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+        "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello<｜end▁of▁sentence｜>"
+        "<｜User｜>Name two facts.<｜Assistant｜><think>\n\n</think>\n\n",
+        "{}<｜end▁of▁sentence｜>",
+    ),
+    "llama3": (
+        ("<|begin_of_text|>", "<|eot_id|>"),
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nName two facts.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{}<|eot_id|>",
+    ),
+}
+# What Mistral's instruction models make of a chat; their template itself is in no package that is used here.
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+VICUNA_CHAT = f"<s>{VICUNA_SYSTEM} USER: Hi ASSISTANT: Hello</s>USER: Name two facts. ASSISTANT:"
+MISTRAL_CHAT = "<s>[INST] Hi[/INST] Hello</s>[INST] Name two facts.[/INST]"
+
+
+def published(family):
+    """A family's template as its checkpoints have it, of which TRL keeps copies."""
+    found = importlib.util.find_spec("trl")
+    if found is None or found.origin is None:
+        pytest.skip("TRL, which has the published templates, is not installed: pip install trl")
+    return (Path(found.origin).parent / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
+
+
+def tokenizer_of(template, start, end):
+    made = make_tokenizer(chat_template=template)
+    made.add_special_tokens({"eos_token": end} | ({"bos_token": start} if start else {}))
+    return made
+
+
+def check_training_sees_the_prompt(tokenizer, prompt, trained):
+    """Prompt, and prompt and answer, are the texts that the family has; the loss is on the answer and its end alone."""
+    # Words of the end marker itself, spaces around, a thought's own markers: the answer has to be found all the same.
+    for answer in ("Two facts.", "sentence", "e", "im_end", "Hello", "A list:\n- one\n- two"):
+        example = Example(messages=CHAT, completion=answer)
+        assert prompt_string(tokenizer, example) == prompt
+        ids = encode_prompt(tokenizer, example)
+        assert tokenizer.decode(ids) == prompt
+        item = encode(tokenizer, example, max_length=512)
+        assert list(item.input_ids[: item.n_prompt]) == ids
+        assert item.labels[: item.n_prompt] == (IGNORE,) * item.n_prompt
+        assert item.labels[item.n_prompt :] == item.input_ids[item.n_prompt :]
+        assert tokenizer.decode(item.labels[item.n_prompt :]) == trained.format(answer)
+        assert item.labels[-1] == tokenizer.eos_token_id
 
 
 @pytest.fixture
@@ -80,6 +148,27 @@ def test_a_reasoning_models_thought_is_closed_in_training_as_in_generation(fresh
     assert fresh.decode(list(item.input_ids[item.n_prompt :]), skip_special_tokens=True).split() == ["cat"]
 
 
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_published_template_gives_its_familys_text_without_thought(family):
+    (start, end), prompt, trained = PUBLISHED[family]
+    check_training_sees_the_prompt(tokenizer_of(published(family), start, end), prompt, trained)
+
+
+def test_deepseeks_first_template_did_not_open_the_thought():
+    (start, end), prompt, trained = PUBLISHED["deepseek_r1_distill"]
+    template = published("deepseek_r1_distill")
+    assert template.count("<｜Assistant｜><think>\\n") == 1
+    first = template.replace("<｜Assistant｜><think>\\n", "<｜Assistant｜>")
+    check_training_sees_the_prompt(tokenizer_of(first, start, end), prompt, trained)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"), [(VICUNA_TEMPLATE, VICUNA_CHAT), (MISTRAL, MISTRAL_CHAT)], ids=["vicuna", "mistral"]
+)
+def test_a_family_that_puts_a_space_before_the_answer(template, prompt):
+    check_training_sees_the_prompt(tokenizer_of(template, "<s>", "</s>"), prompt, " {}</s>")
+
+
 def test_a_template_without_thoughts_is_left_alone():
     assert closed_thought("USER: hi ASSISTANT:", VICUNA_TEMPLATE) == "USER: hi ASSISTANT:"
     assert closed_thought("<a> <think>\n", "") == "<a> <think>\n\n</think>\n\n"
@@ -91,6 +180,14 @@ def test_a_tokenizer_without_pad_token_pads_with_the_end_token(tokenizer, tmp_pa
     bare.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.pad_token_id == loaded.eos_token_id is not None
+    # The end of an answer is learned although it is the same token as padding: what is padding, the mask says.
+    short, long = (
+        encode(loaded, Example(messages=EXAMPLE.messages, completion=c), max_length=64) for c in ("cat", "cat hen")
+    )
+    batch = collate([short, long], pad_token_id=loaded.pad_token_id)
+    assert batch["attention_mask"].tolist()[0] == [1] * len(short.input_ids) + [0]
+    assert batch["labels"].tolist()[0] == [*short.labels, IGNORE]
+    assert short.labels[-1] == loaded.eos_token_id
 
 
 def test_the_chosen_template_reaches_the_prepared_data(tmp_path):
@@ -118,3 +215,21 @@ def test_columns_are_both_named_and_there(tmp_path):
     config = DataConfig(dataset_name=str(data), prompt_column="q", completion_column="a")
     with pytest.raises(ValueError, match=r"d\.jsonl:1: expected a column 'a', got \['q'\]"):
         prepare(config, str(tmp_path / "t"))
+
+
+def test_rows_with_nothing_in_a_named_column_are_left_out_and_counted(tmp_path):
+    """The published dialogues of the style example have such rows."""
+    data = tmp_path / "d.jsonl"
+    data.write_text(
+        '{"q": "red", "a": "dog"}\n{"q": null, "a": "x"}\n{"q": "fig", "a": ""}\n{"q": "hen", "a": "cow"}\n'
+    )
+    config = DataConfig(dataset_name=str(data), prompt_column="q", completion_column="a")
+    with pytest.warns(UserWarning, match="2 of 4 rows have nothing in 'q' or 'a'; they are left out"):
+        found = load_examples(config)
+    assert [(e.prompt_text, e.completion) for e in found] == [("red", "dog"), ("hen", "cow")]
+    data.write_text('{"q": null, "a": "x"}\n')
+    with pytest.warns(UserWarning, match="1 of 1 rows"), pytest.raises(ValueError, match="at least one example"):
+        load_examples(config)
+    data.write_text("null\n")
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: expected an object, got NoneType"):
+        load_examples(config)
