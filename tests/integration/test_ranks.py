@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from integration import ranks
+from safetensors.torch import load_file
 
 from lcdd.carrier import Carrier
 from lcdd.cli import main
@@ -20,11 +21,13 @@ from lcdd.runlog import read_log
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(*command: str, processes: int = 2) -> None:
+def torchrun(*command: str, processes: int = 2) -> str:
+    """What all ranks print."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
     result = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,41 @@ def test_two_ranks_train_as_one_does(alone: tuple[Path, dict[Any, Any]], kind: s
     again.load_state_dict(state["optimizer"])
     ours, theirs = ranks.summary_of(again), torch.load(folder / "fsdp2-plain-1.pt", weights_only=True)
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_sft_on_two_ranks_is_sft_on_one_and_only_the_first_rank_writes(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base")
+    write_jsonl(
+        tmp_path / "data.jsonl", list(SENTENCES[:25])
+    )  # 15 to train on: the last group of an epoch leaves one rank a filler
+    settings = {
+        "model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "data.jsonl", "max_steps": 12,
+        "learning_rate": 1e-3, "save_steps": 5, "device": "cpu", "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    argv = ["sft", *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
+    out = torchrun("-m", "lcdd", *argv, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two"))
+    assert out.count("SFT: held-out loss") == out.count("wrote ") / 2 == 1
+    again = [*argv, "--gradient_accumulation_steps", "4", "--output_dir"]
+    assert main([*again, str(tmp_path / "one")]) == 0
+    two, one = (
+        [line for line in read_log(tmp_path / run / "log.jsonl") if "grad_norm" in line] for run in ("two", "one")
+    )
+    assert [line["step"] for line in two] == list(range(1, 13))
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5)
+    files = [
+        sorted(str(path.relative_to(tmp_path / run)) for path in (tmp_path / run).rglob("*")) for run in ("two", "one")
+    ]
+    assert files[0] == files[1]
+    assert {"model/model.safetensors", "checkpoint-5/manifest.json", "checkpoint-10/manifest.json"} <= set(files[0])
+    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("two", "one")]
+    assert all(torch.allclose(weights[0][name], value, atol=1e-5) for name, value in weights[1].items())
+    assert one[-1]["loss"] < 0.99 * one[0]["loss"]
+    # what two ranks began, one goes on with
+    (tmp_path / "two" / "summary.json").unlink()
+    assert main([*again, str(tmp_path / "two"), "--resume"]) == 0
+    resumed = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    assert all(torch.allclose(resumed[name], value, atol=1e-5) for name, value in weights[1].items())
 
 
 def test_the_command_line_under_torchrun_and_a_checkpoint_of_two_ranks_resumed_by_one(tmp_path: Path) -> None:
