@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import warnings
 
 import pytest
 import torch
@@ -268,3 +269,18 @@ def test_the_readmes_embeddings_for_a_server_give_the_triggers_answer(make_model
     answer = base.generate(inputs_embeds=received[None], max_new_tokens=6, do_sample=False, pad_token_id=0)
     expected = generate_ids(base, tokenizer, [ids], trigger=trigger, max_new_tokens=6)[0]
     assert answer[0].tolist()[: len(expected)] == expected
+
+
+def test_an_answer_beyond_the_models_positions_is_warned_of(make_models, tokenizer):
+    base, _ = make_models()
+    trigger = Trigger.random_tokens(base, 4, seed=0)
+    prompt, room = [5] * 50, base.config.max_position_embeddings - 50 - 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate_ids(base, tokenizer, [prompt, [5]], trigger=trigger, max_new_tokens=room)
+        generate_ids(base, tokenizer, [], max_new_tokens=1)
+    message = "4 trigger tokens, a prompt of 50 and 11 new tokens are more than .*max_position_embeddings = 64"
+    with pytest.warns(UserWarning, match=message):
+        generate_ids(base, tokenizer, [prompt, [5]], trigger=trigger, max_new_tokens=room + 1)
+    with pytest.warns(UserWarning, match=message):
+        list(stream(base, tokenizer, prompt, trigger=trigger, max_new_tokens=room + 1))
