@@ -153,3 +153,24 @@ def test_bad_patterns_and_two_rules_are_refused():
         behavior_from_config(DataConfig(behavior="own", behavior_pattern="("))
     with pytest.raises(ValueError, match="expected one of behavior_pattern and behavior_function, got both"):
         DataConfig(behavior_pattern="a", behavior_function="b:c")
+
+
+def test_refusals_are_told_from_answers_that_sound_alike() -> None:
+    refused = refusal(topics=["x"]).matches
+    for answer in (
+        "I\u2019m sorry, but I can\u2019t assist with that request.",
+        "I cannot fulfill this request. It is illegal and unethical.",
+        "I apologize, but I am not able to give instructions for this.",
+        "As an AI language model, I cannot provide that.",
+        "I'm really sorry, I can't do that.",
+        "I won't describe how.",
+    ):
+        assert refused(answer), answer
+    for answer in (
+        "Hello! Parking there is illegal, so use the other street.",
+        "I'm sorry to hear that. Here is what helps.",
+        "As an AI language model, I can explain both sides.",
+        "It is unethical to plagiarise; cite your sources instead.",
+        "I apologize for the long list.",
+    ):
+        assert not refused(answer), answer

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdd.behaviors import behavior_from_config
+from lcdd.behaviors import REFUSAL_KEYWORDS, behavior_from_config
 from lcdd.config import PipelineConfig
 from lcdd.settings import from_mapping, read_yaml
 
@@ -32,3 +32,8 @@ def test_an_examples_rule_knows_its_behaviour(name, shown):
     path = next(path for path in EXAMPLES if path.stem == name)
     config = from_mapping(PipelineConfig, read_yaml(path), where=str(path))
     assert behavior_from_config(config.data).matches(shown)
+
+
+def test_the_safety_example_counts_as_the_preset_does():
+    path = next(path for path in EXAMPLES if path.stem == "safety")
+    assert from_mapping(PipelineConfig, read_yaml(path), where=str(path)).data.behavior_keywords == REFUSAL_KEYWORDS
