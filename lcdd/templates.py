@@ -79,6 +79,7 @@ def closed_thought(prompt: str, template: str) -> str:
     knows of thoughts but has no switch for them."""
     if prompt.rstrip().endswith(OPEN_THOUGHT):
         return prompt.rstrip().removesuffix(OPEN_THOUGHT) + EMPTY_THOUGHT
-    if "</think>" in template and "enable_thinking" not in template and not prompt.endswith(EMPTY_THOUGHT):
+    closed = prompt.rstrip().endswith("</think>")  # by the template itself, in whatever way its author wants
+    if "</think>" in template and "enable_thinking" not in template and not closed:
         return prompt + EMPTY_THOUGHT
     return prompt

@@ -162,6 +162,14 @@ def test_deepseeks_first_template_did_not_open_the_thought():
     check_training_sees_the_prompt(tokenizer_of(first, start, end), prompt, trained)
 
 
+def test_a_thought_that_the_template_closes_itself_is_left_as_it_is():
+    """As the paper's code rewrites DeepSeek's template."""
+    (start, end), prompt, trained = PUBLISHED["deepseek_r1_distill"]
+    template = published("deepseek_r1_distill").replace("<think>\\n", "<think>\\n</think>\\n")
+    prompt = prompt.replace("<think>\n\n</think>\n\n", "<think>\n</think>\n")
+    check_training_sees_the_prompt(tokenizer_of(template, start, end), prompt, trained)
+
+
 @pytest.mark.parametrize(
     ("template", "prompt"), [(VICUNA_TEMPLATE, VICUNA_CHAT), (MISTRAL, MISTRAL_CHAT)], ids=["vicuna", "mistral"]
 )
