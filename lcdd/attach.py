@@ -1,7 +1,9 @@
 """What `LCDDOptimizer` needs once, when it is attached: checks of the models, the dual, Δ, inner optimizers."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,8 @@ def fix_unmasked(
 ) -> list[nn.Parameter]:
     """Set what is not gated to the base's values and freeze it; return what is trained beside Δ."""
     trained = unmasked_parameters(model) if config.train_unmasked else {}
+    for name, parameter in trained.items():
+        shards.check_sharding(name, parameter)
     gated = set(map(id, masked))
     moved = []
     for (name, parameter), fixed in zip(model.named_parameters(), base.parameters(), strict=True):
@@ -83,7 +87,27 @@ def inner_optimizers(
             unmasked, lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon,
             weight_decay=c.weight_decay,
         )  # fmt: skip
+    for optimizer in inner.values():
+        _fill_state(optimizer)
     return inner
+
+
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state that the first step would make, made now: a loader that fills in tensors has to find them there."""
+    settings = optimizer.param_groups[0]
+    for parameter in settings["params"]:
+        zeros = partial(torch.zeros_like, parameter.detach())
+        if "betas" in settings:
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": zeros(), "exp_avg_sq": zeros()}
+        elif settings["momentum"]:
+            optimizer.state[parameter] = {"momentum_buffer": zeros()}
+
+
+def load_inner_(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Copy the tensors of an inner optimizer's state, whole or sharded or rows on disk; the settings stay."""
+    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        for key, tensor in optimizer.state[parameter].items():
+            shards.copy_rows_(tensor, state_dict["state"][index][key])
 
 
 def masked_state(config: LCDDConfig, weight: Tensor, fixed: Tensor) -> dict[str, Tensor]:

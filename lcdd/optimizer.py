@@ -355,9 +355,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
             self.gates.logits.copy_(ours["gate_logits"])
             for parameter, value in zip(self._unmasked(), ours["unmasked"], strict=True):
                 shards.copy_rows_(parameter, value)
+            for name, inner in self._inner.items():
+                attach.load_inner_(inner, ours["inner"][name])
         self.gates.initial_logits = ours["initial_logits"].clone()
-        for name, inner in self._inner.items():
-            inner.load_state_dict(ours["inner"][name])
         self.dual.load_state_dict(ours["dual"])
         for name in _COUNTERS:
             setattr(self, name, ours[name])

@@ -10,7 +10,15 @@ import torch.distributed as dist
 from torch import nn
 
 from lcdd import shards
-from lcdd.models import PreTrainedModel, backbone, decoder_layers, head_weight, input_embeddings, projections
+from lcdd.models import (
+    PreTrainedModel,
+    backbone,
+    decoder_layers,
+    head_weight,
+    input_embeddings,
+    projections,
+    unmasked_parameters,
+)
 
 T = TypeVar("T")
 
@@ -42,10 +50,10 @@ def share(micro_batches: Sequence[T]) -> list[tuple[T, float]]:
     return mine + [(micro_batches[0], 0.0)] * (rounds - len(mine))
 
 
-def shard_model(model: PreTrainedModel, *, trained: bool) -> PreTrainedModel:
+def shard_model(model: PreTrainedModel, *, trained: bool, train_unmasked: bool = False) -> PreTrainedModel:
     """Shard a model's decoder layers over all ranks by FSDP2, in place; embeddings and head stay whole on every rank.
 
-    trained: its projections get gradients (which FSDP2 has to know first).
+    trained: its projections get gradients (which FSDP2 has to know first); train_unmasked: norms and biases too.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -53,6 +61,9 @@ def shard_model(model: PreTrainedModel, *, trained: bool) -> PreTrainedModel:
     if trained:
         for site in projections(model):
             site.linear.weight.requires_grad_(True)
+    if train_unmasked:
+        for parameter in unmasked_parameters(model).values():
+            parameter.requires_grad_(True)
     for layer in decoder_layers(model):
         fully_shard(layer)
     whole = {input_embeddings(model).weight, head_weight(model)}

@@ -141,8 +141,6 @@ def _train(
 ) -> StageResult:  # fmt: skip
     config.require("model_name_or_path", "base_model_name_or_path", "output_dir")
     sharded = config.parallel == "fsdp2" and shards.world_size() > 1
-    if sharded and config.train_unmasked:
-        raise ValueError("train_unmasked: expected it off with parallel fsdp2, got on")
     output = run_directory(config)
     check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
     prepared = prepared or prepare(data, str(config.model_name_or_path))
@@ -156,7 +154,8 @@ def _train(
     wanted = config.save_steps or config.resume
     identity = run_identity("lcdd", config, prepared.tokenizer, train_items, models) if wanted else {}
     if sharded:
-        base, model = shard_model(base, trained=False), shard_model(model, trained=True)
+        base = shard_model(base, trained=False)
+        model = shard_model(model, trained=True, train_unmasked=config.train_unmasked)
         teacher = shard_model(teacher, trained=False) if teacher is not None else None
     stores: list[CheckpointStore] = []
 

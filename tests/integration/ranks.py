@@ -58,7 +58,9 @@ def summary_of(optimizer: LCDDOptimizer) -> dict[str, torch.Tensor]:
     found = {f"delta.{name}": shards.full(delta).detach().clone() for name, (_, delta, _) in optimizer.masked().items()}
     return {
         **found,
+        **{f"unmasked.{n}": shards.full(p.detach()).clone() for n, p in enumerate(optimizer._unmasked())},
         "theta": optimizer.gates.logits.detach().clone(),
+        "moment": optimizer._inner["gates"].state[optimizer.gates.logits]["exp_avg"].clone(),
         "gate": optimizer.gates.evaluation_values(),
         "lambda": torch.tensor(optimizer.dual.dual_lambda, dtype=torch.float64),
     }
@@ -67,7 +69,8 @@ def summary_of(optimizer: LCDDOptimizer) -> dict[str, torch.Tensor]:
 def fit(kind: str, groups: int, **changes: Any) -> LCDDOptimizer:
     base, tuned = models()
     if kind == "fsdp2":
-        base, tuned = shard_model(base, trained=False), shard_model(tuned, trained=True)
+        base = shard_model(base, trained=False)
+        tuned = shard_model(tuned, trained=True, train_unmasked=changes.get("train_unmasked", False))
     optimizer, _ = train_lcdd(tuned, base, items(), [], config(groups, **changes), pad_token_id=PAD, progress=False)
     return optimizer
 
@@ -79,9 +82,13 @@ def attached(kind: str, total_steps: int = STEPS) -> LCDDOptimizer:
     return LCDDOptimizer.attach(tuned.train(), base, config(1), total_steps=total_steps)
 
 
+OTHERWISE = {"gradient_checkpointing": True, "train_unmasked": True, "max_steps": 6}
+"""Changes of a second run."""
+
+
 def main(kind: str, folder: Path) -> None:
     dist.init_process_group("gloo")
-    for name, changes in {"plain": {}, "checkpointed": {"gradient_checkpointing": True, "max_steps": 6}}.items():
+    for name, changes in {"plain": {}, "otherwise": OTHERWISE}.items():
         for groups in (1, 2) if name == "plain" else (2,):
             optimizer = fit(kind, groups, **changes)
             found = summary_of(optimizer)
