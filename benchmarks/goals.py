@@ -67,6 +67,9 @@ _CPU: dict[str, Any] = {
     "device": "cpu", "case": "optimizer step", "model": "qwen3-0.6b, ÷2, 4 layers", "params": {"micro_batches": 4}
 }  # fmt: skip
 _HARD, _HEAVISIDE = {"gates": "hard_concrete"}, {"gates": "heaviside_ste"}
+_MATRIX: dict[str, Any] = {
+    "device": "cpu", "case": "masked matrix step over forward and backward alone", "provider": "lcdd"
+}  # fmt: skip
 _SMALL: dict[str, Any] = {"device": "cuda", "case": "optimizer step", "model": "qwen3-0.6b", "provider": "lcdd"}
 _LARGE: dict[str, Any] = {**_SMALL, "model": "llama-3-8b, 4 layers"}
 _CLOSED, _DENSE = {"density": 0.2}, {"density": 1.0}
@@ -80,6 +83,17 @@ GOALS: tuple[Goal, ...] = (
     Goal(
         text="the unfused reference's own tax, 256 tokens in 4 micro-batches", provider="unfused", limit=1.3,
         at_least=True, **{**_CPU, "params": {**_CPU["params"], "tokens": 256}},
+    ),
+    Goal(
+        text="a matrix's passes A and B and refresh over the unfused forward and backward", limit=1 / 6, **_MATRIX
+    ),
+    Goal(
+        text="the same over torch.compile of the unfused forward and backward", limit=1 / 1.4, over=("compiled", {}),
+        **_MATRIX,
+    ),
+    Goal(
+        text="the same: peak extra memory, 4 bytes a parameter", metric="extra_memory", limit=4 * 4096 * 14336,
+        **_MATRIX,
     ),
     Goal(
         text="one linear, 80% closed, block gradient", device="cpu", case="linear fwd+bwd", provider="lcdd",

@@ -111,7 +111,9 @@ def table(rows: Sequence[Record]) -> str:
     for (case, params), group in groupby(rows, key=lambda row: (row.case, row.params)):
         of_case = list(group)
         lines += ["", f"**{case}**: {_words(json.loads(params))}", ""]
-        lines += ["| provider | time, ms (p20–p80) | over the floor | also | peak memory | held for backward |"]
+        lines += [
+            "| provider | time, ms (p20–p80) | over the floor | also | peak memory (a run's own) | held for backward |"
+        ]
         lines += ["|---|---|---|---|---|---|"]
         for (provider, lane), of_lane in groupby(of_case, key=lambda row: (row.provider, row.lane)):
             metrics = {row.metric: row for row in of_lane}
@@ -160,8 +162,10 @@ def _line(provider: str, lane: Mapping[str, object], metrics: Mapping[str, Recor
             also.append(form.format(metrics[metric].p50))
     cells = [
         " ".join([provider, _words(lane)]).strip(), shown, ratio(metrics["ratio"]) if "ratio" in metrics else "",
-        "; ".join(also), *(_size(metrics.get(name)) for name in ("peak_memory", "held_for_backward")),
+        "; ".join(also), _size(metrics.get("peak_memory")), _size(metrics.get("held_for_backward")),
     ]  # fmt: skip
+    if "extra_memory" in metrics:
+        cells[-2] += f" ({_size(metrics['extra_memory'])})"
     return f"| {' | '.join(cells)} |"
 
 

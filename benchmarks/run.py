@@ -254,7 +254,7 @@ def describe(lane: Lane, samples: Sequence[Sample]) -> str:
     for s in samples:
         if s.metric == "time":
             parts.append(f"{1e3 * s.p50:10.3f} ms ({1e3 * s.p20:.3f}–{1e3 * s.p80:.3f}, n {s.n})")
-        elif s.metric in ("peak_memory", "held_for_backward"):
+        elif s.metric in ("peak_memory", "extra_memory", "held_for_backward"):
             parts.append(f"{s.metric.replace('_', ' ')} {s.p50 / 2**20:,.0f} MiB")
         elif s.metric == "ratio":
             parts.append(f"{s.p50:.3f} of the floor ({s.p20:.3f}–{s.p80:.3f})")
