@@ -1,6 +1,6 @@
 """The audit of the embedded model: every behaviour with several seeds, on held-out prompts of the test split.
 
-    python benchmarks/audit.py --seeds 0 1 2 --runs_dir runs/audit --output benchmarks/results/cpu/audit
+    python -m benchmarks.audit --seeds 0 1 2 --runs_dir runs/audit --output benchmarks/results/cpu/audit
 
 One `lcdd demo --audit` for each behaviour and seed, as many at a time as there are processes (one thread each), about
 20 minutes on two idle cores; runs that already have a report are not repeated. Written are audit.json (for each
@@ -13,13 +13,18 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from benchmarks.records import Environment
 
 BEHAVIORS = ("fixed_response", "refusal", "style")
 RUN_KEYS = ("behavior", "seed", "split", "sparsity", "gates", "findings", "timings", "fingerprints")
@@ -60,8 +65,8 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     lines = [
         "# Audit of the embedded model",
         "",
-        f"Made by `{content['command']}`; seeds {', '.join(map(str, content['seeds']))}, {content['split']} split, "
-        f"{content['prompts']} prompts a run. Intervals (95%) are over seeds: Student's t, or what the runs' own "
+        f"Made by `{content['command']}` at commit {content['environment']['commit']} on {content['date']}; "
+        f"seeds {', '.join(map(str, content['seeds']))}, {content['split']} split, {content['prompts']} prompts a run. Intervals (95%) are over seeds: Student's t, or what the runs' own "
         "intervals over prompts leave, whichever is wider. Verdicts come from the numbers alone (`lcdd/claims.py`).",
         "",
         "| claim | " + " | ".join(found) + " |",
@@ -110,11 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = {key: json.loads((path / "report.json").read_text(encoding="utf-8")) for key, path in places.items()}
     first = next(iter(reports.values()))
     content = {
-        "command": "python benchmarks/audit.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": "python -m benchmarks.audit " + " ".join(sys.argv[1:] if argv is None else argv),
         "seeds": arguments.seeds,
         "split": arguments.split,
         "prompts": first["audit"]["n_prompts"],
-        "machine": {"platform": platform.platform(), "processes": arguments.processes, "threads": 1},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "environment": {**asdict(Environment.here(torch.device("cpu"))), "threads": 1},
+        "processes": arguments.processes,
         "versions": first["versions"],
         "config": first["config"],
         "behaviors": {name: summary([reports[name, seed] for seed in arguments.seeds]) for name in arguments.behaviors},
