@@ -66,8 +66,9 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         "# Audit of the embedded model",
         "",
         f"Made by `{content['command']}` at commit {content['environment']['commit']} on {content['date']}; "
-        f"seeds {', '.join(map(str, content['seeds']))}, {content['split']} split, {content['prompts']} prompts a run. Intervals (95%) are over seeds: Student's t, or what the runs' own "
-        "intervals over prompts leave, whichever is wider. Verdicts come from the numbers alone (`lcdd/claims.py`).",
+        f"seeds {', '.join(map(str, content['seeds']))}, {content['split']} split, {content['prompts']} prompts a run. "
+        "Intervals (95%) are over seeds: Student's t, or what the runs' own intervals over prompts leave, whichever is "
+        "wider. Verdicts come from the numbers alone (`lcdd/claims.py`).",
         "",
         "| claim | " + " | ".join(found) + " |",
         "|---|" + "---|" * len(found),

@@ -32,7 +32,7 @@ from lcdd.devices import (
 from lcdd.models import PROJECTION_PATHS, ModelShape, load_settings, load_shape
 from lcdd.plan_tables import render
 from lcdd_kernels import default_crossover, pack_layout
-from lcdd_kernels.losses import CHUNK_BYTES, CHUNK_MULTIPLE
+from lcdd_kernels.losses import default_chunk
 from lcdd_kernels.pack_plan import pack_cost
 
 PROVIDERS = ("plain", "unfused", "lcdd")
@@ -150,8 +150,7 @@ class Case:
         """Rows of logits at a time, as `linear_cross_entropy` chooses them; None: all."""
         if self.config.logits == "whole":
             return None
-        fitting = CHUNK_BYTES // (self.model.shape.vocab_size * self.e)
-        return max(CHUNK_MULTIPLE, fitting // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
+        return default_chunk(self.model.shape.vocab_size)
 
     def activations(self, *, checkpointing: bool) -> int:
         sequence = self.config.max_length

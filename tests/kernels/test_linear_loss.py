@@ -228,11 +228,10 @@ def test_autocast_does_not_change_the_products():
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-def test_default_chunk_is_bounded_by_its_bytes():
-    for dtype, rows in ((torch.float32, 64), (torch.bfloat16, 192)):
-        weight = torch.empty(151_936, 1, dtype=dtype, device="meta")
-        assert losses._chunk(None, torch.empty(1, 1, dtype=dtype, device="meta"), weight) == rows
-        assert rows * 151_936 * dtype.itemsize <= losses.CHUNK_BYTES
+@pytest.mark.parametrize(("vocab", "rows"), [(151_936, 256), (128_256, 320), (32_000, 1_280), (10**9, 64)])
+def test_the_default_chunk_holds_about_as_many_logits_for_any_vocabulary(vocab, rows):
+    assert losses.default_chunk(vocab) == rows
+    assert rows == 64 or rows * vocab <= losses.CHUNK_LOGITS < (rows + 64) * vocab
 
 
 # The peak of a process of its own, because the allocator of this one keeps what earlier tests had. An eighth of the
