@@ -43,12 +43,7 @@ def eval_(
         ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length)
         for ids in (prompt_ids, off_topic_ids)
     )
-    text = (
-        windows(prepared.tokenizer, read_texts(config.perplexity_text), length=config.perplexity_tokens)
-        if config.perplexity_text
-        else []
-    )
-    harness = Harness(parse_tasks(config.tasks)) if config.tasks else None
+    text, harness = text_and_harness(config, prepared)
     paths = {"carrier": config.trigger, "sft": config.sft_trigger, "matched_norm": config.matched_norm_trigger}
     triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
     findings = findings_of(str(config.carrier))
@@ -92,6 +87,18 @@ def eval_(
     return StageResult(
         written=(output / "report.json", output / "report.html"), next_step=f"open {output / 'report.html'}"
     )
+
+
+def text_and_harness(config: EvalConfig, prepared: Prepared) -> tuple[list[list[int]], Harness | None]:
+    """The held-out text in windows of tokens (none: empty), and the tasks' harness (None: no tasks).
+
+    Raises:
+        ValueError: the text cannot be read, a task is unknown, or lm-evaluation-harness is not installed.
+    """
+    text: list[list[int]] = []
+    if config.perplexity_text:
+        text = windows(prepared.tokenizer, read_texts(config.perplexity_text), length=config.perplexity_tokens)
+    return text, Harness(parse_tasks(config.tasks)) if config.tasks else None
 
 
 def dense_patches(base: PreTrainedModel, config: Any) -> dict[str, PatchSource]:

@@ -32,7 +32,7 @@ from lcdd.config import (
 )
 from lcdd.data import Example, prompt_string
 from lcdd.eraser import SFTEraser
-from lcdd.eval_stage import eval_
+from lcdd.eval_stage import eval_, text_and_harness
 from lcdd.ledger import Ledger, has_run
 from lcdd.models import check_same_architecture, load_model, load_shape, load_tokenizer
 from lcdd.optimizer import LCDDOptimizer
@@ -326,6 +326,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     _eraser_prompts(prepared, config.erase)
     for ids in (prompt_ids, off_topic_ids):
         ids(prepared, config.eval.split, limit=config.eval.num_prompts, max_length=config.eval.max_prompt_length)
+    text_and_harness(config.eval, prepared)
     given = {"base": base} | ({"sft": config.sft_model_name_or_path} if config.sft_model_name_or_path else {})
     ledger = Ledger(output, data, prepared, given)
     timings: dict[str, float] = {}

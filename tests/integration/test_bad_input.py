@@ -154,6 +154,12 @@ def test_a_pipeline_checks_later_stages_first(refused: Run, command: str) -> Non
     assert "expected a prompt of at most 5 tokens" in refused("run", **{command: {"max_prompt_length": 5}})
 
 
+def test_a_pipeline_checks_the_last_stage_s_text_first(refused: Run, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("  ")
+    message = refused("run", eval={"perplexity_text": str(tmp_path / "short.txt")})
+    assert "perplexity_text: expected some text" in message
+
+
 @pytest.mark.parametrize("command", WITH_DATA)
 def test_output_directory_that_is_not_empty(refused: Run, tmp_path: Path, command: str) -> None:
     (tmp_path / "mine").mkdir()
