@@ -142,8 +142,9 @@ def _update(loss: Callable[[], Tensor], embeds: nn.Parameter, optimizer: torch.o
 
 
 def _case(
-    place: Place, name: str, *, layers: int | None, divide: int, prompts: int, longest: int, trigger: int
-) -> Case:
+    place: Place, name: str, *, layers: int | None, divide: int, prompts: int, longest: int, trigger: int,
+    memory: bool = False,
+) -> Case:  # fmt: skip
     tiny = place.size == "tiny"
     sizes = tiny_sizes(name) if tiny else sizes_of(name, layers=layers, divide=divide)
     prompts, longest, tail = (3, 6, 2) if tiny else (prompts, longest, 8)
@@ -179,9 +180,7 @@ def _case(
         "model": "tiny " + name if tiny else title(name, layers=layers, divide=divide), "prompts": prompts,
         "longest": longest, "trigger": trigger, "dtype": str(place.dtype).removeprefix("torch."),
     }  # fmt: skip
-    return Case(
-        name="eraser step", params=params, lanes=lanes, floor="unfused", memory=place.size != "gpu", budget_s=10.0
-    )
+    return Case(name="eraser step", params=params, lanes=lanes, floor="unfused", memory=memory, budget_s=10.0)
 
 
 def cases(place: Place) -> list[Case]:
@@ -190,5 +189,6 @@ def cases(place: Place) -> list[Case]:
         shared = {"layers": None, "divide": 1, "prompts": 16, "longest": 64}
         return [_case(place, name, trigger=20, **shared) for name in ("qwen3-0.6b", "llama-3-8b")]
     return [
-        _case(place, "qwen3-0.6b", layers=7, divide=2, prompts=16, longest=32, trigger=trigger) for trigger in (20, 8)
+        _case(place, "qwen3-0.6b", layers=7, divide=2, prompts=16, longest=32, trigger=trigger, memory=trigger == 20)
+        for trigger in (20, 8)
     ]

@@ -24,7 +24,7 @@ def chunked(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 def cross_entropy(place: Place) -> Case:
     """Loss and gradient to the hidden states, frozen head."""
     vocab, width = (257, 32) if place.size == "tiny" else (VOCABULARY, WIDTH)
-    tokens = {"tiny": 12, "cpu": 256, "gpu": 4096}[place.size]
+    tokens = {"tiny": 12, "cpu": 512, "gpu": 4096}[place.size]
 
     def inputs() -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(4)
@@ -64,5 +64,5 @@ def cross_entropy(place: Place) -> Case:
     dtype = str(place.dtype).removeprefix("torch.")
     return Case(
         name="cross-entropy", params={"vocabulary": vocab, "width": width, "tokens": tokens, "dtype": dtype},
-        lanes=lanes, floor="plain", memory=True, budget_s=8.0,
+        lanes=lanes, floor="plain", memory=True, budget_s=8.0, min_rounds=3,
     )  # fmt: skip
