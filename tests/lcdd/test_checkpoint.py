@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from lcdd.checkpoint import (
+    complete_checkpoints,
     file_sha256,
     model_fingerprint,
     read_manifest,
@@ -20,6 +22,7 @@ from lcdd.checkpoint import (
     write_json,
     write_manifest,
 )
+from lcdd.training_state import CheckpointStore
 
 
 def test_written_directory_verifies_and_keeps_metadata(tmp_path: Path) -> None:
@@ -152,3 +155,44 @@ def test_an_altered_manifest_is_refused(tmp_path: Path) -> None:
         manifest.write_bytes(altered.encode())
         with pytest.raises(ValueError, match=r"manifest\.json' is damaged"):
             read_manifest(tmp_path / "d")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="what is flushed is found through Linux's /proc")
+def test_at_a_power_loss_whatever_is_complete_by_name_is_whole(tmp_path: Path, monkeypatch) -> None:
+    """At every flush and rename of three saves: names as they are, and of the files only what had been flushed."""
+    disk, survivors = tmp_path / "disk", tmp_path / "survivors"
+    flushed: dict[int, int] = {}  # inode -> time of the change that the last flush saw
+    seen: list[list[int]] = []
+
+    def lose_power() -> None:
+        shutil.rmtree(survivors, ignore_errors=True)
+        for file in sorted(path for path in disk.rglob("*") if path.is_file()):
+            kept = survivors / file.relative_to(disk)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            whole = flushed.get(file.stat().st_ino) == file.stat().st_mtime_ns
+            kept.write_bytes(file.read_bytes() if whole else b"")
+        found = complete_checkpoints(survivors)
+        for _, folder in found:
+            verify_directory(folder)
+        seen.append([step for step, _ in found])
+
+    def watched(call):
+        def run(*arguments):
+            result = call(*arguments)
+            if call is fsync:
+                state = os.stat(f"/proc/self/fd/{arguments[0]}")
+                flushed[state.st_ino] = state.st_mtime_ns
+            lose_power()
+            return result
+
+        return run
+
+    fsync = os.fsync
+    for name in ("fsync", "rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    store = CheckpointStore(disk, identity={}, save_total_limit=1)
+    for step in (1, 2, 3):
+        store.save(step, {"x": torch.full((3,), float(step))})
+    assert {(1, 2), (2, 3)} <= set(map(tuple, seen))  # an old one goes when the new one is there
+    begun = seen.index([1])
+    assert all(seen[begun:]), "there was a moment without a checkpoint"
