@@ -244,6 +244,14 @@ class Carrier:
         found = shape_of(model.config)
         if found != self.shape:
             raise ValueError(f"model: expected the carrier's base of {self.shape}, got {found}")
+        parameters = dict(model.named_parameters())
+        for name, value in self.unmasked.items():  # norms and biases, which another architecture may not have
+            if name not in parameters or parameters[name].shape != value.shape:
+                got = tuple(parameters[name].shape) if name in parameters else "none"
+                raise ValueError(
+                    f"model: expected a parameter {name!r} of shape {tuple(value.shape)} as the carrier's base has, "
+                    f"got {got}"
+                )
         fingerprint = model_fingerprint(model)
         if fingerprint != self.base_fingerprint:
             raise WrongFingerprint(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lcdd.carrier import MANIFEST, WEIGHTS, Carrier
-from lcdd.checkpoint import model_fingerprint, write_manifest
+from lcdd.checkpoint import WrongFingerprint, model_fingerprint, write_manifest
 from lcdd.config import LCDDConfig
 from lcdd.gates import GROUPS
 from lcdd.models import decoder_layers, head_weight, projections
@@ -172,6 +172,16 @@ def test_applying_twice_reverting_twice_and_wrong_models_are_errors_that_write_n
     with pytest.raises(RuntimeError, match="inside"), carrier.applied(base):
         raise RuntimeError("inside")
     assert same(bits(base), before)
+
+
+def test_a_model_without_the_trained_norms_is_an_error_that_no_override_reaches(make_models):
+    base, tuned = make_models("qwen3")
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.k_norm.weight += 0.1
+    llama, _ = make_models("llama")
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.k_norm.weight' of shape .8,. .* got none") as caught:
+        Carrier.from_models(base, tuned).check_base(llama)
+    assert not isinstance(caught.value, WrongFingerprint)
 
 
 def test_from_models_of_different_architectures_is_an_error(make_models):
