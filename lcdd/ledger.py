@@ -20,12 +20,15 @@ from lcdd.checkpoint import (
     write_manifest,
 )
 from lcdd.config import DataConfig
+from lcdd.models import hub_commit
 from lcdd.prepare import Prepared
 from lcdd.settings import Config
 from lcdd.stage import RESULTS
 from lcdd.training_state import differences, lasting_settings
 
 LEDGER = "stages.json"
+SETTLED = {"gradient_accumulation_steps", "initial_carrier", "save_folded"}
+"""What a run may change when it goes on from a checkpoint, but a finished stage was made with."""
 
 
 def has_run(directory: Path, *, resume: bool) -> bool:
@@ -34,16 +37,18 @@ def has_run(directory: Path, *, resume: bool) -> bool:
     Raises:
         ValueError: the directory is not new, and holds no pipeline, one that is finished, or one while not `resume`.
     """
-    traces = (LEDGER, "log.jsonl", "*/checkpoint-*")
+    traces = (LEDGER, "log.jsonl", "*/checkpoint-*", "*/.checkpoint-*")
     known = directory.is_dir() and any(next(directory.glob(trace), None) for trace in traces)
+    finished = (directory / "report.json").exists()
     if known and resume:
-        if (directory / "report.json").exists():
+        if finished:
             raise ValueError(f"resume: expected an unfinished run in {str(directory)!r}, got one with its report.json")
         return True
     try:
         require_new_directory(directory)
     except ValueError as error:
-        raise ValueError(f"{error}; it has a pipeline's run: --resume goes on with it" if known else error) from None
+        unfinished = "; it has a pipeline's run: --resume goes on with it" if known and not finished else ""
+        raise ValueError(f"{error}{unfinished}") from None
     return False
 
 
@@ -52,7 +57,7 @@ class Ledger:
 
     Args:
         data, prepared: the data set's settings and what came of them; part of what every stage is made of.
-        models: name -> checkpoint directory of the models that the pipeline begins with; likewise.
+        models: name -> checkpoint directory or hub name of the models that the pipeline begins with; likewise.
 
     Raises:
         ValueError: a result that the ledger seals is damaged or gone.
@@ -73,7 +78,9 @@ class Ledger:
             "tokenizer": tokenizer_fingerprint(prepared.tokenizer),
             "chat_template": template_fingerprint(prepared.tokenizer),
         }
-        self._inputs = {name: path_sha256(path) for name, path in models.items()}
+        self._inputs = {
+            name: path_sha256(path) if Path(path).is_dir() else hub_commit(path) for name, path in models.items()
+        }
 
     def seconds(self, stage: str, settings: Config) -> float | None:
         """How long a finished stage took; None if it has to be run.
@@ -107,4 +114,5 @@ class Ledger:
         write_manifest(self.directory / LEDGER, {"stages": self.stages, "sha256": together})
 
     def _made_of(self, settings: Config) -> dict[str, Any]:
-        return {"config": lasting_settings(settings), **self._common, "inputs": dict(self._inputs)}
+        settled = {key: value for key, value in settings.to_dict().items() if key in SETTLED}
+        return {"config": lasting_settings(settings) | settled, **self._common, "inputs": dict(self._inputs)}

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 ARCHITECTURES = ("qwen3", "llama", "mistral")
@@ -136,6 +137,18 @@ def load_settings(path: str | Path) -> dict[str, Any]:
 def load_model_type(path: str | Path) -> str:
     """Name of the architecture of the model at `path`, read from its config alone."""
     return str(_config(path).model_type)
+
+
+def hub_commit(name: str) -> str:
+    """The commit that a hub name stands for now; its weights may not have been fetched yet.
+
+    Raises:
+        ValueError: the hub has no such model, or cannot be asked and it is not in the cache.
+    """
+    try:
+        return Path(str(cached_file(name, "config.json"))).parent.name  # .../snapshots/COMMIT/config.json
+    except OSError as error:
+        raise ValueError(f"model_name_or_path: expected a hub name, got {name!r}: {error}") from error
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -1,9 +1,11 @@
 """`lcdd run` that is killed in one stage after the other, and goes on each time with --resume."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from helpers import SENTENCES, save_checkpoint, write_jsonl
 
@@ -88,6 +90,8 @@ def test_a_pipeline_killed_in_stage_after_stage_ends_with_the_files_of_one_that_
     assert set(ours["timings"]) == set(theirs["timings"])
     assert main([*start, "--resume"]) == 2
     assert "expected an unfinished run" in capsys.readouterr().err
+    assert main(start) == 2
+    assert "--resume" not in capsys.readouterr().err
 
 
 def test_a_finished_stage_of_other_settings_models_or_files_is_not_taken(
@@ -103,6 +107,8 @@ def test_a_finished_stage_of_other_settings_models_or_files_is_not_taken(
         return capsys.readouterr().err
 
     assert "sft was made of something else: expected config.learning_rate 0.01, got 0.03" in refused("1e-2", "3e-2")
+    more = refused("max_steps: 4, ", "max_steps: 4, gradient_accumulation_steps: 2, ")
+    assert "expected config.gradient_accumulation_steps 1, got 2" in more
     fewer = write_jsonl(tmp_path / "fewer.jsonl", list(SENTENCES[:30]))
     assert "expected examples '" in refused(str(pipeline.parent / "data.jsonl"), str(fewer))
     other = save_checkpoint(tmp_path / "other", seed=3)
@@ -113,3 +119,27 @@ def test_a_finished_stage_of_other_settings_models_or_files_is_not_taken(
     (output / "sft" / "model" / "manifest.json").write_text("{}")
     assert "sft/model/manifest.json' is damaged" in refused("", "")
     assert not (output / "train" / "carrier").exists()
+
+
+def test_a_base_of_the_hub_is_known_by_its_commit(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached, base = tmp_path / "models--acme--tiny", pipeline.parent / "base"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for commit in ("c" * 40, "d" * 40):
+        shutil.copytree(base, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("c" * 40)
+    (tmp_path / "p.yaml").write_text(pipeline.read_text().replace(str(base), "acme/tiny"))
+    start = ["run", str(tmp_path / "p.yaml"), "--output_dir", str(tmp_path / "out")]
+    killed_after(4, trainer, "loss_sum", start)  # in train's first step
+    (cached / "refs" / "main").write_text("d" * 40)
+    assert main([*start, "--resume"]) == 2
+    assert "sft was made of something else: expected inputs.base 'ccccc" in capsys.readouterr().err
+
+
+def test_a_run_killed_in_its_first_save_before_its_first_line_is_resumed(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "sft" / ".checkpoint-2.partial-1").mkdir(parents=True)
+    killed_after(4, trainer, "loss_sum", ["run", str(pipeline), "--output_dir", str(tmp_path), "--resume"])
+    assert (tmp_path / "sft" / "model").exists()
