@@ -139,12 +139,12 @@ class SFTEraser:
         train = self._encode(train_prompts, "train_prompts")
         held_out = self._encode(validation_prompts, "validation_prompts")
         self.patch.check_base(self.model)
+        store = self._store(checkpoints, prompts=[train, held_out])
+        state = store.newest(log, override=c.resume_override) if store is not None and c.resume else None
         with _frozen(self.model):
             targets = self.targets(train, progress=progress)
             validation = self.targets(held_out, progress=progress).prompts
             search = self._search()
-            store = self._store(checkpoints, prompts=[train, held_out])
-            state = store.newest(log, override=c.resume_override) if store is not None and c.resume else None
             if state is not None:
                 search.load_state_dict(state)
             with self.patch.applied(self.model, check=False):
@@ -304,10 +304,10 @@ class SFTEraser:
                 if "validation_loss" in line:
                     bar.set_postfix(loss=f"{line['loss']:.3f}", held_out=f"{line['validation_loss']:.3f}")
                 bar.update()
-                if store is None or step == c.max_steps:
+                if store is None:
                     continue
                 stop = bool(asked.signal)
-                if stop or (c.save_steps and step % c.save_steps == 0):
+                if stop or (c.save_steps and step % c.save_steps == 0 and step < c.max_steps):
                     store.save(step, search.state_dict())
                 if stop:
                     raise Terminated(asked, step=step, last=store.last())

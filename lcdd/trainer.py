@@ -234,16 +234,15 @@ def _fit(
                 log.write({"step": step, **stats, **extra, "peak_memory_bytes": _peak_memory(device)})
             bar.set_postfix(_shown(stats), refresh=False)
             bar.update()
-            if step == steps:
-                break
-            reason = early.check(stats) if early is not None and not stats["frozen"] else None
+            ended = step == steps
+            reason = early.check(stats) if early is not None and not stats["frozen"] and not ended else None
             if reason is not None:
                 write_checkpoint(step)
                 raise TrainingStopped(f"stopped after step {step}, {reason}; {last()}")
             if not shards.all_agree(not asked.signal):
                 write_checkpoint(step)
                 raise Terminated(asked, step=step, last=last())
-            if config.save_steps and step % config.save_steps == 0:
+            if config.save_steps and step % config.save_steps == 0 and not ended:
                 write_checkpoint(step)
                 if save is not None:
                     save(step)

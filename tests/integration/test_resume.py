@@ -200,18 +200,22 @@ def test_resume_takes_nothing_away_that_is_not_its_own(made: Path, tmp_path: Pat
     assert mine.read_text() == "mine"
 
 
-@pytest.mark.parametrize("when", ["step", "save"])
+@pytest.mark.parametrize("when", ["step", "save", "last step"])
 def test_sigterm_writes_a_checkpoint_and_resumes_bit_for_bit(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(made, settings(made, whole, "lcdd"))
-    target, name = (trainer, "loss_sum") if when == "step" else (trainer.CheckpointStore, "save")
+    target, name, call = {
+        "step": (trainer, "loss_sum", 8),
+        "save": (trainer.CheckpointStore, "save", 2),
+        "last step": (trainer.RunLog, "write", STEPS),
+    }[when]
     original, count = getattr(target, name), []
 
     def interrupted(*args: Any) -> Any:
         count.append(1)
-        if len(count) == (8 if when == "step" else 2):
+        if len(count) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 

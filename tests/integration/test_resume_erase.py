@@ -12,6 +12,7 @@ from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 
 from lcdd.carrier import Carrier
 from lcdd.cli import main
+from lcdd.eraser import SFTEraser
 from lcdd.models import load_model
 from lcdd.runlog import read_log
 from lcdd.trigger import Trigger
@@ -80,6 +81,19 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_bit_for_bit(
     assert lines(cut) == lines(whole)
 
 
+def test_a_signal_in_the_last_step_is_not_lost(erase: Erase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert erase(whole) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert erase(cut, "--save_steps", 4) == 143
+    assert not (cut / "trigger").exists()
+    assert erase(cut, "--save_steps", 4, "--resume") == 0
+    for file in sorted((whole / "trigger").iterdir()):
+        assert (cut / "trigger" / file.name).read_bytes() == file.read_bytes()
+    assert lines(cut) == lines(whole)
+
+
 def test_other_settings_are_refused_unless_overridden_and_recorded(
     erase: Erase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +105,9 @@ def test_other_settings_are_refused_unless_overridden_and_recorded(
     assert "it has checkpoints: --resume goes on from the newest" in capsys.readouterr().err
     before = lines(output)
     changed = ["--save_steps", 2, "--resume", "--learning_rate", 0.02]
-    assert erase(output, *changed) == 2
+    with monkeypatch.context() as patch:  # said before the base answers every prompt
+        patch.setattr(SFTEraser, "targets", lambda *_, **__: pytest.fail("the targets were made first"))
+        assert erase(output, *changed) == 2
     assert "expected config.learning_rate 0.01, got 0.02. To go on nevertheless" in capsys.readouterr().err
     assert lines(output) == before
     assert erase(output, *changed, "--resume_override") == 0
