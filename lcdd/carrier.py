@@ -381,7 +381,7 @@ class Carrier:
         if WEIGHTS not in manifest["sha256"]:
             raise ValueError(f"carrier: expected {folder / MANIFEST} to list {WEIGHTS}, it does not")
         try:
-            tensors = load_file(folder / WEIGHTS)
+            tensors = dict(sorted(load_file(folder / WEIGHTS).items()))  # empty ones come in an order of the process
             layout = manifest["layout"]
             shape = ModelShape(**{key: layout[key] for key in ModelShape.__dataclass_fields__})
             carrier = cls(

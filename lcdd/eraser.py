@@ -266,7 +266,8 @@ class SFTEraser:
         c = self.config
         if directory is None or not (c.save_steps or c.resume):
             return None
-        patch = [self.patch.gate, *self.patch.deltas.values(), *self.patch.unmasked.values()]
+        by_name = (dict(sorted(tensors.items())) for tensors in (self.patch.deltas, self.patch.unmasked))
+        patch = [self.patch.gate, *(tensor for tensors in by_name for tensor in tensors.values())]
         identity = {
             "stage": "eraser",
             "config": lasting_settings(c),

@@ -61,7 +61,7 @@ class _PanelCache:
         last = self._last.get(x.device)
         if last is not None and last[0] == key and not last[1].expired():
             return last[2]
-        panel = pack_columns(x, cols, multiple=packed_multiple(x.device)).to(dtype)
+        panel = pack_columns(x, cols, multiple=packed_multiple(x.device), check=False).to(dtype)
         self._last[x.device] = (key, StorageWeakRef(x.untyped_storage()), panel)
         return panel
 
@@ -87,6 +87,8 @@ class _PackedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.module, ctx.dtype, ctx.plan = module, dtype, module._plan
         ctx.weight_node = torch.autograd.graph.get_gradient_edge(weight).node
+        if dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -193,7 +195,9 @@ class PackedGradLinear(nn.Linear):
         assert rows is not None
         assert cols is not None
         x_open = _panels.get(x, cols, dtype)
-        grad = packed_weight_grad(x.to(dtype), dy, rows, cols, layout=layout, out=self.packed_grad, x_open=x_open)
+        grad = packed_weight_grad(
+            x.to(dtype), dy, rows, cols, layout=layout, out=self.packed_grad, x_open=x_open, check=False
+        )
         if self.packed_grad is None:
             kind = self.weight.dtype  # as weight.grad would have
             self.packed_grad = grad.to(kind) if isinstance(grad, Tensor) else (grad[0].to(kind), grad[1].to(kind))

@@ -51,16 +51,18 @@ def expand_columns(open_gates: Tensor, *, head_dim: int, repeat: int) -> Tensor:
     return (copies[:, None] + first[None, :]).reshape(-1)
 
 
-def pack_columns(x: Tensor, cols: Tensor, *, multiple: int = 1) -> Tensor:
+def pack_columns(x: Tensor, cols: Tensor, *, multiple: int = 1, check: bool = True) -> Tensor:
     """x[T, K], cols int[C] -> x[:, cols], contiguous [T, P], zero-padded to a `multiple` of columns. Differentiable in
     x.
 
     x: float32, float16, bfloat16 or float64, any strides. cols: int32 or int64, distinct (an open list).
+    check: False where the caller has checked all of this before, once for many calls.
     """
-    checks.check_shape("x", x, (None, None))
-    checks.check_dtype("x", x, FLOATS)
-    check_index_list("cols", cols, x.shape[1], x.device)
-    checks.check_int("multiple", multiple, 1)
+    if check:
+        checks.check_shape("x", x, (None, None))
+        checks.check_dtype("x", x, FLOATS)
+        check_index_list("cols", cols, x.shape[1], x.device)
+        checks.check_int("multiple", multiple, 1)
     return ops.pack_columns(x, cols, multiple)
 
 
@@ -73,6 +75,7 @@ def packed_weight_grad(
     layout: str,
     out: Tensor | Sequence[Tensor] | None = None,
     x_open: Tensor | None = None,
+    check: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The open part of dYᵀX, for x[T, K], dy[T, O], rows int[R], cols int[C] of a linear weight [O, K].
 
@@ -83,11 +86,15 @@ def packed_weight_grad(
          `weight.grad`.
     x_open: `pack_columns(x, cols, multiple=packed_multiple(x.device))` from an earlier call, where several matrices
          read one input (q, k, v; gate, up).
+    check: False where the caller has checked all of this before, once for many calls.
     Nothing open gives an empty result. Columns of a GQA o_proj: `expand_columns`.
     """
-    _check_operands(x, dy, rows, cols, layout, x_open)
+    if check:
+        _check_operands(x, dy, rows, cols, layout, x_open)
     shapes = _result_shapes(x, dy, rows, cols, layout)
-    targets = _check_out(out, shapes, x)
+    targets = _targets(out, len(shapes))
+    if check:
+        _check_targets(targets, shapes, x)
     multiple = packed_multiple(x.device)
     dy_open = ops.pack_columns(dy, rows, multiple)
     if x_open is None:
@@ -129,16 +136,18 @@ def _check_operands(x: Tensor, dy: Tensor, rows: Tensor, cols: Tensor, layout: s
         checks.check_device("x_open", x_open, x.device)
 
 
-def _check_out(
-    out: Tensor | Sequence[Tensor] | None, shapes: list[tuple[int, int]], x: Tensor
-) -> Sequence[Tensor] | list[None]:
+def _targets(out: Tensor | Sequence[Tensor] | None, count: int) -> list[Tensor] | list[None]:
     if out is None:
-        return [None] * len(shapes)
+        return [None] * count
     targets = [out] if isinstance(out, Tensor) else list(out)
-    checks.check_length("out", targets, len(shapes))
-    for target, shape in zip(targets, shapes, strict=True):
-        checks.check_shape("out", target, shape)
-        checks.check_dtype("out", target, FLOATS)
-        checks.check_device("out", target, x.device)
-        checks.check_contiguous("out", target)
+    checks.check_length("out", targets, count)
     return targets
+
+
+def _check_targets(targets: list[Tensor] | list[None], shapes: list[tuple[int, int]], x: Tensor) -> None:
+    for target, shape in zip(targets, shapes, strict=True):
+        if target is not None:
+            checks.check_shape("out", target, shape)
+            checks.check_dtype("out", target, FLOATS)
+            checks.check_device("out", target, x.device)
+            checks.check_contiguous("out", target)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
+from safetensors.torch import load_file
 
+from lcdd import carrier
 from lcdd.carrier import Carrier
 from lcdd.cli import main
 from lcdd.eraser import SFTEraser
@@ -88,7 +90,9 @@ def test_a_signal_in_the_last_step_is_not_lost(erase: Erase, tmp_path: Path, mon
         at_step(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert erase(cut, "--save_steps", 4) == 143
     assert not (cut / "trigger").exists()
-    assert erase(cut, "--save_steps", 4, "--resume") == 0
+    with monkeypatch.context() as patch:  # safetensors gives blocks without an entry in an order of the process
+        patch.setattr(carrier, "load_file", lambda path: dict(reversed(load_file(path).items())))
+        assert erase(cut, "--save_steps", 4, "--resume") == 0
     for file in sorted((whole / "trigger").iterdir()):
         assert (cut / "trigger" / file.name).read_bytes() == file.read_bytes()
     assert lines(cut) == lines(whole)
