@@ -266,13 +266,12 @@ class SFTEraser:
         c = self.config
         if directory is None or not (c.save_steps or c.resume):
             return None
-        by_name = (dict(sorted(tensors.items())) for tensors in (self.patch.deltas, self.patch.unmasked))
-        patch = [self.patch.gate, *(tensor for tensors in by_name for tensor in tensors.values())]
+        blocks = [parts[name] for parts in (self.patch.deltas, self.patch.unmasked) for name in sorted(parts)]
         identity = {
             "stage": "eraser",
             "config": lasting_settings(c),
             "base": self.patch.base_fingerprint,
-            "patch and channels": digest_of([*patch, self._channels, self._offsets]),
+            "patch and channels": digest_of([self.patch.gate, *blocks, self._channels, self._offsets]),
             "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         }
         return CheckpointStore(directory, identity=identity, save_total_limit=c.save_total_limit)
