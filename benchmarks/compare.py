@@ -56,17 +56,19 @@ def _run(arguments: argparse.Namespace, tree: Path, output: Path) -> int:
 
 
 def _print(base: list[Record], here: list[Record]) -> None:
-    def medians(rows: list[Record]) -> dict[tuple[str, ...], float]:
-        times: dict[tuple[str, ...], list[float]] = {}
+    def medians(rows: list[Record], metric: str) -> dict[tuple[str, ...], float]:
+        found: dict[tuple[str, ...], list[float]] = {}
         for row in rows:
-            if row.metric == "time":
-                times.setdefault(row.key, []).append(row.p50)
-        return {key: statistics.median(values) for key, values in times.items()}
+            if row.metric == metric:
+                found.setdefault((row.case, row.params, row.provider, row.lane), []).append(row.p50)
+        return {lane: statistics.median(values) for lane, values in found.items()}
 
-    before, now = medians(base), medians(here)
+    (before, now), (floor_before, floor_now) = ([medians(rows, m) for rows in (base, here)] for m in ("time", "ratio"))
     commits = [rows[0].commit if rows else "nothing" for rows in (base, here)]
-    print(f"\n{'base ms':>12} {'here ms':>12} {'here/base':>10}   ({commits[0]} against {commits[1]})")
-    for key in [key for key in before if key in now]:
-        case, params, provider, lane, _ = key
-        print(f"{1e3 * before[key]:12.3f} {1e3 * now[key]:12.3f} {now[key] / before[key]:10.3f}   "
-              f"{case} {params} {provider} {lane}")  # fmt: skip
+    print(f"\n{commits[0]} (base) against {commits[1]} (here). A floor's own time that differs is the machine's doing;")
+    print("the last two columns, each run's times over its own floor, are free of that.")
+    print(f"\n{'base ms':>12} {'here ms':>12} {'here/base':>10} {'base/floor':>11} {'here/floor':>11}")
+    for lane in [lane for lane in before if lane in now]:
+        over = "".join(f"{of[lane]:12.3f}" if lane in of else " " * 12 for of in (floor_before, floor_now))
+        print(f"{1e3 * before[lane]:12.3f} {1e3 * now[lane]:12.3f} {now[lane] / before[lane]:10.3f}{over}   "
+              f"{' '.join(lane)}")  # fmt: skip

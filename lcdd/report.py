@@ -57,8 +57,8 @@ def write_report(directory: str | Path, report: Mapping[str, Any]) -> dict[str, 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     content = finite_or_null({**report, "curves": thin(report.get("curves") or [])})
-    write_json(folder / REPORT_JSON, content)
     (folder / REPORT_HTML).write_text(render(content), encoding="utf-8")
+    write_json(folder / REPORT_JSON, content)  # last: a run that has it is finished
     return content
 
 

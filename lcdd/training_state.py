@@ -41,7 +41,7 @@ RESUMABLE = {
     *("max_nonfinite_steps", "early_stop_patience", "gradient_accumulation_steps", "per_device_eval_batch_size"),
     *("parallel", "max_rows_per_forward", "fingerprint_override"),
 }
-"""Settings that a resumed run may change: none that moves a bit of the result."""
+"""Settings that a resumed run may change: none that decides what is learned (some that it is rounded otherwise)."""
 
 
 def lasting_settings(config: Any) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def stream(
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     _, ends = _greedy(model, tokenizer, max_new_tokens)
     (ids,) = encode_prompts(tokenizer, [prompt])
-    _warn_of_length(model, [ids], trigger, max_new_tokens)
+    warn_of_length(model, [ids], n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
     inputs: dict[str, Any] = {"inputs_embeds": prompt_embeds(model, ids, trigger)[None]}
     answer: list[int] = []
     cache, shown = None, ""
@@ -294,7 +294,7 @@ def generate_ids(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     settings, ends = _greedy(model, tokenizer, max_new_tokens)
-    _warn_of_length(model, prompts, trigger, max_new_tokens)
+    warn_of_length(model, prompts, n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     batches = list(length_batches([len(ids) for ids in prompts], batch_size))
     greedily: Any = model.generate  # transformers types it as a module's attribute
@@ -406,19 +406,22 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
     return settings, ends
 
 
-def _warn_of_length(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], trigger: Trigger | None, max_new_tokens: int
+def _rows(trigger: Trigger | None) -> int:
+    return 0 if trigger is None else trigger.embeds.shape[0]
+
+
+def warn_of_length(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n_virtual: int, max_new_tokens: int
 ) -> None:
     """Warn if an answer may go on beyond the positions that the model was made for: it computes there, but not well.
 
     No error: answers often end before, and scaled rotary embeddings reach further than the config says.
     """
     longest = max((len(ids) for ids in prompts), default=0)
-    rows = 0 if trigger is None else trigger.embeds.shape[0]
     limit = model.config.max_position_embeddings
-    if rows + longest + max_new_tokens > limit:
+    if n_virtual + longest + max_new_tokens > limit:
         warnings.warn(
-            f"max_new_tokens: {rows} trigger tokens, a prompt of {longest} and {max_new_tokens} new tokens are more "
+            f"{n_virtual} trigger tokens, a prompt of {longest} and {max_new_tokens} new tokens are more "
             f"than the model's max_position_embeddings = {limit}; answers beyond it are not to be relied on",
             stacklevel=3,
         )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import harness, plot, records, run
+from benchmarks import compare, harness, plot, records, run
 from benchmarks.cases import Place, losses, shapes, single, steps, suite
 from benchmarks.goals import GOALS, Goal
 from benchmarks.harness import Case, Check, Cost, Lane, Roof, Sample, Workload, rounds, samples_of
@@ -279,6 +279,13 @@ def test_records_survive_a_round_trip_and_merge(tmp_path):
     assert [(row.case, row.p50) for row in records.load(path)] == [
         ("gates", 1.0), ("optimizer step", 0.25), ("optimizer step", 0.9),
     ]  # fmt: skip
+
+
+def test_two_commits_side_by_side_show_times_and_ratios_to_each_run_s_own_floor(capsys):
+    compare._print(tax_rows(1.05), tax_rows(0.9) + tax_rows(0.8))
+    first = capsys.readouterr().out.splitlines()[-4]
+    assert first.split()[:5] == ["250.000", "250.000", "1.000", "1.050", "0.850"]
+    assert '{"density": 1.0}' in first
 
 
 def test_tables_and_picture_come_from_the_records(tmp_path):

@@ -215,6 +215,13 @@ def test_the_learning_rate_follows_its_schedule(make_models, make_carrier, token
     assert rates[-1] == pytest.approx(last, abs=1e-4)
 
 
+def test_a_trigger_that_leaves_no_positions_for_an_answer_is_warned_of(make_models, make_carrier, tokenizer, ids):
+    base, tuned = make_models()
+    eraser = SFTEraser(base, make_carrier(base, tuned), tokenizer, config(max_steps=1, num_virtual_tokens=60))
+    with pytest.warns(UserWarning, match="60 trigger tokens, a prompt of .* more than .*max_position_embeddings = 64"):
+        eraser.fit(ids[:4], ids[4:])
+
+
 def test_the_same_seed_gives_the_same_trigger(make_models, make_carrier, tokenizer, ids):
     base, tuned = make_models()
     carrier = make_carrier(base, tuned)

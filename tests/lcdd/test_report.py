@@ -222,6 +222,13 @@ def test_write_then_read_gives_the_same_page(report, tmp_path):
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == render(read_report(tmp_path / "run"))
 
 
+def test_report_json_comes_last_since_a_run_that_has_it_is_finished(report, tmp_path):
+    (tmp_path / "report.html").mkdir()  # where no page can be written
+    with pytest.raises(OSError, match=r"report\.html"):
+        write_report(tmp_path, report)
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_curves_are_read_from_the_log_where_the_report_has_none(report, tmp_path):
     lines = report.pop("curves")
     write_report(tmp_path, report)
