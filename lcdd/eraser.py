@@ -140,8 +140,8 @@ class SFTEraser:
         train = self._encode(train_prompts, "train_prompts")
         held_out = self._encode(validation_prompts, "validation_prompts")
         self.patch.check_base(self.model)
-        longest = {"n_virtual": c.num_virtual_tokens, "max_new_tokens": c.max_answer_tokens}
-        warn_of_length(self.model, [*train, *held_out], **longest)
+        prompts, tokens = [*train, *held_out], c.max_answer_tokens
+        warn_of_length(self.model, prompts, n_virtual=c.num_virtual_tokens, max_new_tokens=tokens)
         store = self._store(checkpoints, prompts=[train, held_out])
         state = store.newest(log, override=c.resume_override) if store is not None and c.resume else None
         with _frozen(self.model):
