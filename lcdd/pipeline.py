@@ -321,12 +321,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     load_shape(base)
     data = config.data
     prepared = prepare(data, base)
-    for stage in (config.sft, config.train):
-        training_items(prepared, stage, say=lambda _: None)
-    _eraser_prompts(prepared, config.erase)
-    for ids in (prompt_ids, off_topic_ids):
-        ids(prepared, config.eval.split, limit=config.eval.num_prompts, max_length=config.eval.max_prompt_length)
-    text_and_harness(config.eval, prepared)
+    _check_stages(config, prepared)
     given = {"base": base} | ({"sft": config.sft_model_name_or_path} if config.sft_model_name_or_path else {})
     ledger = Ledger(output, data, prepared, given)
     timings: dict[str, float] = {}
@@ -383,3 +378,20 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     final = replace(config.eval, output_dir=str(output), **everything)
     result = eval_(final, data, context={"config": config.to_dict(), "timings": timings, **audited}, **common)
     return replace(result, written=(Path(carrier), Path(trigger), output / "log.jsonl", *result.written))
+
+
+def _check_stages(config: PipelineConfig, prepared: Prepared) -> None:
+    """Raise now what a later stage would raise about its settings and data."""
+    audits: list[Any] = [config.audit] if config.run_audit else []
+    for section in (config.sft, config.train, config.erase, config.eval, *audits):
+        resolve_device(section.device)
+    for stage in (config.sft, config.train):
+        training_items(prepared, stage, say=_silent)
+    if config.train.initial_carrier:
+        Carrier.from_pretrained(config.train.initial_carrier)
+    _eraser_prompts(prepared, config.erase)
+    for held_out in (config.eval, *audits):
+        prompt_ids(prepared, held_out.split, limit=held_out.num_prompts, max_length=held_out.max_prompt_length)
+    longest = config.eval.max_prompt_length
+    off_topic_ids(prepared, config.eval.split, limit=config.eval.num_prompts, max_length=longest)
+    text_and_harness(config.eval, prepared)

@@ -154,10 +154,14 @@ def test_a_pipeline_checks_later_stages_first(refused: Run, command: str) -> Non
     assert "expected a prompt of at most 5 tokens" in refused("run", **{command: {"max_prompt_length": 5}})
 
 
-def test_a_pipeline_checks_the_last_stage_s_text_first(refused: Run, tmp_path: Path) -> None:
+def test_a_pipeline_checks_the_later_stages_files_and_devices_first(refused: Run, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("  ")
     message = refused("run", eval={"perplexity_text": str(tmp_path / "short.txt")})
     assert "perplexity_text: expected some text" in message
+    long = {"run_audit": True, "audit": {"max_prompt_length": 5}}
+    assert "expected a prompt of at most 5 tokens" in refused("run", **long)
+    assert "device: expected auto, cpu, cuda" in refused("run", eval={"device": "tpu"})
+    assert "carrier: expected a directory" in refused("run", train={"initial_carrier": str(tmp_path / "none")})
 
 
 @pytest.mark.parametrize("command", WITH_DATA)
