@@ -22,6 +22,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from lcdd.eraser_batches import (
     common_prefix,
     epochs,
     layer_forward,
+    read_positions,
     start_groups,
 )
 from lcdd.models import (
@@ -183,12 +185,15 @@ class SFTEraser:
             packed = PackedRows([len(ids) for ids in texts], starts=1, shared=0, device=total.device)
             tokens = self._embed([token for ids in texts for token in ids])
             ends = [first + len(prompts[i]) for first, i in zip(packed.first, indices, strict=True)]
-            hidden, layers = layer_forward(self.model, tokens, packed, [end - 1 for end in ends])
+            reads = [
+                read_positions(end, min(c.kl_tail_tokens, len(prompts[i])), len(answers[i]))
+                for end, i in zip(ends, indices, strict=True)
+            ]
+            last = [end - 1 for end in ends]
+            hidden, layers = layer_forward(self.model, tokens, packed, last, chain(*chain(*reads)))
             total += self._on_channels(layers).double().sum(0)
-            for end, i in zip(ends, indices, strict=True):
-                tail = hidden[end - min(c.kl_tail_tokens, len(prompts[i])) : end].clone()
-                responses = hidden[end - 1 : end - 1 + len(answers[i])].clone()
-                found[i] = EraserPrompt(list(prompts[i]), answers[i], tail, responses)
+            for (tail, reply), i in zip(reads, indices, strict=True):
+                found[i] = EraserPrompt(list(prompts[i]), answers[i], hidden[list(tail)], hidden[list(reply)])
         return EraserTargets([p for p in found if p is not None], (total / len(prompts)).float())
 
     def loss(self, embeds: Tensor, batch: Sequence[EraserPrompt], match_target: Tensor) -> EraserLoss:
@@ -226,20 +231,18 @@ class SFTEraser:
         tokens = self._embed([token for ids in texts for token in ids[common:]])
         prefix = self._embed(texts[0][:common])
         shared = torch.cat([embeds.to(tokens), prefix.expand(starts, -1, -1)], dim=1).flatten(0, 1)
-        prompts = list(batch) * starts
-        ends = [first + len(p.prompt) - common for first, p in zip(packed.first, prompts, strict=True)]
-        hidden, layers = layer_forward(
-            self.model, torch.cat([shared, tokens.repeat(starts, 1)]), packed, [end - 1 for end in ends]
-        )
-        tail_kl = answer_kl = embeds.new_zeros(starts)
-        by_start = [ends[n * len(batch) : (n + 1) * len(batch)] for n in range(starts)]
-        if c.kl_weight > 0:
-            tails = [p.tail for p in batch]
-            begins = [[end - len(tail) for end, tail in zip(ends, tails, strict=True)] for ends in by_start]
-            tail_kl = torch.stack([self._kl(hidden, begin, tails) for begin in begins])
-        if c.answer_kl_weight > 0:
-            begins = [[end - 1 for end in ends] for ends in by_start]
-            answer_kl = torch.stack([self._kl(hidden, begin, [p.responses for p in batch]) for begin in begins])
+        ends = [first + len(p.prompt) - common for first, p in zip(packed.first, list(batch) * starts, strict=True)]
+        reads = [
+            read_positions(end, len(p.tail), len(p.responses))
+            for end, p in zip(ends, list(batch) * starts, strict=True)
+        ]
+        tails = [tail for tail, _ in reads] if c.kl_weight > 0 else []
+        replies = [reply for _, reply in reads] if c.answer_kl_weight > 0 else []
+        embeddings = torch.cat([shared, tokens.repeat(starts, 1)])
+        last = [end - 1 for end in ends]
+        hidden, layers = layer_forward(self.model, embeddings, packed, last, chain(*tails, *replies))
+        tail_kl = self._kl(hidden, tails, [p.tail for p in batch], starts)
+        answer_kl = self._kl(hidden, replies, [p.responses for p in batch], starts)
         return Part([rows.unflatten(0, (starts, -1)) for rows in layers], tail_kl, answer_kl)
 
     def _embed(self, ids: list[int]) -> Tensor:
@@ -347,13 +350,19 @@ class SFTEraser:
         groups = start_groups(embeds, len(prompts), self.config.max_rows_per_forward)
         return torch.cat([self.loss(group, prompts, match_target).total for group in groups]).tolist()
 
-    def _kl(self, flat: Tensor, starts: list[int], references: list[Tensor]) -> Tensor:
-        """Summed KL(base ‖ patched) over runs of positions of `flat` [tokens, D], each as long as its reference."""
-        rows = torch.cat([torch.arange(start, start + len(r)) for start, r in zip(starts, references, strict=True)])
-        student = flat[rows.to(flat.device)]
-        head = head_weight(self.model).detach()
-        reference = torch.cat(references)
-        return linear_kl(student, head, ref_hidden=reference, ref_weight=self._base_head, reduction="sum")
+    def _kl(self, hidden: Tensor, runs: list[range], references: list[Tensor], starts: int) -> Tensor:
+        """Each start's KL(base ‖ patched) [N], summed over its runs of positions of `hidden` [tokens, D]; a run is as
+        long as its reference. No runs: 0."""
+        if not runs:
+            return hidden.new_zeros(starts, dtype=torch.float32)
+        head, reference = head_weight(self.model).detach(), torch.cat(references)
+        students = hidden[torch.tensor(list(chain(*runs)), device=hidden.device)].chunk(starts)
+        return torch.stack(
+            [
+                linear_kl(student, head, ref_hidden=reference, ref_weight=self._base_head, reduction="sum")
+                for student in students
+            ]
+        )
 
     def _on_channels(self, layers: list[Tensor]) -> Tensor:
         """Residuals [B, D] of each layer on its channels, side by side: [B, sum n_l]."""

@@ -3,7 +3,7 @@
 Shapes: N random starts, B prompts in a batch, S prompt and answer tokens, D model width, L layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,25 +84,44 @@ class Part:
 
 
 def layer_forward(
-    model: PreTrainedModel, embeds: Tensor, packed: PackedRows, last: Sequence[int]
+    model: PreTrainedModel, embeds: Tensor, packed: PackedRows, last: Sequence[int], read: Iterable[int]
 ) -> tuple[Tensor, list[Tensor]]:
     """Final hidden states [tokens, D], and after each layer the residual [R, D] at the positions `last`.
 
     Gathered in hooks, so that the gradient of a layer's matching term is made when the backward reaches that layer.
+
+    read: positions whose final hidden state will be used; the last layer's MLP, on which nothing else depends, runs for
+        them and for `last` alone, and what comes out elsewhere means nothing.
     """
     layers: list[Tensor] = []
     positions = torch.tensor(last, device=embeds.device)
+    wanted = torch.tensor(sorted({*read, *last}), device=embeds.device)
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         layers.append((output[0] if isinstance(output, tuple) else output)[0].index_select(0, positions))
 
-    handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
+    def pick(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].index_select(1, wanted),)
+
+    def put_back(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.new_zeros(1, len(embeds), output.shape[-1]).index_copy_(1, wanted, output)
+
+    blocks = decoder_layers(model)
+    mlp = blocks[-1].get_submodule("mlp")
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    handles += [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
     try:
         hidden = packed.forward(model, embeds)
     finally:
         for handle in handles:
             handle.remove()
     return hidden, layers
+
+
+def read_positions(end: int, tail: int, answer: int) -> tuple[range, range]:
+    """Of a prompt whose last token is before position `end`: its `tail` last ones, and those that predict `answer`
+    tokens after it."""
+    return range(end - tail, end), range(end - 1, end - 1 + answer)
 
 
 def common_prefix(batch: Sequence[EraserPrompt]) -> int:
