@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -154,7 +155,8 @@ class CPUClock:
     """Wall-clock time. Short functions are repeated; `repeats` is chosen at a lane's first sample."""
 
     def __init__(self) -> None:
-        self._repeats: dict[Callable[[], Any], int] = {}
+        # weakly: a workload's tensors must go when its case is over
+        self._repeats: WeakKeyDictionary[Callable[[], Any], int] = WeakKeyDictionary()
 
     def seconds(self, run: Callable[[], Any]) -> float:
         repeats = self._repeats.get(run, 1)
@@ -207,7 +209,7 @@ def retain_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no block gets a mapping of its own
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap is not given back
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is not given back
 
 
 def give_back_freed_memory() -> None:

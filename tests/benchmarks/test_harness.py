@@ -1,6 +1,8 @@
 """The benchmark harness: its gate, its rounds, its memory counts, its records; and the GPU's list, on the CPU."""
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -207,6 +209,20 @@ def test_bad_lanes_are_refused():
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_keeps_no_workload_alive():
+    class Model:
+        def step(self):
+            pass
+
+    clock, model = harness.CPUClock(), Model()
+    work = Workload(run=model.step)
+    clock.seconds(work.run)
+    alive = weakref.ref(model)
+    del model, work
+    gc.collect()
+    assert alive() is None
 
 
 def test_held_for_backward_counts_each_storage_once_and_no_weight():

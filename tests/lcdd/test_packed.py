@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import benchmarks.packed_linear
 import lcdd.packed
 from lcdd.gates import GateLayout, Gates
 from lcdd.models import projections, shape_of
@@ -355,12 +354,3 @@ def test_plan_leaves_open_and_small_matrices_dense():
     plan.crossover = PackCrossover(min_elements=10**6, **figures)
     plan.update(gates)
     assert set(plan.layouts()) == {"dense"}
-
-
-def test_the_benchmark_runs(monkeypatch, capsys):
-    monkeypatch.setattr(benchmarks.packed_linear, "SHAPES", ((12, 10),))
-    monkeypatch.setattr(benchmarks.packed_linear, "retain_freed_memory", lambda: None)  # for this process only
-    benchmarks.packed_linear.main(["--pairs", "2", "--tokens", "8", "--dtypes", "float32"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines[2:]] == [["12x10", "float32", "block"], ["12x10", "float32", "panels"]]
-    assert all(float(line.split()[5]) > 0 for line in lines[2:])
