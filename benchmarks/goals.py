@@ -67,9 +67,8 @@ _CPU: dict[str, Any] = {
     "device": "cpu", "case": "optimizer step", "model": "qwen3-0.6b, ÷2, 4 layers", "params": {"micro_batches": 4}
 }  # fmt: skip
 _HARD, _HEAVISIDE = {"gates": "hard_concrete"}, {"gates": "heaviside_ste"}
-_MATRIX: dict[str, Any] = {
-    "device": "cpu", "case": "masked matrix step over forward and backward alone", "provider": "lcdd"
-}  # fmt: skip
+_MATRIX: dict[str, Any] = {"device": "cpu", "case": "masked matrix step", "provider": "lcdd"}
+_ALONE: dict[str, Any] = {**_MATRIX, "case": "masked matrix step over forward and backward alone"}
 _SMALL: dict[str, Any] = {"device": "cuda", "case": "optimizer step", "model": "qwen3-0.6b", "provider": "lcdd"}
 _LARGE: dict[str, Any] = {**_SMALL, "model": "llama-3-8b, 4 layers"}
 _CLOSED, _DENSE = {"density": 0.2}, {"density": 1.0}
@@ -85,15 +84,25 @@ GOALS: tuple[Goal, ...] = (
         at_least=True, **{**_CPU, "params": {**_CPU["params"], "tokens": 256}},
     ),
     Goal(
-        text="a matrix's passes A and B and refresh over the unfused forward and backward", limit=1 / 6, **_MATRIX
+        text="a matrix's whole step over the unfused forward, backward and AdamW, moments in bfloat16 as theirs",
+        limit=1 / 6, lane={"moments": "bfloat16"}, **_MATRIX,
     ),
     Goal(
-        text="the same over torch.compile of the unfused forward and backward", limit=1 / 1.4, over=("compiled", {}),
-        **_MATRIX,
+        text="the same, moments in float32 as is our default", limit=1 / 6, lane={"moments": "float32"}, **_MATRIX,
+    ),
+    Goal(
+        text="the same over torch.compile of theirs, moments in bfloat16", limit=1 / 1.4, over=("compiled", {}),
+        lane={"moments": "bfloat16"}, **_MATRIX,
+    ),
+    Goal(
+        text="our whole step and a refresh on top over their forward and backward alone", limit=1 / 6, **_ALONE,
+    ),
+    Goal(
+        text="the same over torch.compile of those", limit=1 / 1.4, over=("compiled", {}), **_ALONE,
     ),
     Goal(
         text="the same: peak extra memory, 4 bytes a parameter", metric="extra_memory", limit=4 * 4096 * 14336,
-        **_MATRIX,
+        **_ALONE,
     ),
     Goal(
         text="one linear, 80% closed, block gradient", device="cpu", case="linear fwd+bwd", provider="lcdd",

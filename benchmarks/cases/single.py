@@ -51,10 +51,10 @@ class Fused:
         self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.delta, dtype=moments) for _ in range(2))
         self.maps = [k.GateMap(row_start=0, col_start=problem.rows, head_dim=1, repeat=1)]
         self.d_theta = torch.empty(0)
+        self.gate, _ = k.gate_values(problem.theta, step=1, **KIND)  # as the step before left them
 
     def step(self) -> None:
-        p, deltas = self.p, [self.delta]
-        gate, _ = k.gate_values(p.theta, step=1, **KIND)
+        p, deltas, gate = self.p, [self.delta], self.gate
         d_gate, sq_norm = k.delta_grad_stats([p.grad], deltas, gate, self.maps)
         self.d_theta = k.gate_logits_grad(p.theta, d_gate, step=1, **KIND)
         new_gate, _ = k.gate_values(p.theta, step=2, **KIND)
