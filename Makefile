@@ -25,7 +25,7 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.run --effort 0.5
+	$(BIN)/python -m benchmarks.run --effort 0.4
 
 gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.run --device cuda

@@ -7,12 +7,12 @@ SVG written here, like the report's charts: nothing to install.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.goals import GIB, GOALS
+from benchmarks.goals import GIB, GOALS, Goal
 from benchmarks.records import RESULTS, Record, load
 
 README = Path(__file__).with_name("README.md")
@@ -128,9 +128,10 @@ def _goals(rows: Sequence[Record]) -> list[str]:
         if goal.device == kind:
             values = goal.values(rows)
             sign = "≥" if goal.at_least else "≤"
-            shown = ", ".join(_number(v) for v in values) if values else "not measured"
+            number = _figure(goal)
+            shown = ", ".join(map(number, values)) if values else "not measured"
             verdict = ("yes" if all(map(goal.holds, values)) else "**no**") if values else "a goal"
-            lines.append(f"| {goal.text} | {sign} {_number(goal.limit)} | {shown} | {verdict} |")
+            lines.append(f"| {goal.text} | {sign} {number(goal.limit)} | {shown} | {verdict} |")
     return lines
 
 
@@ -141,7 +142,7 @@ def unmeasured_goals(kinds: set[str]) -> str:
         return ""
     lines = ["Not measured yet, goals only:", "", "| goal | device | limit |", "|---|---|---|"]
     for goal in missing:
-        lines.append(f"| {goal.text} | {goal.device} | {'≥' if goal.at_least else '≤'} {_number(goal.limit)} |")
+        lines.append(f"| {goal.text} | {goal.device} | {'≥' if goal.at_least else '≤'} {_figure(goal)(goal.limit)} |")
     return "\n".join(lines)
 
 
@@ -170,18 +171,21 @@ def _line(provider: str, lane: Mapping[str, object], metrics: Mapping[str, Recor
 
 
 def _size(row: Record | None) -> str:
-    if row is None:
-        return ""
-    return f"{row.p50 / GIB:.2f} GiB" if row.p50 >= GIB / 4 else f"{row.p50 / 2**20:.0f} MiB"
+    return "" if row is None else _bytes(row.p50)
+
+
+def _bytes(value: float) -> str:
+    return f"{value / GIB:.2f} GiB" if value >= GIB / 4 else f"{value / 2**20:.0f} MiB"
+
+
+def _figure(goal: Goal) -> Callable[[float], str]:
+    """How values of a goal are written."""
+    return _bytes if goal.metric.endswith("memory") else "{:.3g}".format
 
 
 def _words(entries: Mapping[str, object]) -> str:
     shown = {key: value for key, value in entries.items() if value is not False}
     return ", ".join(str(v) if isinstance(v, str) else f"{k.replace('_', ' ')} {v}" for k, v in shown.items())
-
-
-def _number(value: float) -> str:
-    return f"{value / GIB:.1f} GiB" if value >= 2**20 else f"{value:.3g}"
 
 
 def refresh(*, results: Path = RESULTS, readme: Path = README) -> list[Path]:
