@@ -29,6 +29,7 @@ from lcdd.config import (
     ReportConfig,
     SFTConfig,
 )
+from lcdd.lock import only_writer
 from lcdd.runlog import TrainingStopped
 from lcdd.settings import Config, add_flags, from_flags, from_mapping, read_yaml, type_name
 from lcdd.stopping import Terminated
@@ -168,11 +169,15 @@ def _execute(arguments: argparse.Namespace) -> Any:
 
         values = read_yaml(arguments.pipeline)
         values |= {key: value for key, value in vars(arguments).items() if key in ("output_dir", "resume")}
-        return pipeline.run(from_mapping(PipelineConfig, values, where=arguments.pipeline))
+        config = from_mapping(PipelineConfig, values, where=arguments.pipeline)
+        with only_writer(config.output_dir):
+            return pipeline.run(config)
     if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
         raise ValueError("expected one process, got torchrun's several, which only sft and train share their work over")
     command = COMMANDS[arguments.command]
-    return command.run(*from_flags(arguments, *command.configs))
+    configs = from_flags(arguments, *command.configs)
+    with only_writer(getattr(configs[0], "output_dir", None)):
+        return command.run(*configs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

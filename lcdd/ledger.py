@@ -32,23 +32,21 @@ SETTLED = {"gradient_accumulation_steps", "initial_carrier", "save_folded"}
 
 
 def has_run(directory: Path, *, resume: bool) -> bool:
-    """Whether an unfinished pipeline lies in the directory, to be resumed.
+    """Whether a pipeline lies in the directory, to be resumed.
 
     Raises:
-        ValueError: the directory is not new, and holds no pipeline, one that is finished, or one while not `resume`.
+        ValueError: the directory is not new, and holds no pipeline, or one while not `resume`.
     """
     traces = (LEDGER, "log.jsonl", "*/checkpoint-*", "*/.checkpoint-*")
     known = directory.is_dir() and any(next(directory.glob(trace), None) for trace in traces)
-    finished = (directory / "report.json").exists()
     if known and resume:
-        if finished:
-            raise ValueError(f"resume: expected an unfinished run in {str(directory)!r}, got one with its report.json")
         return True
     try:
         require_new_directory(directory)
     except ValueError as error:
-        unfinished = "; it has a pipeline's run: --resume goes on with it" if known and not finished else ""
-        raise ValueError(f"{error}{unfinished}") from None
+        unfinished = known and not (directory / "report.json").exists()
+        hint = "; it has a pipeline's run: --resume goes on with it" if unfinished else ""
+        raise ValueError(f"{error}{hint}") from None
     return False
 
 

@@ -54,7 +54,7 @@ from lcdd.stage import (
 from lcdd.tables import claims_table, reversal_table
 from lcdd.templates import use_template
 from lcdd.trainer import TrainResult, train_lcdd, train_sft
-from lcdd.training_state import CheckpointStore
+from lcdd.training_state import CheckpointStore, differences, lasting_settings
 from lcdd.trigger import Trigger, stream
 from lcdd.trigger import generate as generate_answers
 
@@ -374,6 +374,13 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     if config.run_audit:
         timed("audit", audit, config.audit, **everything)
         audited = {"audit": read_report(output / "audit")["audit"]}
+    if resumed and (output / "report.json").exists():
+        settings, made_of = lasting_settings(config.eval), read_report(output)["config"]["eval"]
+        changed = differences({key: made_of.get(key) for key in settings}, settings)
+        if changed:
+            raise ValueError(f"resume: {output / 'report.json'} was made of something else: {'; '.join(changed)}")
+        say("\n== eval: finished before")
+        return StageResult(written=(), next_step=f"open {output / 'report.html'}")
     say("\n== eval")
     final = replace(config.eval, output_dir=str(output), **everything)
     result = eval_(final, data, context={"config": config.to_dict(), "timings": timings, **audited}, **common)

@@ -45,8 +45,8 @@ RESUMABLE = {
 
 
 def lasting_settings(config: Any) -> dict[str, Any]:
-    """The settings of a stage that decide about its result."""
-    return {key: value for key, value in config.to_dict().items() if key not in RESUMABLE}
+    """The settings of a stage that decide about its result, as JSON has them."""
+    return {key: value for key, value in json.loads(json.dumps(config.to_dict())).items() if key not in RESUMABLE}
 
 
 class CheckpointFailed(TrainingStopped):

@@ -39,6 +39,7 @@ TIERS: dict[str, list[tuple[str, ...]]] = {
             "report_style",
             "tables",
             "plan_tables",
+            "lock",
             "devices",
             "templates",
             "claims",
