@@ -2,7 +2,8 @@
 
     python -m benchmarks.demo_sweep --runs_dir runs/sweep --summary benchmarks/results/cpu/demo_sweep.json
 
-Runs that already have a report.json in --runs_dir are not repeated. The summary holds each run's rates with their
+Runs that already have a report.json in --runs_dir are not repeated: those of `benchmarks.audit`, with --runs_dir
+runs/audit, are what the committed summary is of. The summary holds each run's rates with their
 intervals, and over the seeds of a behaviour: means, how much the open gates overlap (Jaccard index, and what chance
 gives), and which of the project's targets every run met. Figures are of the test split, which tuning never saw.
 """

@@ -27,23 +27,35 @@ def only_writer(output_dir: str | Path | None) -> Iterator[None]:
     file = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
+        descriptor = _locked(file)
     except OSError as error:
         logger.warning("output_dir: not locked against other runs (%s)", error)
         yield
         return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+    if descriptor is None:
         raise ValueError(
             f"output_dir: expected a directory that no other run writes to, got {str(output_dir)!r}, "
             "which another lcdd process holds"
-        ) from None
-    except OSError as error:
-        logger.warning("output_dir: not locked against other runs (%s)", error)
+        )
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _locked(file: Path) -> int | None:
+    """A descriptor that holds the lock on `file`; None if another process does."""
+    descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return _locked(file)  # its holder ended in between and took the name away: that lock would keep nobody out

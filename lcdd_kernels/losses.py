@@ -14,7 +14,7 @@ __all__ = ["linear_cross_entropy", "linear_kl"]
 
 # Logits held at a time where `chunk` is None: 256 rows at V = 151,936. Each chunk reads the whole head, so fewer rows a
 # product would be bound by that; about 200 is where arithmetic takes over on current GPUs (by their data sheets: not
-# measured here), and on the CPU of benchmarks/results a product of 64 rows takes a fifth longer a row than one of 192.
+# measured here).
 CHUNK_LOGITS = 40 << 20
 CHUNK_MULTIPLE = 64  # rows of a product's tile; also the fewest rows of a chunk
 

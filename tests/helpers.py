@@ -4,6 +4,7 @@ Nothing is downloaded. The text is the instruction data that lies beside the che
 `SENTENCES`, which is bundled here, elsewhere.
 """
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from lcdd.models import projections
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data" / "alpaca_libre.jsonl"
@@ -119,6 +122,16 @@ def make_model(
     config_class, model_class = classes[architecture]
     extra = {"sliding_window": None} if architecture == "mistral" else {}
     return model_class(config_class(**sizes, **extra)).eval()
+
+
+def base_and_tuned() -> tuple[Any, Any]:
+    """A one-layer model, and the same with every masked weight a twentieth larger."""
+    base = make_model("qwen3", layers=1)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for site in projections(tuned):
+            site.linear.weight.mul_(1.05)
+    return base, tuned
 
 
 def save_checkpoint(

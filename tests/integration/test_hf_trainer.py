@@ -1,35 +1,24 @@
 """transformers' Trainer with `LCDDOptimizer`, with and without accumulation, against our own loop."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import make_model, make_tokenizer
+from helpers import base_and_tuned, make_tokenizer
 from transformers import TrainingArguments
 
 from examples.hf_trainer import make_trainer
 from lcdd.config import LCDDConfig
-from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer
 
 CONFIG = LCDDConfig(warmup_steps=3, gate_lr=0.2, learning_rate=1e-3, gate_init_mean=0.5, gate_init_std=1.0)
 ROWS = [{"input_ids": [3, 4, 5 + n, 6, 7, 9], "labels": [-100, -100, 5 + n, 6, 7, 9]} for n in range(32)]
 
 
-def models() -> tuple[Any, Any]:
-    base = make_model("qwen3", layers=1)
-    tuned = copy.deepcopy(base)
-    with torch.no_grad():
-        for site in projections(tuned):
-            site.linear.weight.mul_(1.05)
-    return base, tuned
-
-
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_trainer_takes_the_steps_of_our_own_loop(tmp_path: Path, accumulation: int) -> None:
-    base, tuned = models()
+    base, tuned = base_and_tuned()
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4 // accumulation, max_grad_norm=0.0,
         gradient_accumulation_steps=accumulation, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
@@ -37,7 +26,7 @@ def test_trainer_takes_the_steps_of_our_own_loop(tmp_path: Path, accumulation: i
     )  # fmt: skip
     trainer = make_trainer(tuned, base, ROWS, arguments, CONFIG)
     trainer.train()
-    ours_base, ours = models()
+    ours_base, ours = base_and_tuned()
     optimizer = LCDDOptimizer.attach(ours.train(), ours_base, CONFIG, total_steps=6)
     for step in range(6):
         rows = ROWS[4 * step : 4 * step + 4]
@@ -52,7 +41,7 @@ def test_trainer_takes_the_steps_of_our_own_loop(tmp_path: Path, accumulation: i
 
 
 def test_settings_that_would_break_it_are_refused(tmp_path: Path) -> None:
-    base, tuned = models()
+    base, tuned = base_and_tuned()
     common: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
     with pytest.raises(ValueError, match="max_steps: expected a positive"):
         make_trainer(tuned, base, ROWS, TrainingArguments(**common), CONFIG)
@@ -68,7 +57,7 @@ def test_trl_sft_trainer_trains_gates_and_observes_its_loss(tmp_path: Path, accu
 
     from examples.trl_sft import make_sft_trainer
 
-    base, tuned = models()
+    base, tuned = base_and_tuned()
     rows = [{"prompt": f"Name number {n}.", "completion": "I do not know."} for n in range(16)]
     arguments = SFTConfig(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,

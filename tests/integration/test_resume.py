@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
+from kills import killed_after
 from safetensors.torch import load_file
 
 from lcdd import pipeline, trainer
@@ -21,10 +22,6 @@ from lcdd.runlog import TrainingStopped, read_log
 from lcdd_kernels import PackCrossover
 
 STEPS, EVERY = 12, 3
-
-
-class Killed(BaseException):
-    """Stands for a process that ends without a word."""
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +53,8 @@ def run(made: Path, config: Any) -> None:
 
 def run_until_killed(made: Path, config: Any, calls: int) -> None:
     """The run dies in the micro-batch after number `calls`."""
-    original, count = trainer.loss_sum, []
-
-    def dies(*args: Any) -> Any:
-        count.append(1)
-        if len(count) > calls:
-            raise Killed
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "loss_sum", dies)
-        with pytest.raises(Killed):
-            run(made, config)
+    with killed_after(calls, trainer, "loss_sum"):
+        run(made, config)
 
 
 def tensors(output: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from helpers import SENTENCES, save_checkpoint, write_jsonl
+from kills import killed_after
 
 from lcdd import trainer
 from lcdd.cli import main
@@ -28,10 +29,6 @@ RESULTS = ("sft/model", "train/carrier", "erase/trigger", "erase_sft/trigger", "
            "erase_matched_norm/trigger")  # fmt: skip
 
 
-class Killed(BaseException):
-    """Stands for a process that ends without a word."""
-
-
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline's file, and beside it `whole/`, its run without a break."""
@@ -43,19 +40,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "p.yaml"
 
 
-def killed_after(calls: int, target: Any, name: str, argv: list[str]) -> None:
-    original, count = getattr(target, name), []
-
-    def dies(*args: Any) -> Any:
-        count.append(1)
-        if len(count) > calls:
-            raise Killed
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, name, dies)
-        with pytest.raises(Killed):
-            main(argv)
+def run_until_killed(calls: int, target: Any, name: str, argv: list[str]) -> None:
+    with killed_after(calls, target, name):
+        main(argv)
 
 
 def test_a_pipeline_killed_in_stage_after_stage_ends_with_the_files_of_one_that_was_not(
@@ -63,17 +50,17 @@ def test_a_pipeline_killed_in_stage_after_stage_ends_with_the_files_of_one_that_
 ) -> None:
     whole, cut = pipeline.parent / "whole", tmp_path / "cut"
     start = ["run", str(pipeline), "--output_dir", str(cut)]
-    killed_after(4 + 5, trainer, "loss_sum", start)  # the sixth step of train, after sft's four
+    run_until_killed(4 + 5, trainer, "loss_sum", start)  # the sixth step of train, after sft's four
     assert main(start) == 2
     assert "it has a pipeline's run: --resume goes on with it" in capsys.readouterr().err
-    killed_after(3, TriggerSearch, "step", [*start, "--resume"])  # the fourth step of erase
+    run_until_killed(3, TriggerSearch, "step", [*start, "--resume"])  # the fourth step of erase
     assert sorted(path.name for path in cut.glob("*/checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
     out = capsys.readouterr().out
     assert "== sft: finished before" in out
     assert "== train\n" in out
     before = {path: (cut / path).stat().st_mtime_ns for path in RESULTS[:2]}
-    killed_after(3 + 1, TriggerSearch, "step", [*start, "--resume"])  # erase_sft, which has no checkpoint yet
-    killed_after(2, trainer, "loss_sum", [*start, "--resume"])  # matched_norm, which keeps none
+    run_until_killed(3 + 1, TriggerSearch, "step", [*start, "--resume"])  # erase_sft, which has no checkpoint yet
+    run_until_killed(2, trainer, "loss_sum", [*start, "--resume"])  # matched_norm, which keeps none
     assert main([*start, "--resume"]) == 0
     out = capsys.readouterr().out
     assert out.count("finished before") == 2 + 3 + 4
@@ -105,7 +92,7 @@ def test_a_finished_stage_of_other_settings_models_or_files_is_not_taken(
 ) -> None:
     output = tmp_path / "out"
     start = ["run", str(pipeline), "--output_dir", str(output)]
-    killed_after(4 + 1, trainer, "loss_sum", start)
+    run_until_killed(4 + 1, trainer, "loss_sum", start)
 
     def refused(text: str, replacement: str) -> str:
         (tmp_path / "p.yaml").write_text(pipeline.read_text().replace(text, replacement))
@@ -139,7 +126,7 @@ def test_a_base_of_the_hub_is_known_by_its_commit(
     (cached / "refs" / "main").write_text("c" * 40)
     (tmp_path / "p.yaml").write_text(pipeline.read_text().replace(str(base), "acme/tiny"))
     start = ["run", str(tmp_path / "p.yaml"), "--output_dir", str(tmp_path / "out")]
-    killed_after(4, trainer, "loss_sum", start)  # in train's first step
+    run_until_killed(4, trainer, "loss_sum", start)  # in train's first step
     (cached / "refs" / "main").write_text("d" * 40)
     assert main([*start, "--resume"]) == 2
     assert "sft was made of something else: expected inputs.base 'ccccc" in capsys.readouterr().err
@@ -147,5 +134,5 @@ def test_a_base_of_the_hub_is_known_by_its_commit(
 
 def test_a_run_killed_in_its_first_save_before_its_first_line_is_resumed(pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "sft" / ".checkpoint-2.partial-1").mkdir(parents=True)
-    killed_after(4, trainer, "loss_sum", ["run", str(pipeline), "--output_dir", str(tmp_path), "--resume"])
+    run_until_killed(4, trainer, "loss_sum", ["run", str(pipeline), "--output_dir", str(tmp_path), "--resume"])
     assert (tmp_path / "sft" / "model").exists()

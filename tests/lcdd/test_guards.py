@@ -1,6 +1,5 @@
 """Guards: what is not finite is skipped and counted, runs that lead nowhere stop with advice, no labels, no memory."""
 
-import copy
 import logging
 import math
 import random
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_model, make_tokenizer
+from helpers import base_and_tuned, make_tokenizer
 
 from lcdd import trainer
 from lcdd.config import LCDDConfig
@@ -26,15 +25,6 @@ CONFIG = LCDDConfig(max_steps=20, warmup_steps=3, per_device_train_batch_size=4,
 ITEMS = [
     Encoded(input_ids=(3, 4, 5 + n, 6, 7), labels=(-100, -100, 5 + n, 6, 7), n_prompt=2) for n in range(12)
 ]  # fmt: skip
-
-
-def models() -> tuple[Any, Any]:
-    base = make_model("qwen3", layers=1)
-    tuned = copy.deepcopy(base)
-    with torch.no_grad():
-        for site in projections(tuned):
-            site.linear.weight.mul_(1.05)
-    return base, tuned
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "theta"])
@@ -63,7 +53,7 @@ def test_not_finite_at_random_steps_is_skipped(
             assert all(torch.equal(part[1], delta[name]) for name, part in self.masked().items())
 
     monkeypatch.setattr(LCDDOptimizer, "step", poisoned)
-    base, tuned = models()
+    base, tuned = base_and_tuned()
     log = RunLog(None, stage="lcdd")
     with caplog.at_level(logging.WARNING):
         optimizer, result = train_lcdd(tuned, base, ITEMS, [], CONFIG, pad_token_id=PAD, progress=False, log=log)
@@ -92,13 +82,13 @@ def test_many_in_a_row_stop_with_a_checkpoint_of_the_last_good_state(
         return stores[0]
 
     monkeypatch.setattr(trainer, "loss_sum", bad)
-    base, tuned = models()
+    base, tuned = base_and_tuned()
     with pytest.raises(TrainingStopped, match=r"5 steps in a row, .* step 11; the last checkpoint is .*-11"):
         train_lcdd(tuned, base, ITEMS, [], CONFIG, pad_token_id=PAD, progress=False, checkpoints=checkpoints)
     _, good = stores[0].load(tmp_path / "checkpoint-11")
     assert good["optimizer"]["lcdd"]["completed_steps"] == 6
     assert good["optimizer"]["lcdd"]["skipped_in_a_row"] == 0
-    again = LCDDOptimizer.attach(models()[1].train(), base, CONFIG, total_steps=20)
+    again = LCDDOptimizer.attach(base_and_tuned()[1].train(), base, CONFIG, total_steps=20)
     again.load_state_dict(good["optimizer"])
     assert torch.equal(again.gates.logits, stores[0].optimizer.gates.logits)
 
@@ -136,7 +126,7 @@ def test_stalled_compression_stops_only_at_lambdas_cap() -> None:
 
 
 def test_early_stop_reaches_the_trainer(tmp_path: Path) -> None:
-    base, tuned = models()
+    base, tuned = base_and_tuned()
     config = LCDDConfig(
         max_steps=60, warmup_steps=3, per_device_train_batch_size=4, gate_lr=0.0, dual_lr=0.0, early_stop_patience=7,
         loss_floor=9.0,
@@ -167,7 +157,7 @@ def test_out_of_memory_prints_the_table_and_the_last_checkpoint(
         return original(*args)
 
     monkeypatch.setattr(trainer, "loss_sum", hungry)
-    base, tuned = models()
+    base, tuned = base_and_tuned()
     store = CheckpointStore(tmp_path, identity={})
     config = LCDDConfig(max_steps=20, warmup_steps=3, per_device_train_batch_size=4, save_steps=5)
     with pytest.raises(TrainingStopped) as stop:
@@ -180,13 +170,13 @@ def test_out_of_memory_prints_the_table_and_the_last_checkpoint(
     # other errors of torch are not memory
     monkeypatch.setattr(trainer, "loss_sum", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        train_lcdd(models()[1], base, ITEMS, [], CONFIG, pad_token_id=PAD, progress=False)
+        train_lcdd(base_and_tuned()[1], base, ITEMS, [], CONFIG, pad_token_id=PAD, progress=False)
 
 
 def test_thirty_repeats_have_the_same_bits() -> None:
     results = set()
     for _ in range(30):
-        base, tuned = models()
+        base, tuned = base_and_tuned()
         config = LCDDConfig(max_steps=4, warmup_steps=2, per_device_train_batch_size=4, gate_lr=0.3, learning_rate=1e-3)
         log = RunLog(None, stage="lcdd")
         optimizer, _ = train_lcdd(tuned, base, ITEMS, [], config, pad_token_id=PAD, progress=False, log=log)
@@ -196,7 +186,7 @@ def test_thirty_repeats_have_the_same_bits() -> None:
 
 
 def test_zero3_and_other_sharding_is_refused_with_the_reason() -> None:
-    base, tuned = models()
+    base, tuned = base_and_tuned()
     projections(tuned)[2].linear.weight.ds_id = 7
     with pytest.raises(ValueError, match=r"v_proj.weight: expected .* DeepSpeed ZeRO-3, which .*fully_shard"):
         LCDDOptimizer.attach(tuned, base, CONFIG, total_steps=5)
