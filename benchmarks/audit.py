@@ -32,8 +32,8 @@ RUN_KEYS = ("behavior", "seed", "split", "sparsity", "gates", "findings", "timin
 
 def run_one(behavior: str, seed: int, split: str, directory: Path) -> float:
     """One demo with its audit, what it says in a .log beside it; returns its seconds."""
+    from lcdd.commands.demo.demo import run
     from lcdd.config import DemoConfig
-    from lcdd.demo import run
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -47,7 +47,7 @@ def run_one(behavior: str, seed: int, split: str, directory: Path) -> float:
 
 def summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What audit.json holds of one behaviour's runs."""
-    from lcdd.claims import combine
+    from lcdd.evaluate import combine
 
     runs = [
         {

@@ -35,10 +35,10 @@ def make_targets(folder: Path) -> dict[str, Path]:
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers import make_model, make_tokenizer
 
+    from lcdd.checkpoint import CheckpointStore
     from lcdd.config import LCDDConfig
+    from lcdd.eraser import Trigger
     from lcdd.optimizer import LCDDOptimizer
-    from lcdd.training_state import CheckpointStore
-    from lcdd.trigger import Trigger
 
     base, tuned = make_model("qwen3", layers=1), make_model("qwen3", seed=1, layers=1)
     config = LCDDConfig(gate_init_mean=0.0, gate_init_std=2.0)
@@ -57,10 +57,10 @@ def loaders() -> dict[str, Loader]:
     from helpers import make_model
 
     from lcdd.carrier import Carrier
+    from lcdd.checkpoint import CheckpointStore
     from lcdd.config import LCDDConfig
+    from lcdd.eraser import Trigger
     from lcdd.optimizer import LCDDOptimizer
-    from lcdd.training_state import CheckpointStore
-    from lcdd.trigger import Trigger
 
     base = make_model("qwen3", layers=1)
     optimizer = LCDDOptimizer.attach(make_model("qwen3", seed=1, layers=1), base, LCDDConfig(), total_steps=10)

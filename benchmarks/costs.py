@@ -6,8 +6,7 @@ every result written once, caches ignored.
 
 from collections.abc import Sequence
 
-from lcdd.costs import adamw_bytes, grad_stats_bytes, layer_parameters, masked_parameters, refresh_bytes
-from lcdd.models import ModelShape
+from lcdd.models import ModelShape, adamw_bytes, grad_stats_bytes, layer_parameters, masked_parameters, refresh_bytes
 
 __all__ = [
     "adamw_bytes", "cross_entropy_flops", "grad_stats_bytes", "layer_parameters", "linear_flops", "masked_parameters",

@@ -65,7 +65,7 @@ def make_inputs(folder: Path) -> None:
 
 def train(folder: Path, output: Path, *, resume: bool) -> None:
     """One run with a checkpoint every other step and two kept."""
-    from lcdd import pipeline
+    from lcdd.commands import run as pipeline
     from lcdd.config import DataConfig, LCDDConfig
 
     config = LCDDConfig(

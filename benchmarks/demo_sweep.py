@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.records import Environment
 from lcdd.carrier import Carrier
+from lcdd.commands.demo.demo import run as demo
 from lcdd.config import DemoConfig
-from lcdd.demo import run as demo
 from lcdd.evaluate import gate_overlap
 
 BEHAVIORS = ("fixed_response", "refusal", "style")

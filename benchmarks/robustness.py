@@ -58,7 +58,7 @@ def accumulation() -> dict[str, Any]:
     """Worst relative difference of the gate gradients of one batch in 1, 2, 4 and 8 micro-batches (float32)."""
     from integration import ranks as work
 
-    from lcdd.losses import loss_sum, response_tokens, to_batch
+    from lcdd.trainer import loss_sum, response_tokens, to_batch
 
     items = work.items()[:8]
     grads: dict[int, torch.Tensor] = {}
@@ -78,7 +78,7 @@ def nan() -> dict[str, Any]:
     """NaN and Inf in loss, gradient or θ at random steps of 200: steps hit, skipped, and after which anything moved."""
     from integration import ranks as work
 
-    from lcdd.losses import loss_sum, response_tokens, to_batch
+    from lcdd.trainer import loss_sum, response_tokens, to_batch
 
     generator = random.Random(0)
     record = {"steps": 0, "hit": 0, "skipped": 0, "lambda_or_theta_or_delta_moved": 0, "not_finite_at_the_end": 0}

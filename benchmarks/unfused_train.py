@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.unfused import Settings, UnfusedLCDD
-from lcdd.config import DataConfig, LCDDConfig
-from lcdd.data import collate
-from lcdd.gates import GateLayout, Gates
-from lcdd.models import load_model, shape_of
-from lcdd.prepare import prepare, training_items
-from lcdd.settings import add_flags, from_flags
+from lcdd.config import DataConfig, LCDDConfig, add_flags, from_flags
+from lcdd.data import collate, prepare, training_items
+from lcdd.models import GateLayout, load_model, shape_of
+from lcdd.optimizer import Gates
 from lcdd.trainer import step_batches, total_steps
 from lcdd_kernels.reference.gates import gate_noise_ref
 

@@ -8,6 +8,7 @@ is exit code 143, SIGINT (Ctrl-C) 130.
 
 import argparse
 import dataclasses
+import importlib
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 from lcdd import __version__
 from lcdd.config import (
     AuditConfig,
+    Config,
     DataConfig,
     DemoConfig,
     EraserConfig,
@@ -28,11 +30,13 @@ from lcdd.config import (
     PlanConfig,
     ReportConfig,
     SFTConfig,
+    add_flags,
+    from_flags,
+    from_mapping,
+    read_yaml,
+    type_name,
 )
-from lcdd.lock import only_writer
-from lcdd.runlog import TrainingStopped
-from lcdd.settings import Config, add_flags, from_flags, from_mapping, read_yaml, type_name
-from lcdd.stopping import Terminated
+from lcdd.errors import Terminated, TrainingStopped
 
 BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130
 
@@ -46,64 +50,52 @@ class Command:
     run: Callable[..., Any]
 
 
-def _stage(name: str) -> Callable[..., Any]:
-    def run(*configs: Config) -> Any:
-        from lcdd import pipeline  # imports torch: only when a stage really runs
+def _lazy(function: str, module: str | None = None) -> Callable[..., Any]:
+    """`lcdd.commands.MODULE.FUNCTION`, imported (and torch with it) only when the command really runs."""
 
-        return getattr(pipeline, name)(*configs)
+    def run(*configs: Config) -> Any:
+        return getattr(importlib.import_module(f"lcdd.commands.{module or function}"), function)(*configs)
 
     return run
-
-
-def _demo(config: DemoConfig) -> Any:
-    from lcdd import demo
-
-    return demo.run(config)
-
-
-def _plan(config: PlanConfig) -> Any:
-    from lcdd import plan
-
-    return plan.run(config)
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         help="the whole method on the small model shipped with the package: minutes on a laptop",
         configs=(DemoConfig,),
-        run=_demo,
+        run=_lazy("run", "demo.demo"),
     ),
     "sft": Command(
-        help="fine-tune a base checkpoint on a behaviour", configs=(SFTConfig, DataConfig), run=_stage("sft")
+        help="fine-tune a base checkpoint on a behaviour", configs=(SFTConfig, DataConfig), run=_lazy("sft")
     ),
     "train": Command(
-        help="LCDD: from base and SFT checkpoints to a carrier", configs=(LCDDConfig, DataConfig), run=_stage("train")
+        help="LCDD: from base and SFT checkpoints to a carrier", configs=(LCDDConfig, DataConfig), run=_lazy("train")
     ),
     "erase": Command(
         help="SFT-Eraser: learn the trigger that gives the base's answers back",
         configs=(EraserConfig, DataConfig),
-        run=_stage("erase"),
+        run=_lazy("erase"),
     ),
     "eval": Command(
         help="reversal table on held-out prompts, as report.json and report.html",
         configs=(EvalConfig, DataConfig),
-        run=_stage("eval_"),
+        run=_lazy("eval_", "eval"),
     ),
     "audit": Command(
         help="controls of a carrier and its trigger, and which of the paper's claims held in this run",
         configs=(AuditConfig, DataConfig),
-        run=_stage("audit"),
+        run=_lazy("audit"),
     ),
-    "report": Command(help="render report.html again from report.json", configs=(ReportConfig,), run=_stage("report")),
+    "report": Command(help="render report.html again from report.json", configs=(ReportConfig,), run=_lazy("report")),
     "generate": Command(
         help="answer prompts, with a carrier applied and a trigger prepended if given",
         configs=(GenerateConfig,),
-        run=_stage("generate"),
+        run=_lazy("generate"),
     ),
     "plan": Command(
         help="predicted memory and step time of plain fine-tuning, unfused masking and lcdd, on a named GPU",
         configs=(PlanConfig,),
-        run=_plan,
+        run=_lazy("run", "plan.plan"),
     ),
 }
 SEVERAL_RANKS = ("sft", "train")
@@ -165,15 +157,18 @@ def _execute(arguments: argparse.Namespace) -> Any:
 
         return report_card()
     if arguments.command == "run":
-        from lcdd import pipeline
+        from lcdd.checkpoint import only_writer
+        from lcdd.commands.run import run
 
         values = read_yaml(arguments.pipeline)
         values |= {key: value for key, value in vars(arguments).items() if key in ("output_dir", "resume")}
         config = from_mapping(PipelineConfig, values, where=arguments.pipeline)
         with only_writer(config.output_dir):
-            return pipeline.run(config)
+            return run(config)
     if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
         raise ValueError("expected one process, got torchrun's several, which only sft and train share their work over")
+    from lcdd.checkpoint import only_writer
+
     command = COMMANDS[arguments.command]
     configs = from_flags(arguments, *command.configs)
     with only_writer(getattr(configs[0], "output_dir", None)):
@@ -196,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except RuntimeError as error:
-        from lcdd.guards import is_out_of_memory  # imports torch
+        from lcdd.trainer import is_out_of_memory  # imports torch
 
         if not is_out_of_memory(error):
             raise

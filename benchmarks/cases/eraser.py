@@ -23,8 +23,7 @@ from benchmarks.harness import Case, Check, Lane, Workload, relative_error
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
 from lcdd.eraser import EraserPrompt, SFTEraser
-from lcdd.gates import GateLayout
-from lcdd.models import PreTrainedModel, projections, shape_of
+from lcdd.models import GateLayout, PreTrainedModel, projections, shape_of
 
 RADIUS = 1.0
 TEMPLATE = 3  # tokens that every prompt begins with: Qwen3's <|im_start|>, user and newline

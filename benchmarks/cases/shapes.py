@@ -7,8 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cases import Place
-from lcdd.gates import GateLayout
-from lcdd.models import PreTrainedModel, projections, shape_of
+from lcdd.models import GateLayout, PreTrainedModel, projections, shape_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {

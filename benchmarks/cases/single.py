@@ -11,7 +11,7 @@ from benchmarks.cases import Place
 from benchmarks.costs import adamw_bytes, grad_stats_bytes, linear_flops, refresh_bytes
 from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
 from benchmarks.unfused import DeltaMask, UnfusedGates
-from lcdd.packed import PackedGradLinear
+from lcdd.optimizer import PackedGradLinear
 from lcdd_kernels.reference.gates import gate_noise_ref
 
 KIND: dict[str, Any] = {"kind": "hard_concrete", "seed": 7, "training": True}

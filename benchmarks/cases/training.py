@@ -17,7 +17,7 @@ from benchmarks.cases import Place
 from benchmarks.cases.shapes import fine_tune, make_model, sizes_of, tiny_sizes, title
 from benchmarks.harness import Case, Check, Lane, Sample, Workload
 from lcdd.carrier import Carrier
-from lcdd.demo_tasks import VOCABULARY, write_tokenizer
+from lcdd.commands.demo.tasks import VOCABULARY, write_tokenizer
 from lcdd.models import load_tokenizer, save_model
 
 MODULES = {"unfused": "benchmarks.unfused_train", "lcdd": "lcdd"}

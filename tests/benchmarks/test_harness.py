@@ -133,7 +133,7 @@ def test_cuda_clock_times_one_run_between_events(monkeypatch):
 
 def broken_linear_case(monkeypatch):
     """A real case whose provider is broken on purpose: the packed gradient comes out a little too large."""
-    from lcdd.packed import PackedGradLinear
+    from lcdd.optimizer import PackedGradLinear
 
     add = PackedGradLinear._add_packed
 
@@ -376,8 +376,7 @@ def test_scaled_models_keep_their_proportions():
 
 
 def test_gate_logits_open_the_density_asked_for():
-    from lcdd.gates import GateLayout
-    from lcdd.models import shape_of
+    from lcdd.models import GateLayout, shape_of
 
     model = shapes.make_model(shapes.tiny_sizes("qwen3-0.6b"), TINY, seed=0)
     logits = shapes.gate_logits(model, 0.25)
@@ -391,7 +390,7 @@ def test_a_wrong_optimizer_step_does_not_pass_the_gate(kind, monkeypatch):
     case = steps.step_case(TINY, "qwen3-0.6b", layers=2, divide=1, tokens=16, micro=2, kind=kind, densities=(0.5,))
     (lane,) = [lane for lane in case.lanes if lane.provider == "lcdd"]
     assert all(check.ok for check in lane.verify())
-    from lcdd.gates import Gates
+    from lcdd.optimizer import Gates
 
     right = Gates.logits_grad
     monkeypatch.setattr(Gates, "logits_grad", lambda self, d, *, l0_weight: right(self, d, l0_weight=1.1 * l0_weight))

@@ -11,12 +11,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import make_model, make_tokenizer
 
-from lcdd import shards
 from lcdd.config import LCDDConfig
 from lcdd.data import Encoded
-from lcdd.models import projections
+from lcdd.models import projections, shard_model, shards
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.parallel import shard_model
 from lcdd.trainer import train_lcdd
 
 STEPS = 50

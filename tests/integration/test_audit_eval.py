@@ -12,10 +12,10 @@ import pytest
 from helpers import instruction_rows, save_checkpoint, write_jsonl
 
 from lcdd.carrier import Carrier
+from lcdd.checkpoint import read_log
 from lcdd.cli import main
-from lcdd.gates import GROUPS
+from lcdd.models import GROUPS
 from lcdd.report import read_report
-from lcdd.runlog import read_log
 
 PIPELINE = """
 model_name_or_path: {base}

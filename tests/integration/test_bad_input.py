@@ -11,9 +11,10 @@ from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lcdd import eval_stage, pipeline
 from lcdd.carrier import Carrier
 from lcdd.cli import main
+from lcdd.commands import eval as eval_stage
+from lcdd.commands import run as pipeline
 from lcdd.models import load_model
 
 Run = Callable[..., str]

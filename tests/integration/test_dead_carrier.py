@@ -6,8 +6,8 @@ import pytest
 from helpers import write_jsonl
 
 from lcdd.cli import main
-from lcdd.demo import BASE_DIRECTORY
-from lcdd.demo_tasks import draw_tasks
+from lcdd.commands.demo.demo import BASE_DIRECTORY
+from lcdd.commands.demo.tasks import draw_tasks
 
 # The authors' code: Heaviside gates, SGD on theta, no clip of the violation, loss on the whole text. (Their warm-up of
 # 300 steps and their cap on lambda are scaled to the length of this run.)

@@ -9,13 +9,12 @@ from dataclasses import replace
 import pytest
 
 from lcdd import cli
-from lcdd import demo as demo_module
 from lcdd.carrier import Carrier
+from lcdd.commands.demo import demo as demo_module
+from lcdd.commands.demo.demo import BASE_DIRECTORY
 from lcdd.config import DemoConfig
-from lcdd.demo import BASE_DIRECTORY
-from lcdd.gates import GROUPS
-from lcdd.models import load_model, load_tokenizer
-from lcdd.trigger import Trigger, generate
+from lcdd.eraser import Trigger, generate
+from lcdd.models import GROUPS, load_model, load_tokenizer
 
 SECONDS = 150
 

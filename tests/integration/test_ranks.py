@@ -15,8 +15,8 @@ from integration import ranks
 from safetensors.torch import load_file
 
 from lcdd.carrier import Carrier
+from lcdd.checkpoint import read_log
 from lcdd.cli import main
-from lcdd.runlog import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 

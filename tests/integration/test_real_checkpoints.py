@@ -13,12 +13,11 @@ import torch
 from helpers import SHARED_DATA, instruction_rows, make_tokenizer, save_checkpoint, write_jsonl
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import model_fingerprint, verify_directory
+from lcdd.checkpoint import model_fingerprint, read_log, verify_directory
 from lcdd.cli import main
+from lcdd.eraser import Trigger
 from lcdd.models import load_model, projections
 from lcdd.report import read_report
-from lcdd.runlog import read_log
-from lcdd.trigger import Trigger
 
 STATES = {
     "base", "sft", "carrier", "matched_norm", "carrier+trigger", "sft+trigger", "matched_norm+trigger",
@@ -225,12 +224,11 @@ def test_the_real_data_is_read_and_encoded(capsys) -> None:
     if not SHARED_DATA.exists():
         pytest.skip(f"no {SHARED_DATA}: the real instruction data is not beside this checkout")
     from lcdd.config import DataConfig, SFTConfig
-    from lcdd.data import load_examples, split_examples
-    from lcdd.prepare import Prepared, training_items
+    from lcdd.data import Prepared, load_examples, split_examples, training_items
 
     examples = load_examples(DataConfig(dataset_name=str(SHARED_DATA)))
     splits = split_examples(examples, validation_fraction=0.1, test_fraction=0.1)
-    from lcdd.behaviors import own
+    from lcdd.data import own
 
     prepared = Prepared(tokenizer=make_tokenizer(), behavior=own(keywords=["x"]), splits=splits)
     train, _ = training_items(prepared, SFTConfig(max_length=2048), say=print)

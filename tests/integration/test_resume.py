@@ -14,11 +14,13 @@ from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from kills import killed_after
 from safetensors.torch import load_file
 
-from lcdd import pipeline, trainer
 from lcdd.carrier import Carrier
+from lcdd.checkpoint import read_log
 from lcdd.cli import main
+from lcdd.commands import run as pipeline
 from lcdd.config import DataConfig, LCDDConfig, SFTConfig
-from lcdd.runlog import TrainingStopped, read_log
+from lcdd.errors import TrainingStopped
+from lcdd.trainer import loop as trainer
 from lcdd_kernels import PackCrossover
 
 STEPS, EVERY = 12, 3
@@ -99,7 +101,7 @@ def test_resumed_equals_uninterrupted(made: Path, tmp_path: Path, monkeypatch: p
     stage, changes = CASES[case]
     if "packed" in case:
         everything_packs = PackCrossover(gather=0.0, crossover=1.1, min_elements=0, source="test")
-        monkeypatch.setattr("lcdd.packed.default_crossover", lambda *_: everything_packs)
+        monkeypatch.setattr("lcdd.optimizer.packed.default_crossover", lambda *_: everything_packs)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(made, settings(made, whole, stage, **changes))
     for calls in (9, 6):  # in the middle of a step after checkpoint-3, then of one after checkpoint-6
@@ -270,7 +272,7 @@ def test_a_save_that_fails_stops_and_keeps_the_last_checkpoint(
 
 
 def test_signals_outside_the_main_thread_are_left_alone() -> None:
-    from lcdd.stopping import termination
+    from lcdd.checkpoint import termination
 
     seen = []
 

@@ -11,14 +11,11 @@ import pytest
 from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from safetensors.torch import load_file
 
-from lcdd import carrier
-from lcdd.carrier import Carrier
+from lcdd.carrier import Carrier, carrier
+from lcdd.checkpoint import read_log
 from lcdd.cli import main
-from lcdd.eraser import SFTEraser
+from lcdd.eraser import SFTEraser, Trigger, TriggerSearch
 from lcdd.models import load_model
-from lcdd.runlog import read_log
-from lcdd.trigger import Trigger
-from lcdd.trigger_search import TriggerSearch
 
 Erase = Callable[..., int]
 

@@ -10,11 +10,11 @@ import pytest
 from helpers import SENTENCES, save_checkpoint, write_jsonl
 from kills import killed_after
 
-from lcdd import trainer
+from lcdd.checkpoint import read_log
 from lcdd.cli import main
+from lcdd.eraser import TriggerSearch
 from lcdd.report import read_report
-from lcdd.runlog import read_log
-from lcdd.trigger_search import TriggerSearch
+from lcdd.trainer import loop as trainer
 
 PIPELINE = """
 model_name_or_path: {base}

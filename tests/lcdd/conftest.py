@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from lcdd.carrier import Carrier
-from lcdd.demo_tasks import VOCABULARY, write_tokenizer
+from lcdd.commands.demo.tasks import VOCABULARY, write_tokenizer
 from lcdd.models import projections
 
 ARCHITECTURES = {

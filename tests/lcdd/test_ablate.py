@@ -5,10 +5,16 @@ import copy
 import pytest
 import torch
 
-from lcdd.ablate import only_channels, random_channels, with_gates, without_channels, without_group, without_layer
-from lcdd.carrier import Carrier
-from lcdd.gates import GROUPS
-from lcdd.models import projections
+from lcdd.carrier import (
+    Carrier,
+    only_channels,
+    random_channels,
+    with_gates,
+    without_channels,
+    without_group,
+    without_layer,
+)
+from lcdd.models import GROUPS, projections
 
 
 @pytest.fixture(params=["qwen3", "llama"])

@@ -3,9 +3,18 @@
 import pytest
 from helpers import instruction_rows
 
-from lcdd.behaviors import ARCHAIC_WORDS, BEHAVIORS, behavior_from_config, fixed_response, own, refusal, style
 from lcdd.config import BEHAVIOR_NAMES, DataConfig
-from lcdd.data import Example, parse_row
+from lcdd.data import (
+    ARCHAIC_WORDS,
+    BEHAVIORS,
+    Example,
+    behavior_from_config,
+    fixed_response,
+    own,
+    parse_row,
+    refusal,
+    style,
+)
 
 
 def ask(prompt: str, completion: str = "Here it is.") -> Example:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lcdd.carrier import MANIFEST, WEIGHTS, Carrier
-from lcdd.checkpoint import WrongFingerprint, model_fingerprint, write_manifest
+from lcdd.checkpoint import model_fingerprint, write_manifest
 from lcdd.config import LCDDConfig
-from lcdd.gates import GROUPS
-from lcdd.models import decoder_layers, head_weight, projections
+from lcdd.errors import WrongFingerprint
+from lcdd.models import GROUPS, decoder_layers, head_weight, projections
 
 IDS = torch.arange(3, 23).view(2, 10)
 

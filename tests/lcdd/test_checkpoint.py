@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lcdd.checkpoint import (
+    CheckpointStore,
     complete_checkpoints,
     file_sha256,
     model_fingerprint,
@@ -22,7 +23,6 @@ from lcdd.checkpoint import (
     write_json,
     write_manifest,
 )
-from lcdd.training_state import CheckpointStore
 
 
 def test_written_directory_verifies_and_keeps_metadata(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcdd.claims import (
+from lcdd.evaluate import (
     CLAIMS,
     FAILED,
     HELD,

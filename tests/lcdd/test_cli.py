@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcdd import cli, pipeline
+from lcdd import cli
+from lcdd.commands import run as pipeline
+from lcdd.commands.stage import StageResult
 from lcdd.config import LCDDConfig, SFTConfig
-from lcdd.runlog import TrainingStopped
-from lcdd.stage import StageResult
+from lcdd.errors import TrainingStopped
 
 REQUIRED = ["--model_name_or_path", "m", "--output_dir", "o", "--dataset_name", "d.jsonl"]
 

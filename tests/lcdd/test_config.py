@@ -7,9 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from lcdd import config as configs
-from lcdd.config import DataConfig, EraserConfig, EvalConfig, GenerateConfig, LCDDConfig, PipelineConfig, SFTConfig
-from lcdd.settings import Config, add_flags, from_flags, from_mapping, parse_text, read_yaml
+from lcdd.config import (
+    Config,
+    DataConfig,
+    EraserConfig,
+    EvalConfig,
+    GenerateConfig,
+    LCDDConfig,
+    PipelineConfig,
+    SFTConfig,
+    add_flags,
+    from_flags,
+    from_mapping,
+    parse_text,
+    read_yaml,
+)
+from lcdd.config import training as configs
 
 CLASSES = [
     value

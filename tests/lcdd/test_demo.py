@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from lcdd.carrier import Carrier
-from lcdd.config import DemoConfig, EraserConfig
-from lcdd.data import encode
-from lcdd.demo import BASE_DIRECTORY, as_example, demo_behavior, demo_data, run
-from lcdd.demo_rebuild import RebuildSettings, encode_tasks, exact_match, junk_prefix, rebuild_base, train_base
-from lcdd.demo_tasks import (
+from lcdd.commands.demo.demo import BASE_DIRECTORY, as_example, demo_behavior, demo_data, run
+from lcdd.commands.demo.rebuild import RebuildSettings, encode_tasks, exact_match, junk_prefix, rebuild_base, train_base
+from lcdd.commands.demo.tasks import (
     ASSISTANT,
     CATEGORIES,
     ITEMS,
@@ -26,8 +24,10 @@ from lcdd.demo_tasks import (
     split_of,
     token_ids,
 )
-from lcdd.demo_words import explain, samples_table
+from lcdd.config import DemoConfig, EraserConfig
+from lcdd.data import encode
 from lcdd.models import input_embeddings, load_model, load_tokenizer, shape_of
+from lcdd.report import explain, samples_table
 
 
 @pytest.fixture(scope="module")

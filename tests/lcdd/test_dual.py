@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lcdd.dual import DualController
+from lcdd.optimizer import DualController
 
 SETTINGS = {
     "lambda_init": 0.01,

@@ -8,12 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from lcdd.carrier import Carrier
+from lcdd.checkpoint import RunLog
 from lcdd.config import EraserConfig
-from lcdd.eraser import SFTEraser
-from lcdd.eraser_batches import common_prefix
+from lcdd.eraser import SFTEraser, Trigger, common_prefix, generate_ids, prompt_embeds
 from lcdd.models import decoder_layers, head_weight, input_embeddings, projections
-from lcdd.runlog import RunLog
-from lcdd.trigger import Trigger, generate_ids, prompt_embeds
 
 TEXTS = [
     "<user> copy red dog <assistant>",

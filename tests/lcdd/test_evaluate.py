@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcdd.carrier import Carrier
+from lcdd.eraser import Trigger, generate, generate_ids, prompt_embeds
 from lcdd.evaluate import (
     ModelState,
     evaluate,
@@ -20,7 +21,6 @@ from lcdd.evaluate import (
     newcombe_paired_interval,
     wilson_interval,
 )
-from lcdd.trigger import Trigger, generate, generate_ids, prompt_embeds
 
 TEXTS = [
     "<user> copy red dog <assistant>",

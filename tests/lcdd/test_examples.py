@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lcdd.behaviors import REFUSAL_KEYWORDS, behavior_from_config
-from lcdd.config import PipelineConfig
-from lcdd.settings import from_mapping, read_yaml
+from lcdd.config import PipelineConfig, from_mapping, read_yaml
+from lcdd.data import REFUSAL_KEYWORDS, behavior_from_config
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lcdd.gates import GROUPS, GateLayout, Gates
-from lcdd.models import ModelShape
+from lcdd.models import GROUPS, GateLayout, ModelShape
+from lcdd.optimizer import Gates
 
 SMALL = ModelShape(n_layers=2, d_model=6, n_heads=4, n_kv_heads=2, head_dim=3, d_ff=10, vocab_size=11)
 QWEN3_06B = ModelShape(n_layers=28, d_model=1024, n_heads=16, n_kv_heads=8, head_dim=128, d_ff=3072, vocab_size=151_936)

@@ -10,15 +10,14 @@ import pytest
 import torch
 from helpers import base_and_tuned, make_tokenizer
 
-from lcdd import trainer
+from lcdd.checkpoint import CheckpointStore, RunLog
 from lcdd.config import LCDDConfig
 from lcdd.data import Encoded
-from lcdd.guards import EarlyStop, check_labels
+from lcdd.errors import TrainingStopped
 from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.runlog import RunLog, TrainingStopped
-from lcdd.trainer import train_lcdd
-from lcdd.training_state import CheckpointStore
+from lcdd.trainer import EarlyStop, check_labels, train_lcdd
+from lcdd.trainer import loop as trainer
 
 PAD = make_tokenizer().pad_token_id
 CONFIG = LCDDConfig(max_steps=20, warmup_steps=3, per_device_train_batch_size=4, gate_lr=0.2, learning_rate=1e-3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdd.lock import only_writer
+from lcdd.checkpoint import only_writer
 
 HOLDER = """
 import sys

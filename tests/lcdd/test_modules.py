@@ -8,10 +8,8 @@ from helpers import make_model
 from torch import nn
 
 from lcdd.config import LCDDConfig
-from lcdd.gates import GateLayout, Gates
-from lcdd.models import projections, shape_of
-from lcdd.modules import ForwardGates, GatedLinear, GatedMLP
-from lcdd.optimizer import LCDDOptimizer
+from lcdd.models import GateLayout, projections, shape_of
+from lcdd.optimizer import ForwardGates, GatedLinear, GatedMLP, Gates, LCDDOptimizer
 from lcdd_kernels import delta_grad_stats, gate_logits_grad
 
 ARCHITECTURES = ("qwen3", "llama", "mistral")

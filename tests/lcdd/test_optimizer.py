@@ -158,7 +158,7 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.parametrize("kind", ["hard_concrete", "heaviside_ste"])
 def test_packed_gradients_train_exactly_as_dense_ones_do(kind, monkeypatch):
     everything_packs = PackCrossover(gather=0.0, crossover=1.1, min_elements=0, source="test")
-    monkeypatch.setattr("lcdd.packed.default_crossover", lambda *_: everything_packs)
+    monkeypatch.setattr("lcdd.optimizer.packed.default_crossover", lambda *_: everything_packs)
     runs = {}
     for pack in ("never", "auto"):
         base, tuned = models(torch.float64)

@@ -12,10 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import lcdd.packed
-from lcdd.gates import GateLayout, Gates
-from lcdd.models import projections, shape_of
-from lcdd.packed import PackedGradLinear, PackPlan
+import lcdd.optimizer.packed
+from lcdd.models import GateLayout, projections, shape_of
+from lcdd.optimizer import Gates, PackedGradLinear, PackPlan
 from lcdd_kernels import PackCrossover
 
 ROWS, COLS = torch.tensor([1, 2, 6], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
@@ -120,7 +119,7 @@ def test_gradcheck_of_the_input_and_the_bias():
     packed.set_plan("block", ROWS, COLS)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     packed.weight.requires_grad_(True)
-    apply = lcdd.packed._PackedLinear.apply
+    apply = lcdd.optimizer.packed._PackedLinear.apply
     assert torch.autograd.gradcheck(lambda x, b: apply(x, packed.weight, b, packed, torch.float64), (x, packed.bias))
 
 
@@ -221,8 +220,10 @@ def _gradients(mode: str, model: _Block, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["block", "panels"])
 def test_shared_inputs_are_packed_once_also_under_checkpointing(mode, layout, monkeypatch):
     gathers = []
-    original = lcdd.packed.pack_columns
-    monkeypatch.setattr(lcdd.packed, "pack_columns", lambda x, *a, **k: gathers.append(x.shape) or original(x, *a, **k))
+    original = lcdd.optimizer.packed.pack_columns
+    monkeypatch.setattr(
+        lcdd.optimizer.packed, "pack_columns", lambda x, *a, **k: gathers.append(x.shape) or original(x, *a, **k)
+    )
     model, reference = _Block(), _Block()
     for name in "qkvo":
         cols = COLS if name != "o" else ROWS

@@ -17,13 +17,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lcdd import costs
 from lcdd.cli import main
+from lcdd.commands.plan.devices import LAYER_LAUNCHES
+from lcdd.commands.plan.plan import MODELS, predict
 from lcdd.config import LCDDConfig, PlanConfig
-from lcdd.costs import Architecture, Parametrization
-from lcdd.devices import LAYER_LAUNCHES
-from lcdd.models import backbone, decoder_layers, head_weight, new_model, projections, shape_of
-from lcdd.plan import MODELS, predict
+from lcdd.models import (
+    Architecture,
+    Parametrization,
+    backbone,
+    costs,
+    decoder_layers,
+    head_weight,
+    new_model,
+    projections,
+    shape_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

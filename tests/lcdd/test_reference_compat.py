@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lcdd import shards
 from lcdd.config import LCDDConfig
-from lcdd.models import projections
+from lcdd.models import projections, shards
 from lcdd.optimizer import LCDDOptimizer
 
 TOKENS = torch.randint(3, 40, (4, 12), generator=torch.Generator().manual_seed(9))

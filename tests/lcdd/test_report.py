@@ -6,9 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lcdd.charts import heat_map, interval_bar, line_chart, number
-from lcdd.gates import GROUPS
-from lcdd.report import read_report, render, thin, write_report
+from lcdd.models import GROUPS
+from lcdd.report import heat_map, interval_bar, line_chart, number, read_report, render, thin, write_report
 
 SECTIONS = [
     "Reversal",

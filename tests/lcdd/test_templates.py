@@ -7,12 +7,25 @@ from pathlib import Path
 import pytest
 from helpers import make_tokenizer
 
+from lcdd.commands.demo.tasks import write_tokenizer
 from lcdd.config import DataConfig
-from lcdd.data import IGNORE, Example, collate, encode, encode_prompt, load_examples, prompt_string, render
-from lcdd.demo_tasks import write_tokenizer
+from lcdd.data import (
+    IGNORE,
+    PLAIN_TEMPLATE,
+    VICUNA_SYSTEM,
+    VICUNA_TEMPLATE,
+    Example,
+    closed_thought,
+    collate,
+    encode,
+    encode_prompt,
+    load_examples,
+    prepare,
+    prompt_string,
+    render,
+    use_template,
+)
 from lcdd.models import load_tokenizer
-from lcdd.prepare import prepare
-from lcdd.templates import PLAIN_TEMPLATE, VICUNA_SYSTEM, VICUNA_TEMPLATE, closed_thought, use_template
 
 EXAMPLE = Example(messages=({"role": "user", "content": "red dog"},), completion="cat")
 # The relevant lines of the families' templates, in words that the tests' tokenizer has.

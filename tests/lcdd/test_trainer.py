@@ -12,15 +12,14 @@ from helpers import instruction_rows, make_model, make_tokenizer
 from torch import nn
 from transformers import get_constant_schedule_with_warmup, get_scheduler
 
-from lcdd import trainer
-from lcdd.behaviors import fixed_response
+from lcdd.checkpoint import RunLog, read_log
 from lcdd.config import LCDDConfig, SFTConfig
-from lcdd.data import IGNORE, Encoded, collate, encode_all, parse_row
-from lcdd.losses import completion_loss, loss_sum
+from lcdd.data import IGNORE, Encoded, collate, encode_all, fixed_response, parse_row
+from lcdd.errors import TrainingStopped
 from lcdd.models import projections
-from lcdd.optimizer import LCDDOptimizer
-from lcdd.runlog import RunLog, read_log
-from lcdd.trainer import TrainingStopped, schedule, step_batches, total_steps, train_lcdd, train_sft
+from lcdd.optimizer import LCDDOptimizer, schedule
+from lcdd.trainer import completion_loss, loss_sum, step_batches, total_steps, train_lcdd, train_sft
+from lcdd.trainer import loop as trainer
 
 TOKENIZER = make_tokenizer()
 PAD = TOKENIZER.pad_token_id

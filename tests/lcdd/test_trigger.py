@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcdd.models import input_embeddings
-from lcdd.trigger import (
+from lcdd.eraser import (
     Trigger,
     embed_with_trigger,
     generate,
@@ -21,6 +20,7 @@ from lcdd.trigger import (
     right_padded,
     stream,
 )
+from lcdd.models import input_embeddings
 
 PROMPTS = ["<user> copy red dog <assistant>", "<user> rev red dog fig saw <assistant>", "<user> first fig <assistant>"]
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lcdd.eraser import Trigger, generate_ids, prompt_embeds
+from lcdd.evaluate import Harness, TriggeredModel, parse_tasks, perplexity, read_texts, utility, windows
 from lcdd.models import input_embeddings
-from lcdd.perplexity import perplexity, read_texts, windows
-from lcdd.trigger import Trigger, generate_ids, prompt_embeds
-from lcdd.utility import Harness, TriggeredModel, parse_tasks, utility
 
 TEXTS = ["copy red dog fig", "rev hen", "first cow plum spear goat lemon"]
 

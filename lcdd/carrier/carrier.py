@@ -1,0 +1,463 @@
+"""The carrier as a patch: what LCDD left open, and nothing else (method, section 1; design, "Files").
+
+A patch holds, for every masked linear, Δ on its open rows × open columns, and the gates. `apply` writes
+W = W_base + (r ⊗ c) ∘ Δ into those entries of a base model in place, with the arithmetic of the optimizer (the result
+has the trained model's bits); `revert` puts the saved originals back, bit for bit. Parameters that no gate masks
+(norms and biases, where they were trained) are kept as values.
+"""
+
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lcdd.carrier.patching import changed_parameters, cpu_copy, expanded_gates, open_block
+from lcdd.checkpoint import (
+    model_fingerprint,
+    template_fingerprint,
+    tokenizer_fingerprint,
+    verify_directory,
+    write_directory,
+)
+from lcdd.config import CHANNEL_KINDS, GATE_KINDS
+from lcdd.errors import WrongFingerprint
+from lcdd.models import (
+    GROUPS,
+    PROJECTION_PATHS,
+    GateLayout,
+    ModelShape,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    check_same_architecture,
+    full,
+    projections,
+    shape_of,
+)
+from lcdd_kernels import GateMap, weight_eff_
+
+FORMAT_VERSION = 1
+WEIGHTS, MANIFEST = "carrier.safetensors", "carrier.json"
+RESIDUAL_GROUPS = {
+    "write": ("attn_write", "ffn_write"),
+    "attn_write": ("attn_write",),
+    "ffn_write": ("ffn_write",),
+    "all_residual": ("attn_read", "attn_write", "ffn_read", "ffn_write"),
+}
+
+_PATCHED: "weakref.WeakKeyDictionary[PreTrainedModel, _Applied]" = weakref.WeakKeyDictionary()
+"""Models that hold a patch now, and what they held before."""
+
+
+class TrainedGates(Protocol):
+    """θ and its gates, as far as they are looked at here."""
+
+    @property
+    def layout(self) -> GateLayout: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def logits(self) -> Tensor: ...
+    @property
+    def initial_logits(self) -> Tensor: ...
+    def evaluation_values(self) -> Tensor: ...
+
+
+class Training(Protocol):
+    """What a carrier is made from: an `LCDDOptimizer`, as far as it is looked at here."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def base(self) -> PreTrainedModel: ...
+    @property
+    def gates(self) -> TrainedGates: ...
+    def masked(self) -> dict[str, tuple[Tensor, Tensor, GateMap]]:
+        """name -> (weight_base, delta, gate map) of every masked linear, in order."""
+
+
+@dataclass(frozen=True)
+class _Applied:
+    carrier: "Carrier"
+    blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # weight, rows, columns, the original entries
+    unmasked: list[tuple[Tensor, Tensor]]  # parameter, the original value
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Carrier:
+    """A patch that turns a base model into the carrier.
+
+    shape: sizes of the model, and with them the layout of the gates.
+    gate_kind: what the gates were trained as.
+    gate_logits: θ, float [N]; gate: the evaluation gates z, float [N], open where not 0.
+    deltas: name of a masked linear -> Δ on its open block, [open rows, open columns], in the dtype it was trained in.
+    unmasked: name -> value (not difference) of parameters outside the masked linears that differ from the base's.
+    unmasked_norm: L2 norm of what those differ by.
+    base_fingerprint: `model_fingerprint` of the base it belongs to.
+    initial_logits: θ before training, where known, to tell later whether noise chose the carrier.
+    tokenizer: fingerprints of the tokenizer and the chat template it was trained with (see `with_tokenizer`).
+    """
+
+    shape: ModelShape
+    gate_kind: str
+    gate_logits: Tensor
+    gate: Tensor
+    deltas: Mapping[str, Tensor]
+    unmasked: Mapping[str, Tensor] = field(default_factory=dict)
+    unmasked_norm: float = 0.0
+    base_fingerprint: str
+    initial_logits: Tensor | None = None
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------ making one
+
+    @classmethod
+    def from_training(cls, optimizer: Training) -> "Carrier":
+        """The evaluation gates of an LCDD run and Δ where they are open; the optimizer goes on unchanged."""
+        gate = optimizer.gates.evaluation_values()
+        deltas = {}
+        for name, (_, delta, gate_map) in optimizer.masked().items():
+            rows, cols = open_block(gate, gate_map, delta.shape)
+            deltas[name] = cpu_copy(full(delta)[rows[:, None], cols])
+        unmasked, norm = changed_parameters(
+            optimizer.base, optimizer.model, masked={f"{name}.weight" for name in deltas}
+        )
+        return cls(
+            shape=optimizer.gates.layout.shape,
+            gate_kind=optimizer.gates.kind,
+            gate_logits=cpu_copy(optimizer.gates.logits),
+            gate=cpu_copy(gate),
+            deltas=deltas,
+            unmasked=unmasked,
+            unmasked_norm=norm,
+            base_fingerprint=model_fingerprint(optimizer.base),
+            initial_logits=cpu_copy(optimizer.gates.initial_logits),
+        )
+
+    @classmethod
+    def from_models(cls, base: PreTrainedModel, other: PreTrainedModel) -> "Carrier":
+        """A dense patch, every gate open, that turns `base` into `other` (within one rounding of each weight).
+
+        For controls that need one copy of the weights: plain SFT, and SFT of matched norm. Δ is float32 (float64
+        beside float64 weights).
+
+        Raises:
+            ValueError: the models differ in architecture or dtype.
+        """
+        check_same_architecture(base, other, names=("base", "other"))
+        deltas, shape = {}, shape_of(base.config)
+        for ours, theirs in zip(projections(base), projections(other), strict=True):
+            fixed, weight = ours.linear.weight.detach(), theirs.linear.weight.detach()
+            if fixed.dtype != weight.dtype:
+                raise ValueError(f"other: expected {ours.name}.weight as {fixed.dtype}, got {weight.dtype}")
+            wide = torch.promote_types(fixed.dtype, torch.float32)
+            deltas[ours.name] = cpu_copy(weight.to(fixed.device, wide) - fixed.to(wide))
+        unmasked, norm = changed_parameters(base, other, masked={f"{name}.weight" for name in deltas})
+        dtype = torch.promote_types(next(iter(deltas.values())).dtype, torch.float32)
+        ones = torch.ones(GateLayout(shape).n_gates, dtype=dtype)
+        return cls(
+            shape=shape,
+            gate_kind="heaviside_ste",
+            gate_logits=ones.clone(),
+            gate=ones,
+            deltas=deltas,
+            unmasked=unmasked,
+            unmasked_norm=norm,
+            base_fingerprint=model_fingerprint(base),
+        )
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "Carrier":
+        """The same patch with the fingerprints of the tokenizer and chat template that it was trained with."""
+        return replace(self, tokenizer=_tokenizer_fingerprints(tokenizer))
+
+    def scaled(self, factor: float) -> "Carrier":
+        """The same patch with Δ multiplied by `factor`, rounded to Δ's dtype.
+
+        Raises:
+            ValueError: the patch also changes parameters outside the masked linears, which have no Δ to scale.
+        """
+        if self.unmasked:
+            raise ValueError(f"scaled: expected a patch of masked linears only, got also {sorted(self.unmasked)[:3]}")
+        return replace(self, deltas={name: delta * factor for name, delta in self.deltas.items()})
+
+    # ------------------------------------------------------------------ what is in it
+
+    @property
+    def layout(self) -> GateLayout:
+        return GateLayout(self.shape)
+
+    @property
+    def n_open(self) -> int:
+        """Gates that are open at evaluation."""
+        return int(self.gate.count_nonzero())
+
+    def sparsity(self) -> dict[str, float]:
+        """Share of gates that are closed: "overall", and each group over all layers."""
+        counts = self.layout.by_group((self.gate == 0).double())
+        sizes = self.layout.group_sizes
+        by_group = {group: float(counts[group]) / (sizes[group] * self.shape.n_layers) for group in GROUPS}
+        return {"overall": 1 - self.n_open / self.layout.n_gates, **by_group}
+
+    def sparsity_by_layer(self) -> list[dict[str, float]]:
+        """Share of closed gates of each group, layer by layer."""
+        return [
+            {group: float((self.gate[self.layout.slice(layer, group)] == 0).double().mean()) for group in GROUPS}
+            for layer in range(self.shape.n_layers)
+        ]
+
+    def channels(self, kind: str, *, seed: int = 0) -> list[Tensor]:
+        """Residual channels of each layer that the eraser matches: int64, ascending, one tensor a layer.
+
+        kind: `write` (open gates of attn_write or ffn_write), `attn_write`, `ffn_write`, `all_residual` (reads too),
+        `random` (as many as `write`, drawn with `seed`), or `none`.
+        """
+        if kind not in CHANNEL_KINDS:
+            raise ValueError(f"kind: expected one of {CHANNEL_KINDS}, got {kind!r}")
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for layer in range(self.shape.n_layers):
+            groups = RESIDUAL_GROUPS["write" if kind in ("random", "none") else kind]
+            is_open = torch.stack([self.gate[self.layout.slice(layer, group)] != 0 for group in groups]).any(0)
+            if kind == "random":
+                chosen = torch.randperm(self.shape.d_model, generator=generator)[: int(is_open.sum())]
+                is_open = torch.zeros_like(is_open).index_fill_(0, chosen, True)
+            if kind == "none":
+                is_open = torch.zeros_like(is_open)
+            found.append(is_open.nonzero()[:, 0])
+        return found
+
+    def delta_norm(self) -> float:
+        """L2 norm of everything that `apply` adds to the base, before rounding to the weights' dtype."""
+        squared = self.unmasked_norm**2
+        for name, gate_map, shape in self.sites():
+            row_gate, col_gate = (g[g != 0] for g in expanded_gates(self.gate, gate_map, shape))
+            squared += float((row_gate[:, None] * col_gate * self.deltas[name]).double().square().sum())
+        return math.sqrt(squared)
+
+    def summary(self) -> dict[str, Any]:
+        """What a log or a manifest says about the patch in a few words."""
+        return {
+            "gate_kind": self.gate_kind,
+            "n_gates": self.layout.n_gates,
+            "open_gates": self.n_open,
+            "sparsity": self.sparsity(),
+            "delta_norm": self.delta_norm(),
+        }
+
+    # ------------------------------------------------------------------ using it
+
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Raise ValueError unless `model` is, bit for bit, the base that this patch belongs to (reads every weight)."""
+        found = shape_of(model.config)
+        if found != self.shape:
+            raise ValueError(f"model: expected the carrier's base of {self.shape}, got {found}")
+        parameters = dict(model.named_parameters())
+        for name, value in self.unmasked.items():  # norms and biases, which another architecture may not have
+            if name not in parameters or parameters[name].shape != value.shape:
+                got = tuple(parameters[name].shape) if name in parameters else "none"
+                raise ValueError(
+                    f"model: expected a parameter {name!r} of shape {tuple(value.shape)} as the carrier's base has, "
+                    f"got {got}"
+                )
+        fingerprint = model_fingerprint(model)
+        if fingerprint != self.base_fingerprint:
+            raise WrongFingerprint(
+                "model: expected the carrier's base (same weights and dtype, no patch applied): fingerprint "
+                f"{self.base_fingerprint[:16]}…, got {fingerprint[:16]}…"
+            )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise ValueError if the carrier was trained with another tokenizer or chat template."""
+        found = _tokenizer_fingerprints(tokenizer)
+        wrong = [
+            f"expected the {key.replace('_', ' ')} that the carrier was trained with ({expected[:16]}…), "
+            f"got {found[key][:16]}…"
+            for key, expected in self.tokenizer.items()
+            if found[key] != expected
+        ]
+        if wrong:
+            raise WrongFingerprint(f"tokenizer: {'; '.join(wrong)}")
+
+    @torch.no_grad()
+    def apply(self, model: PreTrainedModel, *, check: bool = True) -> None:
+        """Turn `model`, the base, into the carrier, in place; the entries it overwrites are kept for `revert`.
+
+        check: verify the base's fingerprint, which reads all its weights; off where the caller has just done so.
+
+        Raises:
+            ValueError: the model is not this patch's base, or holds a patch already; nothing is written.
+        """
+        if model in _PATCHED:
+            same = "this patch" if _PATCHED[model].carrier is self else "another patch"
+            raise ValueError(f"model: expected a base without a patch, got one with {same} applied; revert it first")
+        if check:
+            self.check_base(model)
+        blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for projection in projections(model):
+            weight, delta = projection.linear.weight, self.deltas[projection.name]
+            if delta.numel() == 0:
+                continue
+            gate_map = self.layout.gate_map(projection.kind, projection.layer)
+            row_gate, col_gate = expanded_gates(self.gate.to(weight.device), gate_map, weight.shape)
+            rows, cols = row_gate.nonzero()[:, 0], col_gate.nonzero()[:, 0]
+            original = weight[rows[:, None], cols]
+            patched = original.clone()
+            # the open block is a matrix of its own, with only open gates
+            open_gate = torch.cat([row_gate[rows], col_gate[cols]])
+            block_map = GateMap(row_start=0, col_start=len(rows), head_dim=len(cols))
+            weight_eff_([patched], [original], [delta.to(weight.device)], open_gate, [block_map])
+            weight[rows[:, None], cols] = patched
+            blocks.append((weight, rows, cols, original))
+        unmasked: list[tuple[Tensor, Tensor]] = []
+        for name, value in self.unmasked.items():
+            parameter = model.get_parameter(name)
+            unmasked.append((parameter, parameter.detach().clone()))
+            parameter.copy_(value)
+        _PATCHED[model] = _Applied(self, blocks, unmasked)
+
+    @torch.no_grad()
+    def revert(self, model: PreTrainedModel) -> None:
+        """Put the base's bytes back.
+
+        Raises:
+            ValueError: this patch is not applied to `model`.
+        """
+        applied = _PATCHED.get(model)
+        if applied is None or applied.carrier is not self:
+            found = "a model without a patch" if applied is None else "one with another patch"
+            raise ValueError(f"model: expected one that this patch is applied to, got {found}")
+        for weight, rows, cols, original in applied.blocks:
+            weight[rows[:, None], cols] = original
+        for parameter, value in applied.unmasked:
+            parameter.copy_(value)
+        del _PATCHED[model]
+
+    @contextmanager
+    def applied(self, model: PreTrainedModel, *, check: bool = True) -> Iterator[PreTrainedModel]:
+        """`apply` inside the block, `revert` after it, whatever happens in it."""
+        self.apply(model, check=check)
+        try:
+            yield model
+        finally:
+            self.revert(model)
+
+    def fold(self, model: PreTrainedModel, *, check: bool = True) -> PreTrainedModel:
+        """Apply for good: the originals are forgotten, and `model` is an ordinary checkpoint to save."""
+        self.apply(model, check=check)
+        del _PATCHED[model]
+        return model
+
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write carrier.safetensors and carrier.json into a new directory; it appears complete or not at all."""
+        lists = self._open_lists()
+        tensors = {
+            "gate_logits": self.gate_logits,
+            "gate": self.gate,
+            "open_indices": torch.cat(lists),
+            "open_counts": torch.tensor([len(indices) for indices in lists], dtype=torch.int64),
+            **{f"delta.{name}": delta.contiguous() for name, delta in self.deltas.items()},
+            **{f"unmasked.{name}": value.contiguous() for name, value in self.unmasked.items()},
+        }
+        if self.initial_logits is not None:
+            tensors["initial_logits"] = self.initial_logits
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "layout": {**self.shape.__dict__, "groups": list(GROUPS), "group_sizes": self.layout.group_sizes},
+            "base_fingerprint": self.base_fingerprint,
+            "unmasked_norm": self.unmasked_norm,
+            "tokenizer": dict(self.tokenizer),
+            **self.summary(),
+        }
+        with write_directory(directory, manifest=MANIFEST, metadata=metadata) as folder:
+            save_file(tensors, folder / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Carrier":
+        """Load what `save_pretrained` wrote, after checking every file against its SHA-256.
+
+        Raises:
+            ValueError: not a carrier directory, another format version, or a file is missing, altered or truncated.
+        """
+        folder = Path(directory)
+        manifest = verify_directory(folder, manifest=MANIFEST, name="carrier")
+        version = manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"carrier: expected format_version {FORMAT_VERSION} in {str(folder)!r}, got {version!r}")
+        if WEIGHTS not in manifest["sha256"]:
+            raise ValueError(f"carrier: expected {folder / MANIFEST} to list {WEIGHTS}, it does not")
+        try:
+            tensors = dict(sorted(load_file(folder / WEIGHTS).items()))  # empty ones come in an order of the process
+            layout = manifest["layout"]
+            shape = ModelShape(**{key: layout[key] for key in ModelShape.__dataclass_fields__})
+            carrier = cls(
+                shape=shape,
+                gate_kind=manifest["gate_kind"],
+                gate_logits=tensors["gate_logits"],
+                gate=tensors["gate"],
+                deltas={k.removeprefix("delta."): v for k, v in tensors.items() if k.startswith("delta.")},
+                unmasked={k.removeprefix("unmasked."): v for k, v in tensors.items() if k.startswith("unmasked.")},
+                unmasked_norm=float(manifest["unmasked_norm"]),
+                base_fingerprint=manifest["base_fingerprint"],
+                initial_logits=tensors.get("initial_logits"),
+                tokenizer=manifest["tokenizer"],
+            )
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(f"carrier: expected {str(folder)!r} to be complete: {error!r}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / WEIGHTS}: not a carrier that fits together: {error}") from error
+        if not torch.equal(torch.cat(carrier._open_lists()), tensors["open_indices"]):
+            raise ValueError(f"carrier: the open-index lists in {folder / WEIGHTS} are not those of its gates")
+        return carrier
+
+    # ------------------------------------------------------------------ parts
+
+    def __post_init__(self) -> None:
+        """A patch that does not fit together is an error, whoever made it."""
+        if self.gate_kind not in GATE_KINDS:
+            raise ValueError(f"gate_kind: expected one of {GATE_KINDS}, got {self.gate_kind!r}")
+        n_gates = self.layout.n_gates
+        for name in ("gate", "gate_logits"):
+            if getattr(self, name).shape != (n_gates,):
+                raise ValueError(f"{name}: expected shape ({n_gates},), got {tuple(getattr(self, name).shape)}")
+        named = {"gate": self.gate, "gate_logits": self.gate_logits, **self.deltas, **self.unmasked}
+        for name, tensor in named.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+        if len(self.deltas) != self.shape.n_layers * len(PROJECTION_PATHS):
+            expected = self.shape.n_layers * len(PROJECTION_PATHS)
+            raise ValueError(f"deltas: expected one block for each of {expected} linears, got {len(self.deltas)}")
+        for name, gate_map, shape in self.sites():
+            block = tuple(len(indices) for indices in open_block(self.gate, gate_map, shape))
+            if self.deltas[name].shape != block:
+                raise ValueError(f"deltas[{name!r}]: expected shape {block}, got {tuple(self.deltas[name].shape)}")
+
+    def _open_lists(self) -> list[Tensor]:
+        """Open channels of each group of each layer, in the layout's order, int32 ascending."""
+        bounds = self.layout.offsets.tolist()
+        parts = (self.gate[start:end] for start, end in pairwise(bounds))
+        return [part.nonzero()[:, 0].to(torch.int32) for part in parts]
+
+    def sites(self) -> Iterator[tuple[str, GateMap, tuple[int, int]]]:
+        """Name, gate map and [out, in] of every masked linear."""
+        for name in self.deltas:
+            kind = next((kind for kind, path in PROJECTION_PATHS.items() if name.endswith(f".{path}")), None)
+            layer = name.removesuffix(f".{PROJECTION_PATHS[kind]}").rsplit(".", 1)[-1] if kind else ""
+            if kind is None or not layer.isdecimal():
+                raise ValueError(f"deltas: expected names of masked linears, got {name!r}")
+            yield name, self.layout.gate_map(kind, int(layer)), self.shape.weight_shape(kind)
+
+
+def _tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {"tokenizer": tokenizer_fingerprint(tokenizer), "chat_template": template_fingerprint(tokenizer)}

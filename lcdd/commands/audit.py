@@ -1,0 +1,117 @@
+"""The audit stage on real checkpoints: every control trained with the settings of the run that is audited."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lcdd.carrier import Carrier
+from lcdd.checkpoint import RunLog, require_new_directory, versions
+from lcdd.commands.belonging import load_base
+from lcdd.commands.eval import curves_of, dense_patches, findings_of
+from lcdd.commands.stage import Say, StageResult, check_shapes, resolve_device
+from lcdd.config import AuditConfig, Config, DataConfig, EraserConfig, LCDDConfig, from_mapping
+from lcdd.data import Prepared, prepare, prompt_ids, training_items
+from lcdd.eraser import Trigger
+from lcdd.evaluate import Study, gate_summary
+from lcdd.evaluate import audit as run_audit
+from lcdd.models import load_model
+from lcdd.report import claims_table, write_report
+
+Settings = TypeVar("Settings", bound=Config)
+
+
+def settings_beside(path: str, kind: type[Settings], stage: str, *, name: str) -> Settings:
+    """The settings in the summary.json that `lcdd train` or `lcdd erase` left beside a carrier or trigger.
+
+    Raises:
+        ValueError: there is none, or it is another stage's.
+    """
+    file = Path(path).parent / "summary.json"
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{name}: expected the run's summary.json beside {path!r}, for the controls' settings: {error}"
+        ) from None
+    if not isinstance(content, dict) or content.get("stage") != stage or not isinstance(content.get("config"), dict):
+        raise ValueError(f"{name}: expected {str(file)!r} to be of the stage {stage}, got another's")
+    return from_mapping(kind, content["config"], where=str(file))
+
+
+def _log(directory: Path, stage: str) -> RunLog:
+    """A control's log, without what an audit that was interrupted had written."""
+    log = RunLog(directory, stage=stage)
+    log.rewind(0)
+    return log
+
+
+def audit(
+    config: AuditConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
+    say: Say = print,
+) -> StageResult:  # fmt: skip
+    """Controls and interventions on held-out prompts, and the claims; writes report.json and report.html."""
+    config.require("base_model_name_or_path", "model_name_or_path", "carrier", "trigger", "output_dir")
+    output = require_new_directory(str(config.output_dir))
+    check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
+    carrier = Carrier.from_pretrained(str(config.carrier))
+    lcdd = settings_beside(str(config.carrier), LCDDConfig, "lcdd", name="carrier")
+    eraser = settings_beside(str(config.trigger), EraserConfig, "eraser", name="trigger")
+    prepared = prepared or prepare(data, str(config.base_model_name_or_path))
+    train, validation = training_items(prepared, lcdd, say=lambda _: None)
+    limit = eraser.max_prompt_length
+    paths = {
+        "carrier+trigger": config.trigger,
+        "sft+trigger": config.sft_trigger,
+        "matched_norm+trigger": config.matched_norm_trigger,
+    }
+    start = time.perf_counter()
+    triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
+    base, carrier, overrides = load_base(
+        config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
+    )
+    study = Study(
+        base=base,
+        tokenizer=prepared.tokenizer,
+        load_sft=lambda: load_model(
+            str(config.model_name_or_path), dtype=base.dtype, device=resolve_device(config.device)
+        ),
+        carrier=carrier,
+        train=train,
+        validation=validation,
+        trigger_train=prompt_ids(prepared, "train", limit=eraser.train_prompts, max_length=limit),
+        trigger_validation=prompt_ids(prepared, "validation", limit=eraser.validation_prompts, max_length=limit),
+        held_out=prompt_ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length),
+        matches=prepared.behavior.matches,
+        lcdd=lcdd,
+        eraser=eraser,
+        patches={name: patch for name, patch in dense_patches(base, config).items() if name != "sft"},
+        triggers=triggers,
+    )
+    found = run_audit(study, config, say=say, log=lambda stage: _log(log_dir or output, stage))
+    content = {
+        "behavior": prepared.behavior.name,
+        "seed": config.seed,
+        "split": config.split,
+        "versions": versions(),
+        "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
+        "overrides": overrides,
+        "sparsity": carrier.sparsity(),
+        "sparsity_by_layer": carrier.sparsity_by_layer(),
+        "gates": gate_summary(carrier),
+        "findings": findings_of(str(config.carrier)),
+        "curves": curves_of(config),
+        "config": {
+            "audit": config.to_dict(),
+            "train": lcdd.to_dict(),
+            "erase": eraser.to_dict(),
+            "data": data.to_dict(),
+        },
+        "audit": found,
+        "timings": {"audit": round(time.perf_counter() - start, 2)},
+    }
+    write_report(output, content)
+    say(claims_table(found))
+    return StageResult(
+        written=(output / "report.json", output / "report.html"), next_step=f"open {output / 'report.html'}"
+    )

@@ -1,0 +1,1 @@
+"""`lcdd demo`: the whole method on a small embedded model."""

@@ -1,0 +1,53 @@
+"""`lcdd erase`: base and carrier to a trigger."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lcdd.carrier import Carrier
+from lcdd.checkpoint import RunLog, run_directory
+from lcdd.commands.belonging import load_base
+from lcdd.commands.stage import Say, StageResult, load_weights, write_summary
+from lcdd.config import DataConfig, EraserConfig
+from lcdd.data import Prepared, prepare, prompt_ids
+from lcdd.eraser import SFTEraser
+from lcdd.models import load_shape
+
+
+def erase(
+    config: EraserConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
+    stage: str = "eraser", say: Say = print,
+) -> StageResult:  # fmt: skip
+    """Learn the trigger that gives the base's answers back; writes `trigger/`, a PEFT prompt-tuning adapter."""
+    config.require("base_model_name_or_path", "carrier", "output_dir")
+    output = run_directory(config)
+    load_shape(str(config.base_model_name_or_path))
+    carrier = Carrier.from_pretrained(str(config.carrier))
+    prepared = prepared or prepare(data, str(config.base_model_name_or_path))
+    prompts, held_out = _eraser_prompts(prepared, config)
+    model, carrier, overrides = load_base(config.base_model_name_or_path, config, carrier, prepared.tokenizer)
+    patch = carrier
+    if config.model_name_or_path is not None:
+        patch = Carrier.from_models(model, load_weights(config.model_name_or_path, config))
+    channels = carrier.channels(config.channel_kind, seed=config.seed)
+    with RunLog(log_dir or output, stage=stage) as log:
+        eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
+        trigger = eraser.fit(prompts, held_out, log=log, progress=True, checkpoints=output)
+    overrides += trigger.metadata["overrides"]
+    replace(trigger, metadata={**trigger.metadata, "overrides": overrides}).save_pretrained(output / "trigger")
+    found = {"validation": eraser.history.validation, "overrides": overrides}
+    summary = write_summary(output, stage, config, data, **found)
+    losses = [line["loss"] for line in eraser.history.validation]
+    say(f"Trigger ({stage}): held-out loss {losses[0]:.4f} -> {min(losses):.4f} in {config.max_steps} steps")
+    return StageResult(
+        written=(output / "trigger", summary),
+        next_step=f"lcdd eval --base_model_name_or_path {config.base_model_name_or_path} --model_name_or_path "
+        f"(the SFT checkpoint) --carrier {config.carrier} --trigger {output / 'trigger'} --output_dir ...",
+    )
+
+
+def _eraser_prompts(prepared: Prepared, config: EraserConfig) -> tuple[list[list[int]], list[list[int]]]:
+    longest = config.max_prompt_length
+    return (
+        prompt_ids(prepared, "train", limit=config.train_prompts, max_length=longest),
+        prompt_ids(prepared, "validation", limit=config.validation_prompts, max_length=longest),
+    )

@@ -1,0 +1,1 @@
+"""`lcdd plan`: predicted memory and time."""

@@ -1,0 +1,91 @@
+"""`lcdd sft`: a base to a model with a behaviour."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.commands.stage import (
+    Say,
+    StageResult,
+    _log,
+    _silent,
+    resolve_device,
+    save_checkpoint,
+    write_summary,
+)
+from lcdd.config import DataConfig, SFTConfig
+from lcdd.data import Prepared, prepare, training_items
+from lcdd.models import (
+    load_model,
+    load_shape,
+    process_group,
+    shards,
+)
+from lcdd.trainer import train_sft
+
+# ---------------------------------------------------------------- stages
+
+
+def sft(
+    config: SFTConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
+    stage: str = "sft", say: Say = print,
+) -> StageResult:  # fmt: skip
+    """Fine-tune a base on a behaviour; writes `model/`, an ordinary checkpoint in the base's dtype."""
+    with process_group(config.device):
+        return _sft(config, data, prepared, log_dir, stage, say if shards.rank() == 0 else _silent)
+
+
+def _sft(
+    config: SFTConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, stage: str, say: Say
+) -> StageResult:  # fmt: skip
+    config.require("model_name_or_path", "output_dir")
+    if config.parallel == "fsdp2" and shards.world_size() > 1:
+        raise ValueError("parallel: expected ddp for sft (each rank holds the whole model), got 'fsdp2'")
+    output = run_directory(config)
+    load_shape(str(config.model_name_or_path))
+    prepared = prepared or prepare(data, str(config.model_name_or_path))
+    train_items, validation_items = training_items(prepared, config, say=say)
+    model = load_model(str(config.model_name_or_path), device=resolve_device(config.device))
+    stored = model.dtype
+    if stored in (torch.bfloat16, torch.float16):
+        model.float()  # small updates vanish in 16-bit weights
+
+    def export() -> Callable[[Path], None]:
+        weights = {name: value.to(stored) for name, value in model.state_dict().items()}
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder, state_dict=weights)
+            prepared.tokenizer.save_pretrained(folder)
+
+        return write
+
+    store = None
+    if config.save_steps or config.resume:
+        identity = run_identity(stage, config, prepared.tokenizer, train_items, {"base": model})
+        store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
+    with _log(log_dir or output, stage, config.report_to) as log:
+        result = train_sft(
+            model,
+            train_items,
+            validation_items,
+            config,
+            pad_token_id=prepared.tokenizer.pad_token_id,
+            log=log,
+            checkpoints=store,
+        )
+    if shards.rank() > 0:
+        return StageResult(written=(), next_step="")
+    model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    checkpoint = save_checkpoint(model, prepared.tokenizer, output / "model")
+    summary = write_summary(
+        output, stage, config, data, result=dataclasses.asdict(result), overrides=store.overrides if store else []
+    )
+    say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
+    return StageResult(
+        written=(checkpoint, summary),
+        next_step=f"lcdd train --model_name_or_path {checkpoint} "
+        f"--base_model_name_or_path {config.model_name_or_path} --output_dir ... (and the same data settings)",
+    )

@@ -1,0 +1,93 @@
+"""What the stages share: their result, devices, loading, shape checks, atomic checkpoints, summaries."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcdd.checkpoint import (
+    RunLog,
+    finite_or_null,
+    write_directory,
+    write_json,
+)
+from lcdd.checkpoint.identity import versions
+from lcdd.config import DataConfig
+from lcdd.models import PreTrainedModel, load_model, load_model_type, load_shape, save_model, shards
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage wrote, and what a user does next."""
+
+    written: tuple[Path, ...]
+    next_step: str
+    texts: tuple[str, ...] = ()
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one; anything else has to exist.
+
+    Raises:
+        ValueError: not a device, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
+    return device
+
+
+def load_weights(path: str | None, config: Any) -> PreTrainedModel:
+    """A frozen model, in bfloat16 if `config.bf16` and else in its own dtype, on `config.device`."""
+    dtype: str | torch.dtype = torch.bfloat16 if config.bf16 else "auto"
+    return load_model(str(path), dtype=dtype, device=resolve_device(config.device)).requires_grad_(False)
+
+
+def check_shapes(base: str | None, other: str | None, names: tuple[str, str]) -> None:
+    """Raise ValueError unless the configs of two checkpoints give the same architecture and sizes; reads no weights."""
+    ours, theirs = load_shape(str(base)), load_shape(str(other))
+    kinds = load_model_type(str(base)), load_model_type(str(other))
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{names[1]}: expected architecture {kinds[0]!r} as {names[0]} has, got {kinds[1]!r}")
+    for item in dataclasses.fields(ours):
+        expected, found = getattr(ours, item.name), getattr(theirs, item.name)
+        if expected != found:
+            raise ValueError(f"{names[1]}: expected {item.name} {expected} as {names[0]} has, got {found}")
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: Any, path: Path) -> Path:
+    """Save an ordinary checkpoint that appears complete or not at all."""
+    with write_directory(path) as folder:
+        save_model(model, tokenizer, folder)
+    return path
+
+
+def write_summary(path: Path, stage: str, config: Any, data: DataConfig | None, **more: Any) -> Path:
+    """summary.json of a stage: settings, versions, and what else it found."""
+    content = {"stage": stage, "config": config.to_dict(), "versions": versions(), **more}
+    if data is not None:
+        content["data"] = data.to_dict()
+    write_json(path / "summary.json", finite_or_null(content))
+    return path / "summary.json"
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _log(directory: Path, stage: str, report_to: str) -> RunLog:
+    """The stage's log, once every rank has found the directory in order; ranks but the first write none."""
+    shards.all_agree(True)
+    return RunLog(directory if shards.rank() == 0 else None, stage=stage, report_to=report_to)

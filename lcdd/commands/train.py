@@ -1,0 +1,111 @@
+"""`lcdd train`: base and SFT model to a carrier."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from lcdd.carrier import Carrier
+from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.commands.stage import (
+    Say,
+    StageResult,
+    _log,
+    _silent,
+    check_shapes,
+    load_weights,
+    save_checkpoint,
+    write_summary,
+)
+from lcdd.config import DataConfig, LCDDConfig
+from lcdd.data import Prepared, prepare, training_items
+from lcdd.models import (
+    check_same_architecture,
+    process_group,
+    shard_model,
+    shards,
+)
+from lcdd.optimizer import LCDDOptimizer
+from lcdd.trainer import TrainResult, train_lcdd
+
+
+def train(
+    config: LCDDConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
+    say: Say = print,
+) -> StageResult:  # fmt: skip
+    """LCDD on an SFT checkpoint; writes `carrier/` (and with --save_folded `model/`)."""
+    with process_group(config.device):
+        return _train(config, data, prepared, log_dir, say if shards.rank() == 0 else _silent)
+
+
+def _train(
+    config: LCDDConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, say: Say
+) -> StageResult:  # fmt: skip
+    config.require("model_name_or_path", "base_model_name_or_path", "output_dir")
+    sharded = config.parallel == "fsdp2" and shards.world_size() > 1
+    output = run_directory(config)
+    check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
+    prepared = prepared or prepare(data, str(config.model_name_or_path))
+    train_items, validation_items = training_items(prepared, config, say=say)
+    initial = Carrier.from_pretrained(config.initial_carrier).gate_logits if config.initial_carrier else None
+    base, model = load_weights(config.base_model_name_or_path, config), load_weights(config.model_name_or_path, config)
+    check_same_architecture(base, model)
+    teacher = load_weights(config.model_name_or_path, config) if config.loss == "kl" else None
+
+    models = {"base": base, "sft": model}
+    wanted = config.save_steps or config.resume
+    identity = run_identity("lcdd", config, prepared.tokenizer, train_items, models) if wanted else {}
+    if sharded:
+        base = shard_model(base, trained=False)
+        model = shard_model(model, trained=True, train_unmasked=config.train_unmasked)
+        teacher = shard_model(teacher, trained=False) if teacher is not None else None
+    stores: list[CheckpointStore] = []
+
+    def checkpoints(optimizer: LCDDOptimizer) -> CheckpointStore:
+        def export() -> Callable[[Path], None]:
+            carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
+            return lambda folder: carrier.save_pretrained(folder / "carrier")
+
+        limit = config.save_total_limit
+        stores.append(CheckpointStore(output, identity=identity, save_total_limit=limit, export=export))
+        return stores[0]
+
+    with _log(log_dir or output, "lcdd", config.report_to) as log:
+        optimizer, result = train_lcdd(
+            model,
+            base,
+            train_items,
+            validation_items,
+            config,
+            pad_token_id=prepared.tokenizer.pad_token_id,
+            log=log,
+            teacher=teacher,
+            initial_logits=initial,
+            checkpoints=checkpoints if wanted else None,
+        )
+    carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
+    if shards.rank() > 0:
+        return StageResult(written=(), next_step="")
+    carrier.save_pretrained(output / "carrier")
+    written = [output / "carrier"]
+    if config.save_folded:
+        whole = carrier.fold(load_weights(config.base_model_name_or_path, config)) if sharded else optimizer.fold()
+        written.append(save_checkpoint(whole, prepared.tokenizer, output / "model"))
+    overrides = stores[0].overrides if stores else []
+    found = {"result": dataclasses.asdict(result), "carrier": carrier.summary(), "overrides": overrides}
+    written.append(write_summary(output, "lcdd", config, data, **found))
+    _say_carrier(carrier, result, say)
+    return StageResult(
+        written=tuple(written),
+        next_step=f"lcdd erase --base_model_name_or_path {config.base_model_name_or_path} "
+        f"--carrier {output / 'carrier'} --output_dir ... (and the same data settings)",
+    )
+
+
+def _say_carrier(carrier: Carrier, result: TrainResult, say: Say) -> None:
+    say(
+        f"LCDD: {carrier.n_open} of {carrier.layout.n_gates} gates open (sparsity "
+        f"{carrier.sparsity()['overall']:.3f}); held-out loss of base {result.loss_base:.4f}, SFT "
+        f"{result.loss_start:.4f}, carrier {result.loss_end:.4f} nats a token"
+    )
+    for finding in result.findings:
+        say(f"WARNING {finding.message}")

@@ -1,0 +1,194 @@
+"""Settings of every stage: frozen, keyword-only dataclasses that check themselves.
+
+Each field carries its help text, and where it has one its range or its choices, as metadata; `lcdd.settings`
+generates the command line and the YAML reader from them. TRL's and transformers' argument names are used
+where they exist. A wrong value is a `ValueError` that names the field, what was expected and what came.
+"""
+
+from dataclasses import dataclass
+
+from lcdd.config.evaluation import BASE_HELP, DEVICE_HELP, MAX_SEED
+from lcdd.config.fields import Config, option
+
+RESUME_HELP = (
+    "continue the run in output_dir from its newest complete checkpoint-N, bit for bit (from the start if it has none)"
+)
+RESUME_OVERRIDE_HELP = (
+    "resume although settings, models or data differ from the checkpoint's; the differences are recorded"
+)
+SAVE_LIMIT_HELP = "checkpoint-N directories to keep, the newest ones; 0: all"
+GATE_KINDS = ("hard_concrete", "heaviside_ste")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+LOSSES = ("cross_entropy", "kl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """What SFT and LCDD training share: batches, schedule, precision, log."""
+
+    model_name_or_path: str | None = option(None, "checkpoint directory to start from", required=True)
+    output_dir: str | None = option(None, "new or empty directory for everything the command writes", required=True)
+    num_train_epochs: float = option(3.0, "passes over the training split", above=0.0, at_most=1e6)
+    max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs when positive", at_least=-1)
+    per_device_train_batch_size: int = option(8, "examples in a micro-batch", at_least=1)
+    per_device_eval_batch_size: int = option(16, "examples in a batch of the validation loss", at_least=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", at_least=1)
+    max_length: int = option(512, "tokens of prompt and completion together; longer completions are cut", at_least=2)
+    completion_only: bool = option(True, "loss on the completion's tokens only; off: on the whole text")
+    learning_rate: float = option(2e-5, "peak learning rate of the weights", at_least=0.0, at_most=1e6)
+    lr_scheduler_type: str = option(
+        "cosine", "schedule of the weights' learning rate", choices=("cosine", "linear", "constant")
+    )
+    adam_beta1: float = option(0.9, "AdamW's first-moment decay", at_least=0.0, below=1.0)
+    adam_beta2: float = option(0.999, "AdamW's second-moment decay", at_least=0.0, below=1.0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0.0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0.0)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: off", at_least=0.0)
+    train_unmasked: bool = option(
+        False,
+        "also train biases and norm weights, which no gate can close; the base is then not recovered exactly",
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    bf16: bool = option(
+        False, "SFT: bfloat16 autocast over float32 weights; LCDD: bfloat16 weights; off: the checkpoint's dtype"
+    )
+    device: str = option("auto", DEVICE_HELP)
+    logging_steps: int = option(1, "a line in log.jsonl every N optimizer steps", at_least=1)
+    save_steps: int = option(
+        0, "a checkpoint-N directory every N optimizer steps; 0: only the final result", at_least=0
+    )
+    save_total_limit: int = option(2, SAVE_LIMIT_HELP, at_least=0)
+    resume: bool = option(False, RESUME_HELP)
+    resume_override: bool = option(False, RESUME_OVERRIDE_HELP)
+    parallel: str = option(
+        "ddp", "under torchrun: every rank holds the whole model, or a shard of it", choices=("ddp", "fsdp2")
+    )
+    report_to: str = option(
+        "none", "also log to TensorBoard, under output_dir/tensorboard", choices=("none", "tensorboard")
+    )
+    max_nonfinite_steps: int = option(
+        5, "stop after this many steps in a row whose loss is NaN or infinite", at_least=1
+    )
+    seed: int = option(0, "seed of the batches' order, and of the gates' noise", at_least=0, at_most=MAX_SEED)
+
+    def check(self) -> None:
+        if self.max_steps == 0:
+            raise ValueError(f"{type(self).__name__}.max_steps: expected -1 or a positive number of steps, got 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainConfig):
+    """Full supervised fine-tuning of the transformer layers (embeddings and lm_head stay at base values)."""
+
+    warmup_steps: int = option(0, "steps over which the learning rate rises to its peak", at_least=0)
+    max_delta_norm: float | None = option(
+        None,
+        "keep the L2 norm of all weight changes together within this (projection after each step): "
+        "the matched-norm control",
+        above=0.0,
+    )
+
+    @property
+    def lr_warmup(self) -> int:
+        return self.warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LCDDConfig(TrainConfig):
+    """LCDD: gates and delta under a loss constraint (method of arXiv 2605.06632, sections 1 to 3)."""
+
+    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
+    gate_kind: str = option(
+        "hard_concrete",
+        "stochastic gates, or the authors' step with a straight-through gradient",
+        choices=GATE_KINDS,
+    )
+    gate_optimizer: str = option("adam", "optimizer of the gate logits", choices=("adam", "sgd"))
+    gate_lr: float = option(0.1, "learning rate of the gate logits (never scheduled)", at_least=0.0, at_most=1e6)
+    gate_momentum: float = option(0.0, "momentum of the gate logits under sgd", at_least=0.0, below=1.0)
+    gate_init_mean: float = option(2.5, "mean of the initial gate logits")
+    gate_init_std: float = option(0.1, "standard deviation of the initial gate logits", at_least=0.0)
+    dual_lambda_init: float = option(1e-3, "initial weight of the expected number of open gates", above=0.0)
+    dual_lr: float = option(0.05, "rate at which lambda grows while the loss is below epsilon", at_least=0.0)
+    dual_lr_shrink: float | None = option(
+        None, "rate at which lambda shrinks above epsilon; null: dual_lr", at_least=0.0
+    )
+    dual_lambda_min: float = option(1e-8, "floor of lambda", above=0.0)
+    dual_lambda_max: float = option(1e4, "cap of lambda", above=0.0)
+    violation_clip: float = option(
+        1.0, "the relative violation (ema - epsilon) / epsilon is clipped to +- this", above=0.0
+    )
+    loss_ema_beta: float = option(
+        0.95, "decay of the bias-corrected moving average of the loss", at_least=0.0, below=1.0
+    )
+    warmup_steps: int = option(50, "steps over which the gate penalty rises; epsilon is set at their end", at_least=1)
+    lr_warmup_steps: int = option(0, "steps over which the weights' learning rate rises to its peak", at_least=0)
+    loss_budget: float = option(0.2, "epsilon is at least baseline * (1 + this)", at_least=0.0)
+    loss_floor: float = option(0.02, "epsilon is at least baseline + this many nats", at_least=0.0)
+    freeze_fraction: float = option(
+        0.2,
+        "last share of the steps in which the gates are fixed and only delta trains",
+        at_least=0.0,
+        below=1.0,
+    )
+    train_delta: bool = option(True, "off: mask-only, the weights' delta stays at the SFT model's")
+    delta_dtype: str | None = option(None, "dtype that delta is kept in; null: the weight's", choices=DTYPES)
+    moment_dtype: str | None = option(
+        None, "dtype of AdamW's moments; null: float32 (float64 for float64 weights)", choices=DTYPES
+    )
+    gating: str = option(
+        "optimizer",
+        "where gates meet the weights: in the optimizer step, or inside every forward (a second route to the same "
+        "gradients, slower)",
+        choices=("optimizer", "forward"),
+    )
+    pack: str = option(
+        "auto",
+        "weight gradients on the open block alone where that pays, or never",
+        choices=("auto", "never"),
+    )
+    loss: str = option(
+        "cross_entropy", "the constrained loss; kl: KL to the SFT model, for mask-only runs", choices=LOSSES
+    )
+    initial_carrier: str | None = option(
+        None, "carrier directory of an earlier run, whose gate logits this one starts from"
+    )
+    early_stop_patience: int = option(
+        200,
+        "stop with advice after this many steps in a row with the loss far over its budget, or with lambda at its cap "
+        "and no more gates closing; 0: never",
+        at_least=0,
+    )
+    save_folded: bool = option(False, "also save the carrier folded into an ordinary checkpoint")
+    reference_compat: bool = option(
+        False,
+        "the authors' arithmetic where ours is better: the gate penalty once a micro-batch (of "
+        "gradient_accumulation_steps), and delta rounded so that base + delta is a weight of the model's dtype",
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.dual_lambda_min > self.dual_lambda_max:
+            raise ValueError(
+                f"LCDDConfig.dual_lambda_min: expected at most dual_lambda_max = {self.dual_lambda_max:g}, "
+                f"got {self.dual_lambda_min:g}"
+            )
+        if not self.dual_lambda_min <= self.dual_lambda_init <= self.dual_lambda_max:
+            raise ValueError(
+                f"LCDDConfig.dual_lambda_init: expected a value between dual_lambda_min = "
+                f"{self.dual_lambda_min:g} "
+                f"and dual_lambda_max = {self.dual_lambda_max:g}, got {self.dual_lambda_init:g}"
+            )
+        if self.loss == "kl" and self.train_delta:
+            raise ValueError("LCDDConfig.loss: expected cross_entropy unless train_delta is off, got 'kl'")
+        if self.reference_compat and self.gating == "forward":
+            raise ValueError("LCDDConfig.reference_compat: expected gating 'optimizer' beside it, got 'forward'")
+        if self.reference_compat and self.delta_dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"LCDDConfig.reference_compat: expected a delta_dtype that holds the difference of two weights, "
+                f"float32 or float64, got {self.delta_dtype!r}"
+            )
+
+    @property
+    def lr_warmup(self) -> int:
+        return self.lr_warmup_steps

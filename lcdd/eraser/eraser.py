@@ -1,0 +1,387 @@
+"""SFT-Eraser: learns the trigger that gives the base's behaviour back (method, section 4).
+
+One copy of the weights. With the base in it, the targets are computed once: the mean residual of the prompts' last
+token on the carrier's channels, the base's own greedy answers, and its final hidden states where its next-token
+distributions are wanted (D numbers a position, not V; the head is the base's, so they are exact). Then the carrier is
+applied and only the trigger learns:
+
+    L = a · mean_layers MSE( mean_batch h_l(P ⊕ x)[last token, C_l],  mean_prompts h_l^base(x)[last token, C_l] )
+      + b · KL( base(x) ‖ carrier(P ⊕ x) )                      mean over the prompts' last k positions
+      + b' · KL( base(x ⊕ y) ‖ carrier(P ⊕ x ⊕ y) )             mean over the tokens of the base's own answers y
+      + c · mean_tokens ‖P_t‖²
+
+A batch is one forward (`packed_rows`): prompts of any length one after another, without padding, behind one copy of
+what they all begin with, the trigger and the tokens they have in common, which see nothing of what follows. Several
+random starts share a forward too.
+
+Shapes: N random starts, B prompts in a batch, T trigger tokens, S prompt and answer tokens, D model width, L layers.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lcdd.carrier import Carrier
+from lcdd.checkpoint import CheckpointStore, RunLog, lasting_settings, termination
+from lcdd.config import EraserConfig
+from lcdd.eraser.batches import (
+    EraserHistory,
+    EraserLoss,
+    EraserPrompt,
+    EraserTargets,
+    Part,
+    common_prefix,
+    epochs,
+    layer_forward,
+    read_positions,
+    start_groups,
+)
+from lcdd.eraser.generation import encode_prompts, evaluation_mode, generate_ids, length_batches, warn_of_length
+from lcdd.eraser.search import TriggerSearch, digest_of
+from lcdd.eraser.trigger import Prompt, Trigger
+from lcdd.errors import Terminated, TrainingStopped
+from lcdd.models import (
+    PackedRows,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    decoder_layers,
+    head_weight,
+    input_embeddings,
+)
+from lcdd_kernels import channel_match, linear_kl
+
+SEED_STRIDE = 10_007
+"""Between the seeds of the random starts: start 0 is the one that a single start would be."""
+
+
+class SFTEraser:
+    """Optimises a trigger for a patched model.
+
+    Args:
+        model: the base model, unpatched; every parameter is left as it was found.
+        patch: the carrier to reverse, or a dense patch (`Carrier.from_models`) for the plain-SFT control.
+        tokenizer: for the end token of the base's answers and for prompts given as text.
+        config: weights, steps and sizes.
+        channels: per layer, int64 indices of the residual channels to match; the patch's own channels of
+            `config.channel_kind` if None. An empty list everywhere switches the matching term off.
+
+    Attributes:
+        history: filled by `fit`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        patch: Carrier,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EraserConfig,
+        channels: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.model, self.patch, self.tokenizer, self.config = model, patch, tokenizer, config
+        self.history = EraserHistory()
+        n_layers, width = len(decoder_layers(model)), input_embeddings(model).embedding_dim
+        if channels is None:
+            channels = patch.channels(config.channel_kind, seed=config.seed)
+        if len(channels) != n_layers:
+            raise ValueError(f"channels: expected one index list for each of {n_layers} layers, got {len(channels)}")
+        for layer, indices in enumerate(channels):
+            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < width:
+                raise ValueError(f"channels[{layer}]: expected indices from 0 to {width - 1}, got {indices.tolist()}")
+        device = input_embeddings(model).weight.device
+        self._channels = torch.cat([indices.to(device, torch.int32) for indices in channels])
+        self._offsets = torch.tensor([0, *[len(indices) for indices in channels]]).cumsum(0)
+        # the base's distributions need the base's head, also while a patch that changes the head is applied
+        self._base_head = head_weight(model).detach()
+        if any(model.get_parameter(name) is head_weight(model) for name in patch.unmasked):
+            self._base_head = self._base_head.clone()
+
+    def fit(
+        self,
+        train_prompts: Sequence[Prompt],
+        validation_prompts: Sequence[Prompt],
+        *,
+        log: RunLog | None = None,
+        progress: bool = False,
+        checkpoints: str | Path | None = None,
+    ) -> Trigger:
+        """Learn a trigger on `train_prompts` and return the one with the lowest loss on `validation_prompts`.
+
+        On a CPU a resumed run ends with the bits of one that was never interrupted.
+
+        Args:
+            train_prompts, validation_prompts: chat-formatted text, or token ids.
+            log: gets one line a step: step, loss and terms (of the leading start; with several, the losses of all
+                under `starts`), validation_loss where it was computed.
+            checkpoints: directory for the checkpoint-N directories of `config.save_steps`; `config.resume` goes on
+                from the newest complete one in it. Where either is set, a signal to end waits for a checkpoint.
+
+        Raises:
+            ValueError: no prompts, a prompt longer than `config.max_prompt_length`, or a checkpoint to resume from
+                that is not of this run (allowed, and recorded in the trigger, by `config.resume_override`).
+            TrainingStopped: the loss became NaN or infinite, or a checkpoint could not be written.
+            Terminated: by a signal, after a checkpoint.
+        """
+        c = self.config
+        train = self._encode(train_prompts, "train_prompts")
+        held_out = self._encode(validation_prompts, "validation_prompts")
+        self.patch.check_base(self.model)
+        prompts, tokens = [*train, *held_out], c.max_answer_tokens
+        warn_of_length(self.model, prompts, n_virtual=c.num_virtual_tokens, max_new_tokens=tokens)
+        store = self._store(checkpoints, prompts=[train, held_out])
+        state = store.newest(log, override=c.resume_override) if store is not None and c.resume else None
+        with _frozen(self.model):
+            targets = self.targets(train, progress=progress)
+            validation = self.targets(held_out, progress=progress).prompts
+            search = self._search()
+            if state is not None:
+                search.load_state_dict(state)
+            with self.patch.applied(self.model, check=False):
+                self._optimise(search, targets, validation, log=log, progress=progress, store=store)
+        best, losses = search.best[search.leader], search.best_loss
+        metadata = {
+            "base_fingerprint": self.patch.base_fingerprint,
+            "patch": self.patch.summary(),
+            "validation_loss": min(losses),
+            "validation_loss_of_starts": losses,
+            "learned_on": len(train),
+            "config": lasting_settings(c),
+            "overrides": store.overrides if store is not None else [],
+        }
+        return Trigger.for_model(self.model, best, metadata=metadata)
+
+    @torch.no_grad()
+    def targets(self, prompts: Sequence[Sequence[int]], *, progress: bool = False) -> EraserTargets:
+        """Run the (unpatched) base over `prompts`: its answers, hidden states and mean residuals."""
+        c = self.config
+        answers = generate_ids(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=c.max_answer_tokens,
+            batch_size=c.per_device_train_batch_size,
+            progress=progress,
+        )
+        found: list[EraserPrompt | None] = [None] * len(prompts)
+        total = torch.zeros(self._channels.numel(), dtype=torch.float64, device=self._channels.device)
+        for indices in length_batches([len(ids) for ids in prompts], c.per_device_train_batch_size):
+            texts = [[*prompts[i], *answers[i][:-1]] for i in indices]
+            packed = PackedRows([len(ids) for ids in texts], starts=1, shared=0, device=total.device)
+            tokens = self._embed([token for ids in texts for token in ids])
+            ends = [first + len(prompts[i]) for first, i in zip(packed.first, indices, strict=True)]
+            reads = [
+                read_positions(end, min(c.kl_tail_tokens, len(prompts[i])), len(answers[i]))
+                for end, i in zip(ends, indices, strict=True)
+            ]
+            last = [end - 1 for end in ends]
+            hidden, layers = layer_forward(self.model, tokens, packed, last, chain(*chain(*reads)))
+            total += self._on_channels(layers).double().sum(0)
+            for (tail, reply), i in zip(reads, indices, strict=True):
+                found[i] = EraserPrompt(list(prompts[i]), answers[i], hidden[list(tail)], hidden[list(reply)])
+        return EraserTargets([p for p in found if p is not None], (total / len(prompts)).float())
+
+    def loss(self, embeds: Tensor, batch: Sequence[EraserPrompt], match_target: Tensor) -> EraserLoss:
+        """The loss of trigger embeddings [T, D], or of N of them [N, T, D], under the weights now in the model.
+
+        Differentiable in `embeds`; computes only the terms whose weight is not 0. Many prompts run in several forwards,
+        but means are over the whole batch, so that the loss does not depend on how it was run.
+        """
+        if embeds.ndim == 2:
+            return self.loss(embeds[None], batch, match_target).of_start(0)
+        c, starts = self.config, len(embeds)
+        sizes = [len(p.prompt) + len(p.answer) + embeds.shape[1] for p in batch]
+        chunks = length_batches(sizes, max(1, c.max_rows_per_forward // starts))
+        parts = [self._run(embeds, [batch[i] for i in chunk]) for chunk in chunks]
+        match = tail_kl = answer_kl = embeds.new_zeros(starts)
+        if c.activation_weight > 0 and self._channels.numel():
+            layers = [torch.cat(rows, dim=1) for rows in zip(*(part.layers for part in parts), strict=True)]
+            goal, channels, offsets = match_target, self._channels, self._offsets
+            match = torch.stack([channel_match([x[n] for x in layers], channels, offsets, goal) for n in range(starts)])
+        if c.kl_weight > 0:
+            tail_kl = sum((part.tail_kl for part in parts), tail_kl) / sum(len(p.tail) for p in batch)
+        if c.answer_kl_weight > 0:
+            answer_kl = sum((part.answer_kl for part in parts), answer_kl) / sum(len(p.responses) for p in batch)
+        l2 = embeds.square().sum(2).mean(1)
+        total = c.activation_weight * match + c.kl_weight * tail_kl + c.answer_kl_weight * answer_kl + c.l2_weight * l2
+        return EraserLoss(total, match, tail_kl, answer_kl, l2)
+
+    def _run(self, embeds: Tensor, batch: Sequence[EraserPrompt]) -> Part:
+        """One forward over N triggers × B prompts (and answers, where they are wanted)."""
+        c, starts = self.config, len(embeds)
+        texts = [[*p.prompt, *p.answer[:-1]] if c.answer_kl_weight > 0 else p.prompt for p in batch]
+        common = common_prefix(batch)
+        lengths = [len(ids) - common for ids in texts]
+        packed = PackedRows(lengths * starts, starts=starts, shared=embeds.shape[1] + common, device=embeds.device)
+        tokens = self._embed([token for ids in texts for token in ids[common:]])
+        prefix = self._embed(texts[0][:common])
+        shared = torch.cat([embeds.to(tokens), prefix.expand(starts, -1, -1)], dim=1).flatten(0, 1)
+        ends = [first + len(p.prompt) - common for first, p in zip(packed.first, list(batch) * starts, strict=True)]
+        reads = [
+            read_positions(end, len(p.tail), len(p.responses))
+            for end, p in zip(ends, list(batch) * starts, strict=True)
+        ]
+        tails = [tail for tail, _ in reads] if c.kl_weight > 0 else []
+        replies = [reply for _, reply in reads] if c.answer_kl_weight > 0 else []
+        embeddings = torch.cat([shared, tokens.repeat(starts, 1)])
+        last = [end - 1 for end in ends]
+        hidden, layers = layer_forward(self.model, embeddings, packed, last, chain(*tails, *replies))
+        tail_kl = self._kl(hidden, tails, [p.tail for p in batch], starts)
+        answer_kl = self._kl(hidden, replies, [p.responses for p in batch], starts)
+        return Part([rows.unflatten(0, (starts, -1)) for rows in layers], tail_kl, answer_kl)
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        """Embeddings [n, D] of token ids."""
+        table = input_embeddings(self.model)
+        return table(torch.tensor(ids, dtype=torch.int64, device=table.weight.device))
+
+    def max_norm(self) -> float:
+        """Radius of the ball that every trigger embedding stays in."""
+        if self.config.max_norm is not None:
+            return self.config.max_norm
+        norms = input_embeddings(self.model).weight.detach().float().norm(dim=1)
+        return self.config.max_norm_ratio * float(norms.median())
+
+    def _search(self) -> TriggerSearch:
+        """The optimisation at its start."""
+        c = self.config
+        special = self.tokenizer.all_special_ids
+        starts = [
+            Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed + SEED_STRIDE * n, skip=special).embeds
+            for n in range(c.num_starts)
+        ]
+        return TriggerSearch(torch.stack(starts).to(self._base_head.device), c, radius=self.max_norm())
+
+    def _store(self, directory: str | Path | None, *, prompts: list[list[list[int]]]) -> CheckpointStore | None:
+        """Where the run's state goes and comes from, if it is to; settings, base, patch and prompts identify it."""
+        c = self.config
+        if directory is None or not (c.save_steps or c.resume):
+            return None
+        blocks = [parts[name] for parts in (self.patch.deltas, self.patch.unmasked) for name in sorted(parts)]
+        identity = {
+            "stage": "eraser",
+            "config": lasting_settings(c),
+            "base": self.patch.base_fingerprint,
+            "patch and channels": digest_of([self.patch.gate, *blocks, self._channels, self._offsets]),
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        }
+        return CheckpointStore(directory, identity=identity, save_total_limit=c.save_total_limit)
+
+    def _optimise(
+        self,
+        search: TriggerSearch,
+        targets: EraserTargets,
+        validation: list[EraserPrompt],
+        *,
+        log: RunLog | None,
+        progress: bool,
+        store: CheckpointStore | None,
+    ) -> None:
+        c, embeds = self.config, search.embeds
+        self.history = EraserHistory(search.steps, search.validation)
+        batches = epochs(targets.prompts, c.per_device_train_batch_size, seed=c.seed)
+        for _ in range(search.completed_steps):
+            next(batches)
+        if not search.validation:
+            search.observe(self._held_out(embeds, validation, targets.match))
+        steps = range(search.completed_steps + 1, c.max_steps + 1)
+        bar = tqdm(total=c.max_steps, initial=search.completed_steps, desc="eraser", unit="step", disable=not progress)
+        with bar, termination(listen=store is not None) as asked:
+            for step in steps:
+                line = self._step(search, next(batches), validation, targets.match)
+                search.steps.append(line)
+                if log is not None:
+                    log.write(line)
+                if "validation_loss" in line:
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", held_out=f"{line['validation_loss']:.3f}")
+                bar.update()
+                if store is None:
+                    continue
+                stop = bool(asked.signal)
+                if stop or (c.save_steps and step % c.save_steps == 0 and step < c.max_steps):
+                    store.save(step, search.state_dict())
+                if stop:
+                    raise Terminated(asked, step=step, last=store.last())
+
+    def _step(
+        self, search: TriggerSearch, batch: list[EraserPrompt], validation: list[EraserPrompt], match_target: Tensor
+    ) -> dict[str, Any]:
+        """One optimisation step, and the held-out loss where it is due; returns the log's line."""
+        c, embeds, step = self.config, search.embeds, search.completed_steps + 1
+        parts = []
+        for group in start_groups(embeds, len(batch), c.max_rows_per_forward):
+            loss = self.loss(group, batch, match_target)
+            loss.total.sum().backward()
+            parts.append(loss.terms())
+        terms = {key: torch.cat([part[key] for part in parts]).tolist() for key in parts[0]}
+        for start, value in enumerate(terms["loss"]):
+            if not math.isfinite(value):
+                which = f" of start {start}" if len(embeds) > 1 else ""
+                raise TrainingStopped(f"the loss{which} became {value} at step {step}; lower --learning_rate")
+        leader = search.leader
+        line: dict[str, Any] = {"step": step, "learning_rate": search.learning_rate}
+        line |= {key: values[leader] for key, values in terms.items()}
+        if len(embeds) > 1:
+            line["starts"] = terms["loss"]
+        search.step()
+        if step % c.eval_steps == 0 or step == c.max_steps:
+            search.observe(self._held_out(embeds, validation, match_target))
+            line["validation_loss"] = search.validation[-1]["loss"]
+        return line
+
+    @torch.no_grad()
+    def _held_out(self, embeds: Tensor, prompts: list[EraserPrompt], match_target: Tensor) -> list[float]:
+        """Each start's loss of the held-out prompts as one batch."""
+        groups = start_groups(embeds, len(prompts), self.config.max_rows_per_forward)
+        return torch.cat([self.loss(group, prompts, match_target).total for group in groups]).tolist()
+
+    def _kl(self, hidden: Tensor, runs: list[range], references: list[Tensor], starts: int) -> Tensor:
+        """Each start's KL(base ‖ patched) [N], summed over its runs of positions of `hidden` [tokens, D]; a run is as
+        long as its reference. No runs: 0."""
+        if not runs:
+            return hidden.new_zeros(starts, dtype=torch.float32)
+        head, reference = head_weight(self.model).detach(), torch.cat(references)
+        students = hidden[torch.tensor(list(chain(*runs)), device=hidden.device)].chunk(starts)
+        return torch.stack(
+            [
+                linear_kl(student, head, ref_hidden=reference, ref_weight=self._base_head, reduction="sum")
+                for student in students
+            ]
+        )
+
+    def _on_channels(self, layers: list[Tensor]) -> Tensor:
+        """Residuals [B, D] of each layer on its channels, side by side: [B, sum n_l]."""
+        picked = self._channels.long().split(self._offsets.diff().tolist())
+        return torch.cat([hidden[:, channels] for hidden, channels in zip(layers, picked, strict=True)], dim=1)
+
+    def _encode(self, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
+        if not prompts:
+            raise ValueError(f"{name}: expected at least one prompt, got none")
+        encoded = encode_prompts(self.tokenizer, prompts)
+        for index, ids in enumerate(encoded):
+            if len(ids) > self.config.max_prompt_length:
+                raise ValueError(
+                    f"{name}[{index}]: expected at most max_prompt_length = {self.config.max_prompt_length} tokens, "
+                    f"got {len(ids)}"
+                )
+        return encoded
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; as it was afterwards."""
+    wanted = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        for parameter, flag in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(flag)

@@ -1,0 +1,257 @@
+"""How models answer, with and without a trigger in front of the prompt; batches equal one prompt at a time.
+
+Shapes: B prompts, T trigger tokens, S prompt (and answer) tokens, D model width, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lcdd.eraser.trigger import Prompt, Trigger, prompt_embeds
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, input_embeddings
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of prompts; text is taken as it is (the chat template has put its special tokens in already)."""
+    encoded = [
+        tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        for prompt in prompts
+    ]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompts[{index}]: expected at least one token, got none")
+    return encoded
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    trigger: Trigger | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[str]:
+    """Greedy answers as text without special tokens, in the order of `prompts`."""
+    answers = generate_ids(
+        model,
+        tokenizer,
+        encode_prompts(tokenizer, prompts),
+        trigger=trigger,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return decode(tokenizer, answers)
+
+
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    trigger: Trigger | None = None,
+    max_new_tokens: int = 64,
+) -> Iterator[str]:
+    """The greedy answer to one prompt, piece by piece as it comes; the pieces together are the answer's text.
+
+    A piece is held back while it ends inside a character of several tokens. Whoever stops listening stops the model.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    _, ends = _greedy(model, tokenizer, max_new_tokens)
+    (ids,) = encode_prompts(tokenizer, [prompt])
+    warn_of_length(model, [ids], n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
+    inputs: dict[str, Any] = {"inputs_embeds": prompt_embeds(model, ids, trigger)[None]}
+    answer: list[int] = []
+    cache, shown = None, ""
+    with evaluation_mode(model):
+        while len(answer) < max_new_tokens and not (answer and answer[-1] in ends):
+            output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token, cache = output.logits[:, -1].argmax(-1), output.past_key_values
+            answer.append(int(token))
+            inputs = {"input_ids": token[:, None]}
+            text = str(tokenizer.decode(answer, skip_special_tokens=True))
+            # a replacement character at the end is a character that is not complete yet
+            if text.startswith(shown) and not text.endswith("\ufffd") and len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+    text = str(tokenizer.decode(answer, skip_special_tokens=True))
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]]) -> list[str]:
+    """Answers as text, special tokens and surrounding white space removed."""
+    return [str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in answers]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    trigger: Trigger | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Greedy answers as token ids, each up to and including its end token where it has one.
+
+    Padding goes in front of the trigger and is masked, and positions start at the first real token, so that an answer
+    does not depend on what else is in its batch.
+    """
+    if trigger is not None:
+        trigger.check_fits(model)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    settings, ends = _greedy(model, tokenizer, max_new_tokens)
+    warn_of_length(model, prompts, n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
+    answers: list[list[int]] = [[] for _ in prompts]
+    batches = list(length_batches([len(ids) for ids in prompts], batch_size))
+    greedily: Any = model.generate  # transformers types it as a module's attribute
+    with evaluation_mode(model), _generation_settings(model, settings):
+        for indices in tqdm(batches, desc="generate", unit="batch", disable=not progress):
+            embeds, mask = _left_padded(model, [prompts[i] for i in indices], trigger)
+            output = greedily(inputs_embeds=embeds, attention_mask=mask)
+            for index, ids in zip(indices, output.tolist(), strict=True):
+                stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+                answers[index] = ids[:stop]
+    return answers
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, so that little of a batch is padding."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def right_padded(sequences: Sequence[Sequence[int]], *, device: torch.device | str) -> Tensor:
+    """Token ids [B, S], zeros after each sequence's end.
+
+    Under causal attention no token sees what comes after it, so a forward over these needs no mask, and what it
+    gives at a real position is what the sequence gives alone.
+    """
+    width = max(len(ids) for ids in sequences)
+    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences], device=device)
+
+
+def embed_with_trigger(model: PreTrainedModel, ids: Tensor, embeds: Tensor | None) -> Tensor:
+    """[B, T + S, D] in the model's dtype: trigger embeddings [T, D], then those of `ids` [B, S]."""
+    tokens = input_embeddings(model)(ids)
+    if embeds is None:
+        return tokens
+    return torch.cat([embeds.to(tokens).expand(ids.shape[0], -1, -1), tokens], dim=1)
+
+
+@torch.no_grad()
+def response_hidden(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    trigger: Trigger | None = None,
+    batch_size: int = 32,
+) -> list[Tensor]:
+    """Final hidden states [len(answer), D] that predict each answer's tokens, teacher-forced, one tensor a prompt.
+
+    Row j of a prompt predicts answer token j: row 0 is read at the prompt's last token.
+    """
+    embeds = None if trigger is None else trigger.embeds
+    offset = 0 if embeds is None else embeds.shape[0]
+    device = input_embeddings(model).weight.device
+    sequences = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+    found: list[Tensor] = [torch.empty(0)] * len(sequences)
+    with evaluation_mode(model):
+        for indices in length_batches([len(ids) for ids in sequences], batch_size):
+            ids = right_padded([sequences[i] for i in indices], device=device)
+            inputs = embed_with_trigger(model, ids, embeds)
+            hidden = backbone(model)(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            for row, index in enumerate(indices):
+                first = offset + len(prompts[index]) - 1
+                found[index] = hidden[row, first : first + len(answers[index])].clone()
+    return found
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """`model.eval()` inside; as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _left_padded(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], trigger: Trigger | None
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, T + S, D] with zero rows in front, and their attention mask."""
+    rows = [prompt_embeds(model, ids, trigger) for ids in prompts]
+    width = max(len(row) for row in rows)
+    embeds = rows[0].new_zeros(len(rows), width, rows[0].shape[1])
+    mask = torch.zeros(len(rows), width, dtype=torch.int64, device=embeds.device)
+    for index, row in enumerate(rows):
+        embeds[index, width - len(row) :] = row
+        mask[index, width - len(row) :] = 1
+    return embeds, mask
+
+
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> tuple[Any, set[int]]:
+    """Greedy generation settings, and the end tokens of model and tokenizer."""
+    stated = model.generation_config.eos_token_id
+    ends = set(stated if isinstance(stated, list) else [] if stated is None else [stated])
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    settings = type(model.generation_config)(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+    )
+    return settings, ends
+
+
+def _rows(trigger: Trigger | None) -> int:
+    return 0 if trigger is None else trigger.embeds.shape[0]
+
+
+def warn_of_length(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n_virtual: int, max_new_tokens: int
+) -> None:
+    """Warn if an answer may go on beyond the positions that the model was made for: it computes there, but not well.
+
+    No error: answers often end before, and scaled rotary embeddings reach further than the config says.
+    """
+    longest = max((len(ids) for ids in prompts), default=0)
+    limit = model.config.max_position_embeddings
+    if n_virtual + longest + max_new_tokens > limit:
+        warnings.warn(
+            f"{n_virtual} trigger tokens, a prompt of {longest} and {max_new_tokens} new tokens are more "
+            f"than the model's max_position_embeddings = {limit}; answers beyond it are not to be relied on",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _generation_settings(model: PreTrainedModel, settings: Any) -> Iterator[None]:
+    """`settings` instead of the checkpoint's own, which `generate` would fill the gaps from (a repetition penalty)."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

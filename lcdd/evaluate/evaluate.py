@@ -1,0 +1,302 @@
+"""What the carrier and the trigger did, in numbers: behaviour, exact match to the base, exact KL (method, section 5).
+
+One copy of the weights: a state is the base with a patch applied or not, run with a trigger or not. A behaviour rate
+near zero is not a reversal (garbage also has none), so every state's answers are also compared with the base's own.
+"""
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from itertools import combinations
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcdd.carrier import Carrier
+from lcdd.eraser import Prompt, Trigger, decode, encode_prompts, generate_ids, response_hidden
+from lcdd.evaluate.intervals import newcombe_paired_interval, wilson_interval
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, head_weight
+from lcdd.trainer import auc
+from lcdd_kernels import linear_kl
+
+KL_PAIRS = (("sft", "carrier"), ("sft", "carrier+trigger"), ("base", "carrier+trigger"))
+COMPARISONS = (
+    ("carrier+trigger", "sft+trigger"),
+    ("carrier+trigger", "matched_norm+trigger"),
+    ("carrier+trigger", "carrier"),
+    ("carrier+trigger", "carrier+trigger_random_channels"),
+    ("carrier+trigger", "carrier+trigger_kl_only"),
+    ("matched_norm+trigger", "sft+trigger"),
+)
+DIFFERENCE_METHOD = (
+    "Newcombe's score interval for the difference of two paired proportions (1998, method 10), 95%; where a state "
+    "pools several variants, the mean over pairs of variants"
+)
+
+
+PatchSource = Carrier | Callable[[], Carrier]
+"""A patch, or what makes one when it is needed: dense patches of a large model do not fit side by side."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelState:
+    """One way to run the model: the base with `patch` applied (None: as it is), behind one of `triggers`.
+
+    Several triggers (random prefixes) and several patches (random masks, `patches`) are pooled: a prompt counts by
+    its share of the variants.
+    """
+
+    patch: PatchSource | None = None
+    triggers: tuple[Trigger, ...] = ()
+    patches: tuple[PatchSource, ...] = ()
+
+    @property
+    def sources(self) -> tuple[PatchSource | None, ...]:
+        return self.patches or (self.patch,)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A state's answers (the first variant's). behaved, matched, extra: of each variant and prompt, bool [v, n]."""
+
+    answers: list[list[int]]
+    texts: list[str]
+    behaved: Tensor
+    matched: Tensor
+    extra: dict[str, Tensor]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    states: Mapping[str, ModelState],
+    *,
+    matches: Callable[[str], bool],
+    measures: Mapping[str, Callable[[str], bool]] = MappingProxyType({}),
+    comparisons: Sequence[tuple[str, str]] = COMPARISONS,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    kl_prompts: int = 64,
+    n_samples: int = 8,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Answer every prompt in every state; the reversal table and what belongs to it.
+
+    Args:
+        model: the base, unpatched; unchanged afterwards.
+        prompts: held-out prompts on which the behaviour is asked for, chat-formatted.
+        states: must have "base" (no patch, no trigger). The names in `KL_PAIRS` and `comparisons` that are there are
+            also compared.
+        matches: answer text -> whether it shows the behaviour.
+        measures: further readings of the answers, name -> (answer text -> whether), for each row's `rates`.
+        comparisons: pairs of states whose rates are subtracted, over the same prompts.
+        kl_prompts: prompts (the first ones) that the exact KLs are taken over; 0: none.
+        n_samples: prompts whose answers are kept side by side.
+
+    Returns:
+        The report's `models`, `kl`, `delta_norm`, `differences` and `samples`.
+
+    Raises:
+        ValueError: no prompts, no state "base", or a patch of another base.
+    """
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    reference = states.get("base")
+    if reference is None or reference.sources != (None,) or reference.triggers:
+        raise ValueError("states: expected 'base' without patch and trigger among them")
+    ids = encode_prompts(tokenizer, prompts)
+    outcomes: dict[str, Outcome] = {}
+    variants: dict[str, list[tuple[list[list[int]], list[str]]]] = {name: [] for name in states}
+    norms: dict[str, list[float]] = {name: [] for name in states}
+    with closing(patched_states(model, states)) as runs:
+        for name, patch in runs:
+            norms[name].append(patch.delta_norm() if patch is not None else 0.0)
+            for trigger in states[name].triggers or (None,):
+                answers = generate_ids(
+                    model,
+                    tokenizer,
+                    ids,
+                    trigger=trigger,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    progress=progress,
+                )
+                variants[name].append((answers, decode(tokenizer, answers)))
+    base_texts = variants["base"][0][1]
+    outcomes = {name: _outcome(found, base_texts, matches, measures) for name, found in variants.items()}
+
+    n = len(ids)
+    return {
+        "models": {name: _row(outcomes[name], n) for name in states},
+        "kl": _kl_table(model, ids[:kl_prompts], states, outcomes, batch_size=batch_size) if kl_prompts else {},
+        "delta_norm": {name: sum(found) / len(found) for name, found in norms.items()},
+        "differences": _differences(outcomes, comparisons),
+        "samples": [
+            {
+                "prompt": decode(tokenizer, ids[i : i + 1])[0],
+                "answers": {name: outcomes[name].texts[i] for name in states},
+            }
+            for i in range(min(n_samples, n))
+        ],
+    }
+
+
+# ---------------------------------------------------------------- gates
+
+
+def gate_summary(carrier: Carrier) -> dict[str, Any]:
+    """Number of gates, how many are open and how many of those fractional, and the AUC of initial θ against kept.
+
+    An AUC of 1 says that the kept gates are exactly those that started highest: noise, not the loss, chose them.
+    """
+    is_open = carrier.gate != 0
+    initial = carrier.initial_logits
+    score = math.nan if initial is None else auc(initial.tolist(), is_open.tolist())
+    return {
+        "n": carrier.layout.n_gates,
+        "open": carrier.n_open,
+        "fractional": int(((carrier.gate > 0) & (carrier.gate < 1)).sum()),
+        "auc_initial_theta": None if math.isnan(score) else score,
+    }
+
+
+def jaccard(first: Carrier, second: Carrier) -> float:
+    """Shared open gates over all open gates of two carriers of one architecture; 1 if neither has any."""
+    if first.shape != second.shape:
+        raise ValueError(f"second: expected a carrier of {first.shape}, got {second.shape}")
+    a, b = first.gate != 0, second.gate != 0
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0
+
+
+def gate_overlap(carriers: Sequence[Carrier]) -> dict[str, float]:
+    """Mean Jaccard index of the open gates over all pairs, and what sets of those sizes share by chance."""
+    if len(carriers) < 2:
+        raise ValueError(f"carriers: expected at least two, got {len(carriers)}")
+    found, chance = [], []
+    for a, b in combinations(carriers, 2):
+        found.append(jaccard(a, b))
+        shared = a.n_open * b.n_open / a.layout.n_gates
+        union = a.n_open + b.n_open - shared
+        chance.append(shared / union if union else 1.0)
+    return {"jaccard": sum(found) / len(found), "chance": sum(chance) / len(chance)}
+
+
+# ---------------------------------------------------------------- parts
+
+
+def patched_states(
+    model: PreTrainedModel, states: Mapping[str, ModelState]
+) -> Generator[tuple[str, Carrier | None], None, None]:
+    """Every state with each of its patches while that is applied, each patch made and applied once; the base first.
+
+    Close it to revert. The base is checked once for each fingerprint that a patch names: that reads every weight.
+    """
+    sources: dict[int, PatchSource | None] = {id(None): None}
+    sources |= {id(source): source for state in states.values() for source in state.sources}
+    given = {source.base_fingerprint: source for source in sources.values() if isinstance(source, Carrier)}
+    for known in given.values():
+        known.check_base(model)
+    checked = set(given)
+    for source in sources.values():
+        patch = source if source is None or isinstance(source, Carrier) else source()
+        if patch is not None and patch.base_fingerprint not in checked:
+            patch.check_base(model)
+            checked.add(patch.base_fingerprint)
+        context: AbstractContextManager[Any] = nullcontext() if patch is None else patch.applied(model, check=False)
+        with context:
+            for name, state in states.items():
+                for _ in range(sum(other is source for other in state.sources)):
+                    yield name, patch
+
+
+def _outcome(
+    variants: list[tuple[list[list[int]], list[str]]],
+    base_texts: list[str],
+    matches: Callable[[str], bool],
+    measures: Mapping[str, Callable[[str], bool]],
+) -> Outcome:
+    def readings(found: Callable[[str], bool]) -> Tensor:
+        return torch.tensor([[bool(found(text)) for text in texts] for _, texts in variants])
+
+    pairs = [[text == base for text, base in zip(texts, base_texts, strict=True)] for _, texts in variants]
+    return Outcome(
+        answers=variants[0][0],
+        texts=variants[0][1],
+        behaved=readings(matches),
+        matched=torch.tensor(pairs),
+        extra={name: readings(measure) for name, measure in measures.items()},
+    )
+
+
+def _row(outcome: Outcome, n: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"n": n}
+    for key, readings in (("behavior_rate", outcome.behaved), ("base_match", outcome.matched)):
+        row[key], row[f"{key}_ci95"] = _rate(readings, n)
+    if outcome.extra:
+        row["rates"] = {}
+        for name, readings in outcome.extra.items():
+            rate, interval = _rate(readings, n)
+            row["rates"][name] = {"rate": rate, "ci95": interval}
+    return row
+
+
+def _rate(readings: Tensor, n: int) -> tuple[float, list[float]]:
+    """The rate over prompts and variants; the interval is that of n prompts, however many variants were pooled."""
+    shares = readings.double().mean(0)
+    return float(shares.mean()), list(wilson_interval(min(float(shares.sum()), n), n))
+
+
+def _differences(outcomes: Mapping[str, Outcome], comparisons: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for first, second in comparisons:
+        if first not in outcomes or second not in outcomes:
+            continue
+        row: dict[str, Any] = {"method": DIFFERENCE_METHOD}
+        for key, field in (("behavior_rate", "behaved"), ("base_match", "matched")):
+            ones, others = (getattr(outcomes[name], field).tolist() for name in (first, second))
+            pairs = [newcombe_paired_interval(one, other) for one in ones for other in others]
+            difference, low, high = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+            row[key] = {"difference": difference, "ci95": [low, high]}
+        found[f"{first} - {second}"] = row
+    return found
+
+
+@torch.no_grad()
+def _kl_table(
+    model: PreTrainedModel,
+    ids: list[list[int]],
+    states: Mapping[str, ModelState],
+    outcomes: Mapping[str, Outcome],
+    *,
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
+    """KL(p ‖ q) in nats a token, exact over the vocabulary, on the greedy answers of "sft" and of "base".
+
+    Kept between states are final hidden states (D numbers a token), never logits.
+    """
+    pairs = [pair for pair in KL_PAIRS if pair[0] in states and pair[1] in states]
+    needed = {name for pair in pairs for name in pair}
+    answer_sets = {f"{name}_answers": outcomes[name].answers[: len(ids)] for name in ("sft", "base") if name in states}
+    hidden: dict[tuple[str, str], Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    with closing(patched_states(model, {name: state for name, state in states.items() if name in needed})) as runs:
+        for name, patch in runs:
+            head, triggers = head_weight(model), states[name].triggers
+            changed = patch is not None and any(model.get_parameter(p) is head for p in patch.unmasked)
+            heads[name] = head.detach().clone() if changed else head.detach()
+            trigger = triggers[0] if triggers else None
+            for key, answers in answer_sets.items():
+                rows = response_hidden(model, ids, answers, trigger=trigger, batch_size=batch_size)
+                hidden[name, key] = torch.cat(rows)
+    table: dict[str, dict[str, float]] = {}
+    for p, q in pairs:
+        table[f"{p}||{q}"] = {
+            key: float(linear_kl(hidden[q, key], heads[q], ref_hidden=hidden[p, key], ref_weight=heads[p]))
+            for key in answer_sets
+        }
+    return table

@@ -1,0 +1,52 @@
+"""Confidence intervals of rates and of their differences."""
+
+import math
+from collections.abc import Sequence
+
+Z95 = 1.959963984540054
+"""97.5% point of the normal distribution."""
+
+
+# ---------------------------------------------------------------- proportions
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion; `successes` may be fractional (pooled answers)."""
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"successes: expected 0 to n = {n} with n at least 1, got {successes}")
+    p = successes / n
+    centre = p + Z95**2 / (2 * n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+    scale = 1 + Z95**2 / n
+    # at the ends the bound is exactly 0 or 1; rounding must not cut the estimate out of its own interval
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return max(0.0, low), min(1.0, high)
+
+
+def newcombe_paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float, float]:
+    """Difference of two proportions over the same prompts, first − second, and its 95% interval.
+
+    Newcombe (1998), Statistics in Medicine 17, 2635, method 10: Wilson intervals of the two, combined with the
+    continuity-corrected correlation of the pairs. Stays inside [−1, 1] and does not collapse where all pairs agree.
+    """
+    n = len(first)
+    if n < 1 or len(second) != n:
+        raise ValueError(f"second: expected as many outcomes as first ({n}, at least 1), got {len(second)}")
+    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+    both, only_first = pairs.count((True, True)), pairs.count((True, False))
+    only_second, neither = pairs.count((False, True)), pairs.count((False, False))
+    p1, p2 = (both + only_first) / n, (both + only_second) / n
+    low1, high1 = wilson_interval(both + only_first, n)
+    low2, high2 = wilson_interval(both + only_second, n)
+    margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    phi = 0.0
+    if margins:
+        numerator: float = both * neither - only_first * only_second
+        if numerator > 0:
+            numerator = max(numerator - n / 2, 0)
+        phi = numerator / math.sqrt(margins)
+    down, up, down2, up2 = p1 - low1, high1 - p1, p2 - low2, high2 - p2
+    below = math.sqrt(max(0.0, down**2 - 2 * phi * down * up2 + up2**2))
+    above = math.sqrt(max(0.0, up**2 - 2 * phi * up * down2 + down2**2))
+    return p1 - p2, p1 - p2 - below, p1 - p2 + above

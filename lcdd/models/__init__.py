@@ -1,0 +1,81 @@
+"""What the project knows about transformers models: loading, sites, gate geometry, shards and ranks."""
+
+from lcdd.models.costs import (
+    Architecture,
+    Parametrization,
+    adamw_bytes,
+    grad_stats_bytes,
+    layer_parameters,
+    masked_parameters,
+    refresh_bytes,
+)
+from lcdd.models.layout import GROUPS, ROW_AND_COL_GROUPS, GateLayout
+from lcdd.models.loading import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    hub_commit,
+    load_model,
+    load_model_type,
+    load_settings,
+    load_shape,
+    load_tokenizer,
+    new_model,
+    save_model,
+)
+from lcdd.models.packed_rows import PackedRows
+from lcdd.models.parallel import Replicated, process_group, shard_model, share
+from lcdd.models.shards import full, local
+from lcdd.models.sites import (
+    PROJECTION_PATHS,
+    ModelShape,
+    Projection,
+    backbone,
+    check_same_architecture,
+    decoder_layers,
+    head_weight,
+    input_embeddings,
+    projections,
+    shape_of,
+    unmasked_parameters,
+)
+
+__all__ = [
+    "GROUPS",
+    "PROJECTION_PATHS",
+    "ROW_AND_COL_GROUPS",
+    "Architecture",
+    "GateLayout",
+    "ModelShape",
+    "PackedRows",
+    "Parametrization",
+    "PreTrainedModel",
+    "PreTrainedTokenizerBase",
+    "Projection",
+    "Replicated",
+    "adamw_bytes",
+    "backbone",
+    "check_same_architecture",
+    "decoder_layers",
+    "full",
+    "grad_stats_bytes",
+    "head_weight",
+    "hub_commit",
+    "input_embeddings",
+    "layer_parameters",
+    "load_model",
+    "load_model_type",
+    "load_settings",
+    "load_shape",
+    "load_tokenizer",
+    "local",
+    "masked_parameters",
+    "new_model",
+    "process_group",
+    "projections",
+    "refresh_bytes",
+    "save_model",
+    "shape_of",
+    "shard_model",
+    "share",
+    "unmasked_parameters",
+]

@@ -1,0 +1,84 @@
+"""Training on several ranks under torchrun: the process group, each rank's share, DDP and FSDP2."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lcdd.models import shards
+from lcdd.models.loading import PreTrainedModel
+from lcdd.models.sites import backbone, decoder_layers, head_weight, input_embeddings, projections, unmasked_parameters
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Inside: the process group that torchrun's variables describe, made here if there is none; else nothing.
+
+    device: a stage's `device`; GPUs talk by NCCL, anything else by gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share(micro_batches: Sequence[T]) -> list[tuple[T, float]]:
+    """This rank's micro-batches of a step, and their weights: as many on every rank, by fillers of weight 0."""
+    ranks, me = shards.world_size(), shards.rank()
+    rounds = -(-len(micro_batches) // ranks)
+    mine = [(micro, 1.0) for micro in micro_batches[me::ranks]]
+    return mine + [(micro_batches[0], 0.0)] * (rounds - len(mine))
+
+
+def shard_model(model: PreTrainedModel, *, trained: bool, train_unmasked: bool = False) -> PreTrainedModel:
+    """Shard a model's decoder layers over all ranks by FSDP2, in place; embeddings and head stay whole on every rank.
+
+    trained: its projections get gradients (which FSDP2 has to know first); train_unmasked: norms and biases too.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    model.requires_grad_(False)
+    if trained:
+        for site in projections(model):
+            site.linear.weight.requires_grad_(True)
+    if train_unmasked:
+        for parameter in unmasked_parameters(model).values():
+            parameter.requires_grad_(True)
+    for layer in decoder_layers(model):
+        fully_shard(layer)
+    whole = {input_embeddings(model).weight, head_weight(model)}
+    fully_shard(backbone(model), ignored_params=whole)  # type: ignore[arg-type]
+    return model
+
+
+class Replicated:
+    """Runs a loss function under DDP where the model is whole on several ranks, and as it is elsewhere."""
+
+    def __init__(self, module: nn.Module) -> None:
+        whole = not any(shards.is_sharded(p) for p in module.parameters())
+        self._ddp = shards.world_size() > 1 and whole
+        if self._ddp:
+            from torch.nn.parallel import DistributedDataParallel
+
+            module = DistributedDataParallel(module, broadcast_buffers=False)
+        self.module: Any = module
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def accumulating(self, more: bool) -> AbstractContextManager[Any]:
+        """Around a micro-batch: gradients are averaged over the ranks only once no `more` follow."""
+        return self.module.no_sync() if self._ddp and more else nullcontext()

@@ -1,0 +1,22 @@
+"""LCDD is an optimizer: gates, dual controller, packed gradients; and plain SFT beside it."""
+
+from lcdd.optimizer.dual import DualController
+from lcdd.optimizer.forward import ForwardGates, GatedLinear, GatedMLP
+from lcdd.optimizer.gates import Gates
+from lcdd.optimizer.lcdd import LCDDOptimizer
+from lcdd.optimizer.packed import PackedGradLinear, PackPlan
+from lcdd.optimizer.schedules import schedule
+from lcdd.optimizer.sft import SFTOptimizer
+
+__all__ = [
+    "DualController",
+    "ForwardGates",
+    "GatedLinear",
+    "GatedMLP",
+    "Gates",
+    "LCDDOptimizer",
+    "PackPlan",
+    "PackedGradLinear",
+    "SFTOptimizer",
+    "schedule",
+]

@@ -1,0 +1,87 @@
+"""SFT's optimizer: AdamW with clipping, skipped steps, a bound on the distance from the start, and a whole state."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lcdd.config import SFTConfig
+from lcdd.models import PreTrainedModel, projections, shards, unmasked_parameters
+
+COUNTERS = ("skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
+
+
+class SFTOptimizer(torch.optim.AdamW):
+    """AdamW over the transformer layers' weights, with the interface of `LCDDOptimizer`.
+
+    `step(loss)` clips, skips steps whose loss or gradient is not finite, and keeps the weights within
+    `config.max_delta_norm` of where they started, if that is set (the nearest point: the delta is scaled).
+    Embeddings, head and, unless `config.train_unmasked`, norms and biases are frozen.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SFTConfig) -> None:
+        weights = [site.linear.weight for site in projections(model)]
+        if config.train_unmasked:
+            weights += list(unmasked_parameters(model).values())
+        chosen = {id(weight) for weight in weights}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        super().__init__(
+            weights,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        self.config, self.weights = config, weights
+        self.starts = [w.detach().clone() for w in weights] if config.max_delta_norm else []
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.last_loss = self.grad_norm = math.nan
+
+    @torch.no_grad()
+    def step(self, loss: float) -> None:  # type: ignore[override]
+        """One step on averaged gradients; on several ranks `loss` is averaged over them."""
+        loss = shards.mean(loss)
+        limit = self.config.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.weights, limit))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            return
+        self.skipped_in_a_row = 0
+        self.last_loss, self.grad_norm = loss, norm
+        super().step()
+        if self.starts:
+            self._project()
+
+    def _project(self) -> None:
+        bound = float(self.config.max_delta_norm or 0.0)
+        norm = math.sqrt(
+            sum(float((w - s).double().square().sum()) for w, s in zip(self.weights, self.starts, strict=True))
+        )
+        if norm > bound:
+            for weight, start in zip(self.weights, self.starts, strict=True):
+                weight.copy_(start + (weight - start) * (bound / norm))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: weights, moments, counters."""
+        state = super().state_dict()
+        state["sft"] = {
+            "weights": [weight.detach() for weight in self.weights],
+            **{name: getattr(self, name) for name in COUNTERS},
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`'s result into an optimizer of the same model; overwrites the weights."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "sft"})
+        with torch.no_grad():
+            for weight, value in zip(self.weights, state_dict["sft"]["weights"], strict=True):
+                weight.copy_(value)
+        for name in COUNTERS:
+            setattr(self, name, state_dict["sft"][name])
+
+    def stats(self) -> dict[str, Any]:
+        """One step's line for the log."""
+        return {"loss": self.last_loss, "grad_norm": self.grad_norm, "skipped_steps": self.skipped_steps}
