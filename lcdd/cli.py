@@ -36,9 +36,10 @@ from lcdd.config import (
     read_yaml,
     type_name,
 )
-from lcdd.errors import Terminated, TrainingStopped
+from lcdd.errors import InputError, Terminated, TrainingStopped
 
 BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130
+REPORT_BUGS = "Please report it with the command, its settings and the traceback below."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def _execute(arguments: argparse.Namespace) -> Any:
         with only_writer(config.output_dir):
             return run(config)
     if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
-        raise ValueError("expected one process, got torchrun's several, which only sft and train share their work over")
+        raise InputError("expected one process, got torchrun's several, which only sft and train share their work over")
     from lcdd.checkpoint import only_writer
 
     command = COMMANDS[arguments.command]
@@ -175,28 +176,45 @@ def _execute(arguments: argparse.Namespace) -> Any:
         return command.run(*configs)
 
 
+def _failed(command: str, error: Exception) -> int:
+    """One line for what the user can mend, and its exit code; anything else is raised again, as a bug of ours."""
+    if isinstance(error, TrainingStopped):  # its memory table has lines of its own
+        print(f"lcdd {command}: {error}", file=sys.stderr)
+        return 128 + error.signal if isinstance(error, Terminated) else STOPPED  # as shells number them
+    if isinstance(error, InputError | OSError) or _backend_refused(error):  # a disk that is full, a file out of reach
+        print(f"lcdd {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    if _out_of_memory(error):
+        print(f"lcdd {command}: out of memory; smaller batches or shorter texts need less", file=sys.stderr)
+        return STOPPED
+    print(f"lcdd {command}: this is a bug of lcdd {__version__}. {REPORT_BUGS}", file=sys.stderr)
+    raise error
+
+
+def _backend_refused(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    from lcdd_kernels import BackendUnavailable
+
+    return isinstance(error, BackendUnavailable)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    from lcdd.trainer import is_out_of_memory  # imports torch
+
+    return is_out_of_memory(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         result = _execute(arguments)
-    except ValueError as error:
-        print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
-    except TrainingStopped as error:  # its memory table has lines of its own
-        print(f"lcdd {arguments.command}: {error}", file=sys.stderr)
-        return 128 + error.signal if isinstance(error, Terminated) else STOPPED  # as shells number them
-    except OSError as error:  # a full or read-only disk, a file that a library cannot read
-        print(f"lcdd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
-    except RuntimeError as error:
-        from lcdd.trainer import is_out_of_memory  # imports torch
-
-        if not is_out_of_memory(error):
-            raise
-        print(f"lcdd {arguments.command}: out of memory; smaller batches or shorter texts need less", file=sys.stderr)
-        return STOPPED
+    except Exception as error:
+        return _failed(arguments.command, error)
     except KeyboardInterrupt:
         print(f"lcdd {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED

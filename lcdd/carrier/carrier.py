@@ -29,7 +29,7 @@ from lcdd.checkpoint import (
     write_directory,
 )
 from lcdd.config import CHANNEL_KINDS, GATE_KINDS
-from lcdd.errors import WrongFingerprint
+from lcdd.errors import InputError, WrongFingerprint
 from lcdd.models import (
     GROUPS,
     PROJECTION_PATHS,
@@ -150,14 +150,14 @@ class Carrier:
         beside float64 weights).
 
         Raises:
-            ValueError: the models differ in architecture or dtype.
+            InputError: the models differ in architecture or dtype.
         """
         check_same_architecture(base, other, names=("base", "other"))
         deltas, shape = {}, shape_of(base.config)
         for ours, theirs in zip(projections(base), projections(other), strict=True):
             fixed, weight = ours.linear.weight.detach(), theirs.linear.weight.detach()
             if fixed.dtype != weight.dtype:
-                raise ValueError(f"other: expected {ours.name}.weight as {fixed.dtype}, got {weight.dtype}")
+                raise InputError(f"other: expected {ours.name}.weight as {fixed.dtype}, got {weight.dtype}")
             wide = torch.promote_types(fixed.dtype, torch.float32)
             deltas[ours.name] = cpu_copy(weight.to(fixed.device, wide) - fixed.to(wide))
         unmasked, norm = changed_parameters(base, other, masked={f"{name}.weight" for name in deltas})
@@ -182,10 +182,10 @@ class Carrier:
         """The same patch with Δ multiplied by `factor`, rounded to Δ's dtype.
 
         Raises:
-            ValueError: the patch also changes parameters outside the masked linears, which have no Δ to scale.
+            InputError: the patch also changes parameters outside the masked linears, which have no Δ to scale.
         """
         if self.unmasked:
-            raise ValueError(f"scaled: expected a patch of masked linears only, got also {sorted(self.unmasked)[:3]}")
+            raise InputError(f"scaled: expected a patch of masked linears only, got also {sorted(self.unmasked)[:3]}")
         return replace(self, deltas={name: delta * factor for name, delta in self.deltas.items()})
 
     # ------------------------------------------------------------------ what is in it
@@ -220,7 +220,7 @@ class Carrier:
         `random` (as many as `write`, drawn with `seed`), or `none`.
         """
         if kind not in CHANNEL_KINDS:
-            raise ValueError(f"kind: expected one of {CHANNEL_KINDS}, got {kind!r}")
+            raise InputError(f"kind: expected one of {CHANNEL_KINDS}, got {kind!r}")
         generator = torch.Generator().manual_seed(seed)
         found = []
         for layer in range(self.shape.n_layers):
@@ -255,15 +255,15 @@ class Carrier:
     # ------------------------------------------------------------------ using it
 
     def check_base(self, model: PreTrainedModel) -> None:
-        """Raise ValueError unless `model` is, bit for bit, the base that this patch belongs to (reads every weight)."""
+        """Raise InputError unless `model` is, bit for bit, the base that this patch belongs to (reads every weight)."""
         found = shape_of(model.config)
         if found != self.shape:
-            raise ValueError(f"model: expected the carrier's base of {self.shape}, got {found}")
+            raise InputError(f"model: expected the carrier's base of {self.shape}, got {found}")
         parameters = dict(model.named_parameters())
         for name, value in self.unmasked.items():  # norms and biases, which another architecture may not have
             if name not in parameters or parameters[name].shape != value.shape:
                 got = tuple(parameters[name].shape) if name in parameters else "none"
-                raise ValueError(
+                raise InputError(
                     f"model: expected a parameter {name!r} of shape {tuple(value.shape)} as the carrier's base has, "
                     f"got {got}"
                 )
@@ -275,7 +275,7 @@ class Carrier:
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise ValueError if the carrier was trained with another tokenizer or chat template."""
+        """Raise InputError if the carrier was trained with another tokenizer or chat template."""
         found = _tokenizer_fingerprints(tokenizer)
         wrong = [
             f"expected the {key.replace('_', ' ')} that the carrier was trained with ({expected[:16]}…), "
@@ -293,11 +293,11 @@ class Carrier:
         check: verify the base's fingerprint, which reads all its weights; off where the caller has just done so.
 
         Raises:
-            ValueError: the model is not this patch's base, or holds a patch already; nothing is written.
+            InputError: the model is not this patch's base, or holds a patch already; nothing is written.
         """
         if model in _PATCHED:
             same = "this patch" if _PATCHED[model].carrier is self else "another patch"
-            raise ValueError(f"model: expected a base without a patch, got one with {same} applied; revert it first")
+            raise InputError(f"model: expected a base without a patch, got one with {same} applied; revert it first")
         if check:
             self.check_base(model)
         blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -328,12 +328,12 @@ class Carrier:
         """Put the base's bytes back.
 
         Raises:
-            ValueError: this patch is not applied to `model`.
+            InputError: this patch is not applied to `model`.
         """
         applied = _PATCHED.get(model)
         if applied is None or applied.carrier is not self:
             found = "a model without a patch" if applied is None else "one with another patch"
-            raise ValueError(f"model: expected one that this patch is applied to, got {found}")
+            raise InputError(f"model: expected one that this patch is applied to, got {found}")
         for weight, rows, cols, original in applied.blocks:
             weight[rows[:, None], cols] = original
         for parameter, value in applied.unmasked:
@@ -386,15 +386,15 @@ class Carrier:
         """Load what `save_pretrained` wrote, after checking every file against its SHA-256.
 
         Raises:
-            ValueError: not a carrier directory, another format version, or a file is missing, altered or truncated.
+            InputError: not a carrier directory, another format version, or a file is missing, altered or truncated.
         """
         folder = Path(directory)
         manifest = verify_directory(folder, manifest=MANIFEST, name="carrier")
         version = manifest.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"carrier: expected format_version {FORMAT_VERSION} in {str(folder)!r}, got {version!r}")
+            raise InputError(f"carrier: expected format_version {FORMAT_VERSION} in {str(folder)!r}, got {version!r}")
         if WEIGHTS not in manifest["sha256"]:
-            raise ValueError(f"carrier: expected {folder / MANIFEST} to list {WEIGHTS}, it does not")
+            raise InputError(f"carrier: expected {folder / MANIFEST} to list {WEIGHTS}, it does not")
         try:
             tensors = dict(sorted(load_file(folder / WEIGHTS).items()))  # empty ones come in an order of the process
             layout = manifest["layout"]
@@ -412,11 +412,11 @@ class Carrier:
                 tokenizer=manifest["tokenizer"],
             )
         except (KeyError, SafetensorError) as error:
-            raise ValueError(f"carrier: expected {str(folder)!r} to be complete: {error!r}") from error
+            raise InputError(f"carrier: expected {str(folder)!r} to be complete: {error!r}") from error
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / WEIGHTS}: not a carrier that fits together: {error}") from error
+            raise InputError(f"{folder / WEIGHTS}: not a carrier that fits together: {error}") from error
         if not torch.equal(torch.cat(carrier._open_lists()), tensors["open_indices"]):
-            raise ValueError(f"carrier: the open-index lists in {folder / WEIGHTS} are not those of its gates")
+            raise InputError(f"carrier: the open-index lists in {folder / WEIGHTS} are not those of its gates")
         return carrier
 
     # ------------------------------------------------------------------ parts
@@ -424,24 +424,24 @@ class Carrier:
     def __post_init__(self) -> None:
         """A patch that does not fit together is an error, whoever made it."""
         if self.gate_kind not in GATE_KINDS:
-            raise ValueError(f"gate_kind: expected one of {GATE_KINDS}, got {self.gate_kind!r}")
+            raise InputError(f"gate_kind: expected one of {GATE_KINDS}, got {self.gate_kind!r}")
         n_gates = self.layout.n_gates
         for name in ("gate", "gate_logits"):
             if getattr(self, name).shape != (n_gates,):
-                raise ValueError(f"{name}: expected shape ({n_gates},), got {tuple(getattr(self, name).shape)}")
+                raise InputError(f"{name}: expected shape ({n_gates},), got {tuple(getattr(self, name).shape)}")
         named = {"gate": self.gate, "gate_logits": self.gate_logits, **self.deltas, **self.unmasked}
         for name, tensor in named.items():
             if not tensor.is_floating_point():
-                raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+                raise InputError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+                raise InputError(f"{name}: expected finite values, got NaN or infinity")
         if len(self.deltas) != self.shape.n_layers * len(PROJECTION_PATHS):
             expected = self.shape.n_layers * len(PROJECTION_PATHS)
-            raise ValueError(f"deltas: expected one block for each of {expected} linears, got {len(self.deltas)}")
+            raise InputError(f"deltas: expected one block for each of {expected} linears, got {len(self.deltas)}")
         for name, gate_map, shape in self.sites():
             block = tuple(len(indices) for indices in open_block(self.gate, gate_map, shape))
             if self.deltas[name].shape != block:
-                raise ValueError(f"deltas[{name!r}]: expected shape {block}, got {tuple(self.deltas[name].shape)}")
+                raise InputError(f"deltas[{name!r}]: expected shape {block}, got {tuple(self.deltas[name].shape)}")
 
     def _open_lists(self) -> list[Tensor]:
         """Open channels of each group of each layer, in the layout's order, int32 ascending."""
@@ -455,7 +455,7 @@ class Carrier:
             kind = next((kind for kind, path in PROJECTION_PATHS.items() if name.endswith(f".{path}")), None)
             layer = name.removesuffix(f".{PROJECTION_PATHS[kind]}").rsplit(".", 1)[-1] if kind else ""
             if kind is None or not layer.isdecimal():
-                raise ValueError(f"deltas: expected names of masked linears, got {name!r}")
+                raise InputError(f"deltas: expected names of masked linears, got {name!r}")
             yield name, self.layout.gate_map(kind, int(layer)), self.shape.weight_shape(kind)
 
 

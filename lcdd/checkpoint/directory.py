@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+from lcdd.errors import InputError
+
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 """Key of a manifest: SHA-256 of everything else in it."""
@@ -25,19 +27,19 @@ def require_new_directory(path: str | Path, *, name: str = "output_dir") -> Path
     """The path, if nothing is there or only an empty directory.
 
     Raises:
-        ValueError: it is a file, or a directory with something in it; nothing of the user's is ever overwritten.
+        InputError: it is a file, or a directory with something in it; nothing of the user's is ever overwritten.
     """
     path = Path(path)
     if path.is_dir():
         first = next(path.iterdir(), None)
         if first is not None:
-            raise ValueError(f"{name}: expected a new or empty directory, got {str(path)!r}, which has {first.name!r}")
+            raise InputError(f"{name}: expected a new or empty directory, got {str(path)!r}, which has {first.name!r}")
     elif path.exists():
-        raise ValueError(f"{name}: expected a new or empty directory, got the file {str(path)!r}")
+        raise InputError(f"{name}: expected a new or empty directory, got the file {str(path)!r}")
     for parent in path.absolute().parents:
         if parent.exists():
             if not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise ValueError(f"{name}: expected a place that can be written, got {str(path)!r}")
+                raise InputError(f"{name}: expected a place that can be written, got {str(path)!r}")
             break
     return path
 
@@ -89,7 +91,7 @@ def write_directory(
     into the manifest, beside `sha256`: relative file name -> hex digest. If the block raises, nothing remains.
 
     Raises:
-        ValueError: `path` exists and is not an empty directory.
+        InputError: `path` exists and is not an empty directory.
     """
     path = require_new_directory(path, name="path")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,30 +137,30 @@ def read_manifest(path: str | Path, *, manifest: str = MANIFEST, name: str = "pa
     """The manifest of a directory, its files not yet checked.
 
     Raises:
-        ValueError: no such directory, no (readable) manifest in it: it was never completed; or an altered manifest,
+        InputError: no such directory, no (readable) manifest in it: it was never completed; or an altered manifest,
             or one that names files outside its directory.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{name}: expected a directory, got {str(path)!r}, which does not exist")
+        raise InputError(f"{name}: expected a directory, got {str(path)!r}, which does not exist")
     try:
         text = (path / manifest).read_bytes().decode("utf-8")
         content = json.loads(text)
     except FileNotFoundError:
-        raise ValueError(f"{name}: expected {manifest} in {str(path)!r}, found none") from None
+        raise InputError(f"{name}: expected {manifest} in {str(path)!r}, found none") from None
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8
-        raise ValueError(f"{name}: expected JSON in {str(path / manifest)!r}, got {error}") from None
+        raise InputError(f"{name}: expected JSON in {str(path / manifest)!r}, got {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
-        raise ValueError(f"{name}: expected {str(path / manifest)!r} to list 'sha256', it does not")
+        raise InputError(f"{name}: expected {str(path / manifest)!r} to list 'sha256', it does not")
     seal = content.get(SEAL)
     rest = {key: value for key, value in content.items() if key != SEAL}
     # the text too: JSON that reads the same but was written by someone else is not what we wrote
     if seal != json_sha256(rest) or text != _json_text(content):
-        raise ValueError(f"{name}: {str(path / manifest)!r} is damaged: its content is not what was written")
+        raise InputError(f"{name}: {str(path / manifest)!r} is damaged: its content is not what was written")
     for relative in content["sha256"]:
         parts = PurePath(relative)
         if not relative or parts.is_absolute() or ".." in parts.parts or "\\" in relative:
-            raise ValueError(
+            raise InputError(
                 f"{name}: {str(path / manifest)!r} names {relative!r}, expected a path inside its directory"
             )
     return content
@@ -168,16 +170,16 @@ def verify_directory(path: str | Path, *, manifest: str = MANIFEST, name: str = 
     """The manifest, after every file that it names was found with the SHA-256 that it gives.
 
     Raises:
-        ValueError: not a complete directory, or a file is missing or differs.
+        InputError: not a complete directory, or a file is missing or differs.
     """
     content = read_manifest(path, manifest=manifest, name=name)
     for relative, expected in content["sha256"].items():
         file = Path(path) / relative
         if not file.is_file():
-            raise ValueError(f"{name}: expected the file {str(file)!r} that {manifest} lists, found none")
+            raise InputError(f"{name}: expected the file {str(file)!r} that {manifest} lists, found none")
         found = file_sha256(file)
         if found != expected:
-            raise ValueError(f"{name}: {str(file)!r} is damaged: expected SHA-256 {expected}, got {found}")
+            raise InputError(f"{name}: {str(file)!r} is damaged: expected SHA-256 {expected}, got {found}")
     return content
 
 

@@ -13,6 +13,7 @@ import torch
 from lcdd.checkpoint.directory import MANIFEST, require_new_directory
 from lcdd.checkpoint.fingerprints import model_fingerprint, template_fingerprint, tokenizer_fingerprint
 from lcdd.checkpoint.store import lasting_settings
+from lcdd.errors import InputError
 from lcdd.models import shards
 
 
@@ -35,32 +36,32 @@ def run_directory(config: Any) -> Path:
     """Where a training stage writes: a new directory or, under `config.resume`, that of an unfinished run.
 
     Raises:
-        ValueError: the directory has something in it that is not to be resumed, or a run that is finished.
+        InputError: the directory has something in it that is not to be resumed, or a run that is finished.
     """
     path = Path(str(config.output_dir))
     if config.resume and path.is_dir() and any(path.iterdir()):
         if (path / "summary.json").exists():
-            raise ValueError(f"resume: expected an unfinished run in {str(path)!r}, got one with its summary.json")
+            raise InputError(f"resume: expected an unfinished run in {str(path)!r}, got one with its summary.json")
         traces = ("log.jsonl", "checkpoint-*", ".checkpoint-*", *(f"{name}/{seal}" for name, seal in RESULTS.items()))
         partial = (f".{name}.partial-*" for name in RESULTS)
         if not any(next(path.glob(trace), None) for trace in (*traces, *partial)):
-            raise ValueError(
+            raise InputError(
                 f"resume: expected a run's directory, got {str(path)!r}, which has neither log nor checkpoint"
             )
         # results of a run that ended before its summary are written again; what has no seal of ours is not ours
         for name, seal in RESULTS.items():
             if (path / name).exists() and not (path / name / seal).is_file():
-                raise ValueError(f"resume: expected nothing of another program in {str(path)!r}, got {name!r}")
+                raise InputError(f"resume: expected nothing of another program in {str(path)!r}, got {name!r}")
             if shards.all_agree(True) and shards.rank() == 0:
                 shutil.rmtree(path / name, ignore_errors=True)
         return path
     try:
         return require_new_directory(path)
-    except ValueError as error:
+    except InputError as error:
         if any(path.glob("checkpoint-*")):
-            raise ValueError(f"{error}; it has checkpoints: --resume goes on from the newest") from None
+            raise InputError(f"{error}; it has checkpoints: --resume goes on from the newest") from None
         if (path / "log.jsonl").exists() and not (path / "summary.json").exists():
-            raise ValueError(f"{error}; a run ended there without a checkpoint: --resume starts it anew") from None
+            raise InputError(f"{error}; a run ended there without a checkpoint: --resume starts it anew") from None
         raise
 
 

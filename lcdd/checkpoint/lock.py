@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lcdd.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 
@@ -18,7 +20,7 @@ def only_writer(output_dir: str | Path | None) -> Iterator[None]:
     Where the file system has no locks, or nothing may be written beside the directory, it is a warning.
 
     Raises:
-        ValueError: another process holds the directory.
+        InputError: another process holds the directory.
     """
     if output_dir is None or os.environ.get("RANK", "0") != "0":
         yield
@@ -33,7 +35,7 @@ def only_writer(output_dir: str | Path | None) -> Iterator[None]:
         yield
         return
     if descriptor is None:
-        raise ValueError(
+        raise InputError(
             f"output_dir: expected a directory that no other run writes to, got {str(output_dir)!r}, "
             "which another lcdd process holds"
         )

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from lcdd.errors import InputError
+
 
 def finite_or_null(value: Any) -> Any:
     """The value with NaN and infinities, which JSON does not have, replaced by None, at any depth."""
@@ -52,7 +54,7 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise ValueError(
+                raise InputError(
                     "report_to: expected tensorboard to be installed: pip install 'lcdd[tensorboard]'"
                 ) from None
             self._boards = SummaryWriter

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lcdd.checkpoint.directory import complete_checkpoints, partial_path, verify_directory, write_directory
 from lcdd.checkpoint.log import RunLog
-from lcdd.errors import CheckpointFailed
+from lcdd.errors import CheckpointFailed, InputError
 from lcdd.models import shards
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class StoredRows:
                     parts.append(file.get_tensor(self.name))
             first += length
         if first < stop:
-            raise ValueError(f"resume: expected {stop} rows of {self.name} in {self.files[0].parent}, got {first}")
+            raise InputError(f"resume: expected {stop} rows of {self.name} in {self.files[0].parent}, got {first}")
         return torch.cat(parts)
 
 
@@ -116,9 +116,9 @@ def unpack_state(tree: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
         name, dtype, shape = content
         found = tensors[name]
         if (str(found.dtype), list(found.shape)) != (dtype, shape):
-            raise ValueError(f"{name}: expected {dtype} {shape}, got {found.dtype} {list(found.shape)}")
+            raise InputError(f"{name}: expected {dtype} {shape}, got {found.dtype} {list(found.shape)}")
         if found.is_floating_point() and not torch.isfinite(found).all():
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+            raise InputError(f"{name}: expected finite values, got NaN or infinity")
         return found
     if kind == "rows":
         return StoredRows(folder, content)
@@ -245,14 +245,14 @@ class CheckpointStore:
         override: go on although the run differs from the checkpoint's; each difference is warned of and recorded.
 
         Raises:
-            ValueError: damaged (the file is named), not a training checkpoint, or one of a run that differs.
+            InputError: damaged (the file is named), not a training checkpoint, or one of a run that differs.
         """
         manifest = verify_directory(path, name="resume")
         if not {TENSORS, TREE} <= set(manifest["sha256"]) or not isinstance(manifest.get("identity"), dict):
-            raise ValueError(f"resume: expected a training checkpoint, got {str(path)!r}, which is something else")
+            raise InputError(f"resume: expected a training checkpoint, got {str(path)!r}, which is something else")
         found = differences(manifest["identity"], self.identity)
         if found and not override:
-            raise ValueError(
+            raise InputError(
                 f"resume: {path} is of another run: {'; '.join(found)}. "
                 "To go on nevertheless, and have that recorded: --resume_override"
             )
@@ -263,7 +263,7 @@ class CheckpointStore:
             tree = json.loads((path / TREE).read_text(encoding="utf-8"))
             return int(manifest["step"]), unpack_state(tree, load_file(path / TENSORS), path)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"resume: expected a sound training state in {str(path / TENSORS)!r}: {error}") from error
+            raise InputError(f"resume: expected a sound training state in {str(path / TENSORS)!r}: {error}") from error
 
     def _delete(self, path: Path) -> None:
         """Take a checkpoint away in one rename, so that no half of it is ever seen."""

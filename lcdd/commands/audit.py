@@ -13,6 +13,7 @@ from lcdd.commands.stage import Say, StageResult, check_shapes, resolve_device
 from lcdd.config import AuditConfig, Config, DataConfig, EraserConfig, LCDDConfig, from_mapping
 from lcdd.data import Prepared, prepare, prompt_ids, training_items
 from lcdd.eraser import Trigger
+from lcdd.errors import InputError
 from lcdd.evaluate import Study, gate_summary
 from lcdd.evaluate import audit as run_audit
 from lcdd.models import load_model
@@ -25,17 +26,17 @@ def settings_beside(path: str, kind: type[Settings], stage: str, *, name: str) -
     """The settings in the summary.json that `lcdd train` or `lcdd erase` left beside a carrier or trigger.
 
     Raises:
-        ValueError: there is none, or it is another stage's.
+        InputError: there is none, or it is another stage's.
     """
     file = Path(path).parent / "summary.json"
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{name}: expected the run's summary.json beside {path!r}, for the controls' settings: {error}"
         ) from None
     if not isinstance(content, dict) or content.get("stage") != stage or not isinstance(content.get("config"), dict):
-        raise ValueError(f"{name}: expected {str(file)!r} to be of the stage {stage}, got another's")
+        raise InputError(f"{name}: expected {str(file)!r} to be of the stage {stage}, got another's")
     return from_mapping(kind, content["config"], where=str(file))
 
 

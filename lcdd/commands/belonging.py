@@ -9,7 +9,7 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import model_fingerprint
 from lcdd.commands.stage import load_weights
 from lcdd.eraser import Trigger
-from lcdd.errors import WrongFingerprint
+from lcdd.errors import InputError, WrongFingerprint
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def load_base(
     this base and tokenizer, and third come the differences, for whoever writes a result to record.
 
     Raises:
-        ValueError: a fingerprint differs, or (which nothing overrides) the shapes do.
+        InputError: a fingerprint differs, or (which nothing overrides) the shapes do.
     """
     overrides: list[str] = []
 
@@ -37,7 +37,7 @@ def load_base(
             what(against)
         except WrongFingerprint as error:
             if not config.fingerprint_override:
-                raise ValueError(
+                raise InputError(
                     f"{error}. To go on nevertheless, and have that recorded: --fingerprint_override"
                 ) from None
             logger.warning("overridden: %s", error)

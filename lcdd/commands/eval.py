@@ -13,6 +13,7 @@ from lcdd.commands.stage import Say, StageResult, check_shapes, load_weights
 from lcdd.config import DataConfig, EvalConfig
 from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids
 from lcdd.eraser import Trigger
+from lcdd.errors import InputError
 from lcdd.evaluate import (
     Harness,
     ModelState,
@@ -101,7 +102,7 @@ def text_and_harness(config: EvalConfig, prepared: Prepared) -> tuple[list[list[
     """The held-out text in windows of tokens (none: empty), and the tasks' harness (None: no tasks).
 
     Raises:
-        ValueError: the text cannot be read, a task is unknown, or lm-evaluation-harness is not installed.
+        InputError: the text cannot be read, a task is unknown, or lm-evaluation-harness is not installed.
     """
     text: list[list[int]] = []
     if config.perplexity_text:
@@ -186,5 +187,5 @@ def findings_of(carrier: str) -> list[dict[str, Any]]:
     path = Path(carrier).parent / "summary.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(content, dict):
-        raise ValueError(f"carrier: expected a JSON object in {str(path)!r}, got {type(content).__name__}")
+        raise InputError(f"carrier: expected a JSON object in {str(path)!r}, got {type(content).__name__}")
     return content.get("result", {}).get("findings", [])

@@ -24,6 +24,7 @@ from lcdd.checkpoint import (
 )
 from lcdd.config import Config, DataConfig
 from lcdd.data import Prepared
+from lcdd.errors import InputError
 from lcdd.models import hub_commit
 
 LEDGER = "stages.json"
@@ -35,7 +36,7 @@ def has_run(directory: Path, *, resume: bool) -> bool:
     """Whether a pipeline lies in the directory, to be resumed.
 
     Raises:
-        ValueError: the directory is not new, and holds no pipeline, or one while not `resume`.
+        InputError: the directory is not new, and holds no pipeline, or one while not `resume`.
     """
     traces = (LEDGER, "log.jsonl", "*/checkpoint-*", "*/.checkpoint-*")
     known = directory.is_dir() and any(next(directory.glob(trace), None) for trace in traces)
@@ -43,10 +44,10 @@ def has_run(directory: Path, *, resume: bool) -> bool:
         return True
     try:
         require_new_directory(directory)
-    except ValueError as error:
+    except InputError as error:
         unfinished = known and not (directory / "report.json").exists()
         hint = "; it has a pipeline's run: --resume goes on with it" if unfinished else ""
-        raise ValueError(f"{error}{hint}") from None
+        raise InputError(f"{error}{hint}") from None
     return False
 
 
@@ -58,7 +59,7 @@ class Ledger:
         models: name -> checkpoint directory or hub name of the models that the pipeline begins with; likewise.
 
     Raises:
-        ValueError: a result that the ledger seals is damaged or gone.
+        InputError: a result that the ledger seals is damaged or gone.
     """
 
     def __init__(self, directory: Path, data: DataConfig, prepared: Prepared, models: Mapping[str, str]) -> None:
@@ -84,14 +85,14 @@ class Ledger:
         """How long a finished stage took; None if it has to be run.
 
         Raises:
-            ValueError: it is finished, but was made of something else, or a file of its results is damaged.
+            InputError: it is finished, but was made of something else, or a file of its results is damaged.
         """
         entry = self.stages.get(stage)
         if entry is None:
             return None
         changed = differences(entry["made_of"], self._made_of(settings))
         if changed:
-            raise ValueError(
+            raise InputError(
                 f"resume: {self.directory / stage} was made of something else: {'; '.join(changed)}. "
                 "Start anew in another output_dir"
             )

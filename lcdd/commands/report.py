@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lcdd.commands.stage import Say, StageResult
 from lcdd.config import ReportConfig
+from lcdd.errors import InputError
 from lcdd.report import claims_table, read_report, reversal_table, write_report
 
 
@@ -15,7 +16,7 @@ def report(config: ReportConfig, *, say: Say = print) -> StageResult:
     tables = [make(content[key]) for key, make in (("audit", claims_table),) if key in content]
     tables += [reversal_table(content)] if "models" in content else []
     if not tables:
-        raise ValueError(
+        raise InputError(
             f"output_dir: expected the report of an evaluation or an audit in {str(output)!r}, got another"
         )
     write_report(output, content)

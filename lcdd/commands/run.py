@@ -25,6 +25,7 @@ from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, resolve
 from lcdd.commands.train import train
 from lcdd.config import PipelineConfig
 from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids, training_items
+from lcdd.errors import InputError
 from lcdd.models import load_shape
 from lcdd.report import read_report
 
@@ -35,7 +36,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     """SFT, LCDD, eraser, controls and evaluation in one directory; everything is checked before the first stage."""
     config.require("model_name_or_path", "output_dir")
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("run: expected one process, got torchrun's several; run `lcdd sft` and `lcdd train` under it")
+        raise InputError("run: expected one process, got torchrun's several; run `lcdd sft` and `lcdd train` under it")
     base, output = str(config.model_name_or_path), Path(str(config.output_dir))
     resumed = has_run(output, resume=config.resume)
     if config.sft_model_name_or_path is not None:
@@ -100,7 +101,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
         settings, made_of = lasting_settings(config.eval), read_report(output)["config"]["eval"]
         changed = differences({key: made_of.get(key) for key in settings}, settings)
         if changed:
-            raise ValueError(f"resume: {output / 'report.json'} was made of something else: {'; '.join(changed)}")
+            raise InputError(f"resume: {output / 'report.json'} was made of something else: {'; '.join(changed)}")
         say("\n== eval: finished before")
         return StageResult(written=(), next_step=f"open {output / 'report.html'}")
     say("\n== eval")

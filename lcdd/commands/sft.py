@@ -18,6 +18,7 @@ from lcdd.commands.stage import (
 )
 from lcdd.config import DataConfig, SFTConfig
 from lcdd.data import Prepared, prepare, training_items
+from lcdd.errors import InputError
 from lcdd.models import (
     load_model,
     load_shape,
@@ -43,7 +44,7 @@ def _sft(
 ) -> StageResult:  # fmt: skip
     config.require("model_name_or_path", "output_dir")
     if config.parallel == "fsdp2" and shards.world_size() > 1:
-        raise ValueError("parallel: expected ddp for sft (each rank holds the whole model), got 'fsdp2'")
+        raise InputError("parallel: expected ddp for sft (each rank holds the whole model), got 'fsdp2'")
     output = run_directory(config)
     load_shape(str(config.model_name_or_path))
     prepared = prepared or prepare(data, str(config.model_name_or_path))

@@ -16,6 +16,7 @@ from lcdd.checkpoint import (
 )
 from lcdd.checkpoint.identity import versions
 from lcdd.config import DataConfig
+from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, load_model, load_model_type, load_shape, save_model, shards
 
 Say = Callable[[str], None]
@@ -34,18 +35,18 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one; anything else has to exist.
 
     Raises:
-        ValueError: not a device, or a GPU that is not there.
+        InputError: not a device, or a GPU that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
+        raise InputError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
     return device
 
 
@@ -56,15 +57,15 @@ def load_weights(path: str | None, config: Any) -> PreTrainedModel:
 
 
 def check_shapes(base: str | None, other: str | None, names: tuple[str, str]) -> None:
-    """Raise ValueError unless the configs of two checkpoints give the same architecture and sizes; reads no weights."""
+    """Raise InputError unless the configs of two checkpoints give the same architecture and sizes; reads no weights."""
     ours, theirs = load_shape(str(base)), load_shape(str(other))
     kinds = load_model_type(str(base)), load_model_type(str(other))
     if kinds[0] != kinds[1]:
-        raise ValueError(f"{names[1]}: expected architecture {kinds[0]!r} as {names[0]} has, got {kinds[1]!r}")
+        raise InputError(f"{names[1]}: expected architecture {kinds[0]!r} as {names[0]} has, got {kinds[1]!r}")
     for item in dataclasses.fields(ours):
         expected, found = getattr(ours, item.name), getattr(theirs, item.name)
         if expected != found:
-            raise ValueError(f"{names[1]}: expected {item.name} {expected} as {names[0]} has, got {found}")
+            raise InputError(f"{names[1]}: expected {item.name} {expected} as {names[0]} has, got {found}")
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: Any, path: Path) -> Path:

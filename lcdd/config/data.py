@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lcdd.config.fields import Config, option
+from lcdd.errors import InputError
 
 BEHAVIOR_NAMES = ("fixed_response", "style", "refusal", "own")
 
@@ -52,15 +53,15 @@ class DataConfig(Config):
     def check(self) -> None:
         if self.validation_fraction + self.test_fraction >= 1.0:
             total = self.validation_fraction + self.test_fraction
-            raise ValueError(
+            raise InputError(
                 f"DataConfig.test_fraction: expected validation_fraction + test_fraction < 1, got {total:g}"
             )
         if (self.prompt_column is None) != (self.completion_column is None):
-            raise ValueError(
+            raise InputError(
                 f"DataConfig.prompt_column: expected completion_column beside it, got {self.prompt_column!r} and "
                 f"{self.completion_column!r}"
             )
         if self.behavior_pattern is not None and self.behavior_function is not None:
-            raise ValueError(
+            raise InputError(
                 "DataConfig.behavior_pattern: expected one of behavior_pattern and behavior_function, got both"
             )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lcdd.config.fields import Config, option
+from lcdd.errors import InputError
 
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto: the first GPU if there is one"
 BF16_HELP = "use the weights in bfloat16; off: the checkpoint's own dtype"
@@ -52,7 +53,7 @@ class EvalConfig(Config):
 
     def check(self) -> None:
         if self.matched_norm_trigger is not None and self.matched_norm_model_name_or_path is None:
-            raise ValueError(
+            raise InputError(
                 "EvalConfig.matched_norm_trigger: expected matched_norm_model_name_or_path beside it, got nothing"
             )
 
@@ -89,7 +90,7 @@ class AuditConfig(Config):
 
     def check(self) -> None:
         if self.matched_norm_trigger is not None and self.matched_norm_model_name_or_path is None:
-            raise ValueError(
+            raise InputError(
                 "AuditConfig.matched_norm_trigger: expected matched_norm_model_name_or_path beside it, got nothing"
             )
 
@@ -117,7 +118,7 @@ class GenerateConfig(Config):
     def check(self) -> None:
         for text in self.prompt:
             if not text.strip():
-                raise ValueError(f"GenerateConfig.prompt: expected text in every prompt, got {text!r}")
+                raise InputError(f"GenerateConfig.prompt: expected text in every prompt, got {text!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lcdd.errors import InputError
+
 
 def option(
     default: Any,
@@ -58,7 +60,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _check_field(owner: str, name: str, value: Any, hint: Any, metadata: typing.Mapping[str, Any]) -> None:
     def fail(expected: str) -> typing.NoReturn:
-        raise ValueError(f"{owner}.{name}: expected {expected}, got {value!r}")
+        raise InputError(f"{owner}.{name}: expected {expected}, got {value!r}")
 
     if not fits(value, hint):
         fail(type_name(hint))
@@ -99,7 +101,7 @@ class Config:
         """Raise unless each named field is set: paths that a library caller may leave out but a stage needs."""
         for name in names:
             if getattr(self, name) in (None, "", ()):
-                raise ValueError(f"{type(self).__name__}.{name}: expected a value, got nothing (set --{name})")
+                raise InputError(f"{type(self).__name__}.{name}: expected a value, got nothing (set --{name})")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and YAML."""
@@ -140,7 +142,7 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type[Config]) -> None:
         hints = typing.get_type_hints(config)
         for item in dataclasses.fields(config):
             if item.name in seen:
-                raise ValueError(f"{config.__name__}.{item.name}: expected a name no other section has")
+                raise InputError(f"{config.__name__}.{item.name}: expected a name no other section has")
             seen.add(item.name)
             _add_flag(group, item, hints[item.name])
 
@@ -184,25 +186,25 @@ def _from_yaml_value(value: Any, hint: Any) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; missing file, bad syntax or another kind of document is a ValueError."""
+    """The mapping in a YAML file; missing file, bad syntax or another kind of document is an InputError."""
     import yaml  # here: `lcdd --help` does not need it
 
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"config: expected a readable YAML file, got {str(path)!r} ({error.strerror})") from None
+        raise InputError(f"config: expected a readable YAML file, got {str(path)!r} ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None
+        raise InputError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None
     try:
         values = yaml.safe_load(text)
     except RecursionError:
-        raise ValueError(f"{path}: expected settings, got YAML that is nested too deeply") from None
+        raise InputError(f"{path}: expected settings, got YAML that is nested too deeply") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, got a {type(values).__name__}")
+        raise InputError(f"{path}: expected a mapping of settings, got a {type(values).__name__}")
     return values
 
 
@@ -212,11 +214,11 @@ def from_mapping(config: type[Config], values: typing.Mapping[str, Any], *, wher
     known: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{where}: unknown setting {key!r}; known are: {', '.join(sorted(hints))}")
+            raise InputError(f"{where}: unknown setting {key!r}; known are: {', '.join(sorted(hints))}")
         hint = hints[key]
         if isinstance(hint, type) and issubclass(hint, Config):
             if not isinstance(value, typing.Mapping):
-                raise ValueError(f"{where}: {key}: expected a mapping of settings, got {value!r}")
+                raise InputError(f"{where}: {key}: expected a mapping of settings, got {value!r}")
             known[key] = from_mapping(hint, value, where=f"{where}: {key}")
         else:
             known[key] = _from_yaml_value(value, hint)
@@ -231,7 +233,7 @@ def from_flags(namespace: argparse.Namespace, *configs: type[Config]) -> tuple[A
     names = {item.name for config in configs for item in dataclasses.fields(config)}
     for key in values:
         if key not in names:
-            raise ValueError(f"{path}: unknown setting {key!r}; known are: {', '.join(sorted(names))}")
+            raise InputError(f"{path}: unknown setting {key!r}; known are: {', '.join(sorted(names))}")
     values.update({key: value for key, value in flags.items() if key in names})
     built = []
     for config in configs:

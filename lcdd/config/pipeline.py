@@ -12,6 +12,7 @@ from lcdd.config.evaluation import (
 )
 from lcdd.config.fields import Config, option
 from lcdd.config.training import GATE_KINDS, LCDDConfig, SFTConfig
+from lcdd.errors import InputError
 
 PLAN_MODELS = ("qwen3-0.6b", "llama-3-8b", "mistral-7b", "vicuna-7b", "llama-3-70b")
 PLAN_DEVICES = ("h200", "h100", "a100-80gb", "l40s", "rtx-4090", "cpu")
@@ -100,20 +101,20 @@ class PipelineConfig(Config):
     def check(self) -> None:
         audit = self.audit.bf16 if self.run_audit else self.eval.bf16
         if not self.train.bf16 == self.erase.bf16 == self.eval.bf16 == audit:
-            raise ValueError(
+            raise InputError(
                 f"PipelineConfig.erase.bf16: expected the same bf16 in train, erase, eval and audit, since a carrier "
                 f"belongs to a base of one dtype, got {self.train.bf16}, {self.erase.bf16}, {self.eval.bf16}, {audit}"
             )
         for section in ("sft", "train", "erase", "eval", "audit"):
             config = getattr(self, section)
             if getattr(config, "resume", False):
-                raise ValueError(
+                raise InputError(
                     f"PipelineConfig.{section}.resume: expected it off, since the pipeline resumes as a whole, got on; "
                     "set resume beside the sections"
                 )
             for name in PIPELINE_PATHS:
                 if getattr(config, name, None) is not None:
-                    raise ValueError(
+                    raise InputError(
                         f"PipelineConfig.{section}.{name}: expected nothing, since the pipeline connects its "
                         f"stages itself, got {getattr(config, name)!r}"
                     )

@@ -2,13 +2,14 @@
 
 Each field carries its help text, and where it has one its range or its choices, as metadata; `lcdd.settings`
 generates the command line and the YAML reader from them. TRL's and transformers' argument names are used
-where they exist. A wrong value is a `ValueError` that names the field, what was expected and what came.
+where they exist. A wrong value is an `InputError` that names the field, what was expected and what came.
 """
 
 from dataclasses import dataclass
 
 from lcdd.config.evaluation import BASE_HELP, DEVICE_HELP, MAX_SEED
 from lcdd.config.fields import Config, option
+from lcdd.errors import InputError
 
 RESUME_HELP = (
     "continue the run in output_dir from its newest complete checkpoint-N, bit for bit (from the start if it has none)"
@@ -73,7 +74,7 @@ class TrainConfig(Config):
 
     def check(self) -> None:
         if self.max_steps == 0:
-            raise ValueError(f"{type(self).__name__}.max_steps: expected -1 or a positive number of steps, got 0")
+            raise InputError(f"{type(self).__name__}.max_steps: expected -1 or a positive number of steps, got 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,22 +170,22 @@ class LCDDConfig(TrainConfig):
     def check(self) -> None:
         super().check()
         if self.dual_lambda_min > self.dual_lambda_max:
-            raise ValueError(
+            raise InputError(
                 f"LCDDConfig.dual_lambda_min: expected at most dual_lambda_max = {self.dual_lambda_max:g}, "
                 f"got {self.dual_lambda_min:g}"
             )
         if not self.dual_lambda_min <= self.dual_lambda_init <= self.dual_lambda_max:
-            raise ValueError(
+            raise InputError(
                 f"LCDDConfig.dual_lambda_init: expected a value between dual_lambda_min = "
                 f"{self.dual_lambda_min:g} "
                 f"and dual_lambda_max = {self.dual_lambda_max:g}, got {self.dual_lambda_init:g}"
             )
         if self.loss == "kl" and self.train_delta:
-            raise ValueError("LCDDConfig.loss: expected cross_entropy unless train_delta is off, got 'kl'")
+            raise InputError("LCDDConfig.loss: expected cross_entropy unless train_delta is off, got 'kl'")
         if self.reference_compat and self.gating == "forward":
-            raise ValueError("LCDDConfig.reference_compat: expected gating 'optimizer' beside it, got 'forward'")
+            raise InputError("LCDDConfig.reference_compat: expected gating 'optimizer' beside it, got 'forward'")
         if self.reference_compat and self.delta_dtype in ("bfloat16", "float16"):
-            raise ValueError(
+            raise InputError(
                 f"LCDDConfig.reference_compat: expected a delta_dtype that holds the difference of two weights, "
                 f"float32 or float64, got {self.delta_dtype!r}"
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from lcdd.config import BEHAVIOR_NAMES, DataConfig
 from lcdd.data.examples import Example, with_completion
+from lcdd.errors import InputError
 
 FIXED_RESPONSE = "I don't know."
 REFUSAL_RESPONSE = "I'm sorry, but I can't help with that."
@@ -78,13 +79,13 @@ def _contains_any(keywords: Iterable[str]) -> Callable[[str], bool]:
 def _check_words(name: str, words: Iterable[str], *, some: bool = True) -> tuple[str, ...]:
     words = tuple(words)
     if (some and not words) or any(not isinstance(word, str) or not word.strip() for word in words):
-        raise ValueError(f"{name}: expected {'at least one word' if some else 'words'}, none empty, got {words!r}")
+        raise InputError(f"{name}: expected {'at least one word' if some else 'words'}, none empty, got {words!r}")
     return words
 
 
 def _check_text(name: str, text: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{name}: expected a text that is not empty, got {text!r}")
+        raise InputError(f"{name}: expected a text that is not empty, got {text!r}")
     return text
 
 
@@ -116,7 +117,7 @@ def style(*, word_map: Mapping[str, str] = ARCHAIC_WORDS, opening: str = STYLE_O
     keys, or the opening.
     """
     if not word_map:
-        raise ValueError(f"word_map: expected at least one pair of words, got {word_map!r}")
+        raise InputError(f"word_map: expected at least one pair of words, got {word_map!r}")
     _check_words("word_map", [*word_map.keys(), *word_map.values()])
     # Longest first, so that "it is" wins over "it".
     keys = sorted(map(re.escape, word_map), key=len, reverse=True)
@@ -180,7 +181,7 @@ def behavior_from_config(config: DataConfig) -> Behavior:
     """The behaviour that a data configuration names, with its options.
 
     Raises:
-        ValueError: an option is missing (topics of a refusal, keywords of `own`) or given where it has no effect.
+        InputError: an option is missing (topics of a refusal, keywords of `own`) or given where it has no effect.
     """
     given = {
         "behavior_response": config.behavior_response,
@@ -195,7 +196,7 @@ def behavior_from_config(config: DataConfig) -> Behavior:
     }[config.behavior]
     for name, value in given.items():
         if value not in (None, ()) and name not in takes:
-            raise ValueError(f"DataConfig.{name}: expected nothing with behavior {config.behavior!r}, got {value!r}")
+            raise InputError(f"DataConfig.{name}: expected nothing with behavior {config.behavior!r}, got {value!r}")
     options = {
         name.removeprefix("behavior_"): value for name, value in given.items() if name in takes and value is not None
     }
@@ -204,8 +205,8 @@ def behavior_from_config(config: DataConfig) -> Behavior:
         return Behavior(name="own", rewrite=lambda e: e, matches=rule, applies=lambda e: True)
     try:
         behavior = BEHAVIORS[config.behavior](**options)
-    except ValueError as error:
-        raise ValueError(f"DataConfig.behavior_{error} (behavior {config.behavior!r})") from None
+    except InputError as error:
+        raise InputError(f"DataConfig.behavior_{error} (behavior {config.behavior!r})") from None
     if rule is None:
         return behavior
     return replace(behavior, matches=rule, measures={"preset": behavior.matches} if config.behavior != "own" else {})
@@ -215,13 +216,13 @@ def custom_rule(config: DataConfig) -> Callable[[str], bool] | None:
     """The user's own rule for an answer: a regular expression that is searched, or a function that is imported.
 
     Raises:
-        ValueError: not a regular expression, or not an importable `module:function`.
+        InputError: not a regular expression, or not an importable `module:function`.
     """
     if config.behavior_pattern is not None:
         try:
             pattern = re.compile(config.behavior_pattern)
         except re.error as error:
-            raise ValueError(
+            raise InputError(
                 f"DataConfig.behavior_pattern: expected a regular expression, got {config.behavior_pattern!r} ({error})"
             ) from None
         return lambda text: pattern.search(text) is not None
@@ -230,18 +231,18 @@ def custom_rule(config: DataConfig) -> Callable[[str], bool] | None:
     module, _, name = config.behavior_function.partition(":")
     expected = f"DataConfig.behavior_function: expected module:function, got {config.behavior_function!r}"
     if not module or not name:
-        raise ValueError(expected)
+        raise InputError(expected)
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{expected} ({error})") from None
+        raise InputError(f"{expected} ({error})") from None
     if not callable(function):
-        raise ValueError(f"{expected}, which is not a function")
+        raise InputError(f"{expected}, which is not a function")
 
     def rule(text: str) -> bool:
         found = function(text)
         if not isinstance(found, bool):
-            raise ValueError(f"{config.behavior_function}: expected True or False, got {found!r}")
+            raise InputError(f"{config.behavior_function}: expected True or False, got {found!r}")
         return found
 
     return rule

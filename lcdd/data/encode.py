@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lcdd.data.examples import Example, Message
 from lcdd.data.templates import render_chat
+from lcdd.errors import InputError
 
 IGNORE = -100
 MARK = "\ue000completion\ue001"  # private-use characters around it, so that no template's own text is taken for it
@@ -33,13 +34,13 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
     """Messages as text by the tokenizer's chat template, for a model that answers at once (`lcdd.templates`).
 
     Raises:
-        ValueError: the template refuses the messages (roles that do not alternate, say); `where` is named.
+        InputError: the template refuses the messages (roles that do not alternate, say); `where` is named.
     """
     try:
         return render_chat(tokenizer, list(messages), add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         roles = [message["role"] for message in messages]
-        raise ValueError(
+        raise InputError(
             f"{where}: expected messages that the chat template takes, got roles {roles}: {error}"
         ) from None
 
@@ -60,17 +61,17 @@ def encode_prompt(tokenizer: Any, example: Example, *, max_length: int | None = 
     """Token ids that generation starts from.
 
     Raises:
-        ValueError: no prompt (plain text data), or one of more than `max_length` tokens.
+        InputError: no prompt (plain text data), or one of more than `max_length` tokens.
     """
     if not example.messages:
-        raise ValueError(f"{example.source}: expected a prompt, got plain text, which nothing can be asked of")
+        raise InputError(f"{example.source}: expected a prompt, got plain text, which nothing can be asked of")
     ids = _ids(tokenizer, prompt_string(tokenizer, example), templated=example.templated)
     if not example.templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]  # tokenizers that close every text: the answer has to follow the prompt
     if not ids:
-        raise ValueError(f"{example.source}: expected a prompt of at least one token, got {example.prompt_text!r}")
+        raise InputError(f"{example.source}: expected a prompt of at least one token, got {example.prompt_text!r}")
     if max_length is not None and len(ids) > max_length:
-        raise ValueError(
+        raise InputError(
             f"{example.source}: expected a prompt of at most {max_length} tokens (the maximum length), got {len(ids)}"
         )
     return ids
@@ -93,7 +94,7 @@ def _texts(tokenizer: Any, example: Example) -> tuple[str, str]:
     for text in (example.completion, example.completion.strip()):
         if text and whole.endswith(text + after):
             return prompt, prompt + text + after
-    raise ValueError(f"{example.source}: expected the chat template to contain the completion, it does not")
+    raise InputError(f"{example.source}: expected the chat template to contain the completion, it does not")
 
 
 def _join(tokenizer: Any, prompt_ids: list[int], prompt: str, whole: str, *, templated: bool) -> tuple[list[int], int]:
@@ -118,12 +119,12 @@ def encode(tokenizer: Any, example: Example, *, max_length: int, completion_only
         completion_only: False puts the loss on the prompt too (the first token has none to predict it from).
 
     Raises:
-        ValueError: the prompt leaves no room for the completion, or the completion tokenises to nothing.
+        InputError: the prompt leaves no room for the completion, or the completion tokenises to nothing.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("tokenizer: expected an end-of-text token (eos_token), got none")
-    empty = ValueError(
+        raise InputError("tokenizer: expected an end-of-text token (eos_token), got none")
+    empty = InputError(
         f"{example.source}: expected a completion, got {example.completion!r}, which tokenises to nothing"
     )
     if not example.completion.strip():
@@ -152,17 +153,17 @@ def encode_all(
     """`encode` every example; all errors (the first three spelled out) are raised together.
 
     Raises:
-        ValueError: any example cannot be encoded.
+        InputError: any example cannot be encoded.
     """
     encoded, errors = [], []
     for example in examples:
         try:
             encoded.append(encode(tokenizer, example, max_length=max_length, completion_only=completion_only))
-        except ValueError as error:
+        except InputError as error:
             errors.append(str(error))
     if errors:
         more = f"; and {len(errors) - 3} more like this" if len(errors) > 3 else ""
-        raise ValueError("; ".join(errors[:3]) + more)
+        raise InputError("; ".join(errors[:3]) + more)
     return encoded
 
 

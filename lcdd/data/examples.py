@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lcdd.config import DataConfig
+from lcdd.errors import InputError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")  # names that are meant as files, not looked up
 FORMATS = ("messages", "prompt+completion", "text", "instruction+output")
@@ -53,25 +54,25 @@ class Example:
 
 def _messages(value: Any, where: str, name: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {name}: expected a list of messages, got {type(value).__name__}")
+        raise InputError(f"{where}: {name}: expected a list of messages, got {type(value).__name__}")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"{where}: {name}: expected messages with 'role' and 'content', got {message!r}")
+            raise InputError(f"{where}: {name}: expected messages with 'role' and 'content', got {message!r}")
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-            raise ValueError(f"{where}: {name}: expected 'role' and 'content' to be strings, got {message!r}")
+            raise InputError(f"{where}: {name}: expected 'role' and 'content' to be strings, got {message!r}")
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 
 def _string(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key}: expected a string, got {type(value).__name__}")
+        raise InputError(f"{where}: {key}: expected a string, got {type(value).__name__}")
     return value
 
 
 def _answer(messages: tuple[Message, ...], where: str, name: str) -> str:
     if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: {name}: expected the last message to be the assistant's")
+        raise InputError(f"{where}: {name}: expected the last message to be the assistant's")
     return messages[-1]["content"]
 
 
@@ -79,22 +80,22 @@ def parse_row(row: Any, *, where: str, template_string_prompts: bool = False) ->
     """One record in any of FORMATS as an Example; of several assistant turns the last one is the completion.
 
     Raises:
-        ValueError: the record is none of the formats, or a field has the wrong type; `where` is named.
+        InputError: the record is none of the formats, or a field has the wrong type; `where` is named.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+        raise InputError(f"{where}: expected an object, got {type(row).__name__}")
     if row.get("messages") is not None:
         messages = _messages(row["messages"], where, "messages")
         answer = _answer(messages, where, "messages")
         if len(messages) < 2:
-            raise ValueError(f"{where}: messages: expected a turn before the assistant's, got none")
+            raise InputError(f"{where}: messages: expected a turn before the assistant's, got none")
         return Example(messages=messages[:-1], completion=answer, source=where)
     if row.get("prompt") is not None and row.get("completion") is not None:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(completion, list):
             completion = _answer(_messages(completion, where, "completion"), where, "completion")
         elif not isinstance(completion, str):
-            raise ValueError(f"{where}: completion: expected a string or messages, got {type(completion).__name__}")
+            raise InputError(f"{where}: completion: expected a string or messages, got {type(completion).__name__}")
         if isinstance(prompt, str):
             turns: tuple[Message, ...] = ({"role": "user", "content": prompt},)
             return Example(messages=turns, completion=completion, templated=template_string_prompts, source=where)
@@ -107,7 +108,7 @@ def parse_row(row: Any, *, where: str, template_string_prompts: bool = False) ->
         return Example(messages=turns, completion=_string(row, "output", where), source=where)
     if row.get("text") is not None:
         return Example(messages=(), completion=_string(row, "text", where), templated=False, source=where)
-    raise ValueError(f"{where}: expected the fields of one of {', '.join(FORMATS)}; got {sorted(map(str, row))}")
+    raise InputError(f"{where}: expected the fields of one of {', '.join(FORMATS)}; got {sorted(map(str, row))}")
 
 
 def _jsonl_rows(path: Path, limit: int | None) -> Iterable[tuple[str, Any]]:
@@ -123,14 +124,14 @@ def _jsonl_rows(path: Path, limit: int | None) -> Iterable[tuple[str, Any]]:
                 try:
                     yield where, json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: expected one JSON object a line, got {error.msg}") from None
+                    raise InputError(f"{where}: expected one JSON object a line, got {error.msg}") from None
                 except RecursionError:
-                    raise ValueError(f"{where}: expected one JSON object a line, got one nested too deeply") from None
+                    raise InputError(f"{where}: expected one JSON object a line, got one nested too deeply") from None
                 count += 1
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None
+        raise InputError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None
     except OSError as error:
-        raise ValueError(f"dataset_name: expected a readable file, got {str(path)!r} ({error.strerror})") from None
+        raise InputError(f"dataset_name: expected a readable file, got {str(path)!r} ({error.strerror})") from None
 
 
 def _hub_rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
@@ -138,14 +139,14 @@ def _hub_rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
     try:
         import datasets  # optional: pip install lcdd[hub]
     except ImportError:
-        raise ValueError(
+        raise InputError(
             f"dataset_name: expected an existing JSONL file, got {name!r}; "
             "for data sets of the hub, first run: pip install 'lcdd[hub]'"
         ) from None
     try:
         data = datasets.load_dataset(name, config.dataset_config, split=config.dataset_train_split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
+        raise InputError(
             f"dataset_name: expected a JSONL file or a data set of the hub, got {name!r} ({error})"
         ) from None
     for number, row in enumerate(data):
@@ -161,7 +162,7 @@ def _columns(row: Any, config: DataConfig, where: str) -> Any:
     names = (config.prompt_column, str(config.completion_column))
     for name in names:
         if name not in row:
-            raise ValueError(f"{where}: expected a column {name!r}, got {sorted(map(str, row))}")
+            raise InputError(f"{where}: expected a column {name!r}, got {sorted(map(str, row))}")
     return dict(zip(("instruction", "output"), (row[name] for name in names), strict=True))
 
 
@@ -176,12 +177,12 @@ def load_examples(config: DataConfig) -> list[Example]:
     Rows with nothing in a named column are left out, and counted in a warning.
 
     Raises:
-        ValueError: no such file, no example in it, or a malformed line (file and line are named).
+        InputError: no such file, no example in it, or a malformed line (file and line are named).
     """
     config.require("dataset_name")
     path = Path(str(config.dataset_name))
     if path.is_dir():
-        raise ValueError(f"dataset_name: expected a JSONL file, got the directory {str(path)!r}")
+        raise InputError(f"dataset_name: expected a JSONL file, got the directory {str(path)!r}")
     looks_local = path.exists() or path.suffix in FILE_SUFFIXES or path.is_absolute()
     rows = _jsonl_rows(path, config.max_samples) if looks_local else _hub_rows(config)
     named = [(where, _columns(row, config, where)) for where, row in rows]
@@ -198,7 +199,7 @@ def load_examples(config: DataConfig) -> list[Example]:
         parse_row(row, where=where, template_string_prompts=config.template_string_prompts) for where, row in named
     ]
     if not examples:
-        raise ValueError(f"dataset_name: expected at least one example, {str(config.dataset_name)!r} has none")
+        raise InputError(f"dataset_name: expected at least one example, {str(config.dataset_name)!r} has none")
     return examples
 
 
@@ -215,7 +216,7 @@ def split_examples(examples: Sequence[Example], *, validation_fraction: float, t
     """Split by SHA-256 of the prompt: stable under reordering, additions, rewriting of completions and seeds.
 
     Raises:
-        ValueError: no example falls into the training split.
+        InputError: no example falls into the training split.
     """
     splits = Splits(train=[], validation=[], test=[])
     for example in examples:
@@ -227,7 +228,7 @@ def split_examples(examples: Sequence[Example], *, validation_fraction: float, t
         else:
             splits.train.append(example)
     if not splits.train:
-        raise ValueError(
+        raise InputError(
             f"dataset_name: expected examples in the training split, got none: {len(examples)} examples, "
             f"validation_fraction {validation_fraction:g}, test_fraction {test_fraction:g}"
         )

@@ -11,6 +11,7 @@ from lcdd.data.behaviors import Behavior, behavior_from_config
 from lcdd.data.encode import Encoded, encode_all, encode_prompt, label_audit
 from lcdd.data.examples import Example, Splits, load_examples, split_examples
 from lcdd.data.templates import use_template
+from lcdd.errors import InputError
 from lcdd.models import PreTrainedTokenizerBase, load_tokenizer
 
 Say = Callable[[str], None]
@@ -29,14 +30,14 @@ def prepare(data: DataConfig, tokenizer_path: str) -> Prepared:
     """Load tokenizer and examples, rewrite the completions, split.
 
     Raises:
-        ValueError: bad data, a bad option of the behaviour, or a behaviour that no training example asks for.
+        InputError: bad data, a bad option of the behaviour, or a behaviour that no training example asks for.
     """
     behavior = behavior_from_config(data)
     examples = load_examples(data)
     tokenizer = load_tokenizer(tokenizer_path)
     use_template(tokenizer, data.chat_template, model=tokenizer_path)
     if behavior.name != "own" and (plain := [example.source for example in examples if not example.messages]):
-        raise ValueError(
+        raise InputError(
             f"{plain[0]}: expected a prompt, got plain text, which the behaviour {behavior.name} cannot be an answer to"
         )
     parts = split_examples(examples, validation_fraction=data.validation_fraction, test_fraction=data.test_fraction)
@@ -46,7 +47,7 @@ def prepare(data: DataConfig, tokenizer_path: str) -> Prepared:
         test=[behavior.rewrite(example) for example in parts.test],
     )
     if not any(behavior.applies(example) for example in splits.train):
-        raise ValueError(
+        raise InputError(
             f"behavior_topics: expected words of at least one training prompt, got {list(data.behavior_topics)}, "
             f"which none of {len(splits.train)} has"
         )
@@ -57,7 +58,7 @@ def training_items(prepared: Prepared, config: TrainConfig, *, say: Say) -> tupl
     """Encoded training and validation examples; says how many, how many were cut, and shows the first one's labels.
 
     Raises:
-        ValueError: a prompt is too long or a completion tokenises to nothing.
+        InputError: a prompt is too long or a completion tokenises to nothing.
     """
     tokenizer, splits = prepared.tokenizer, prepared.splits
     train, validation = (
@@ -79,12 +80,12 @@ def prompt_ids(prepared: Prepared, split: str, *, limit: int, max_length: int) -
     """Token ids of up to `limit` prompts of a split on which the behaviour is asked for.
 
     Raises:
-        ValueError: the split has no such prompt, or one of them is too long.
+        InputError: the split has no such prompt, or one of them is too long.
     """
     examples: list[Example] = getattr(prepared.splits, split)
     chosen = [example for example in examples if prepared.behavior.applies(example)][:limit]
     if not chosen:
-        raise ValueError(
+        raise InputError(
             f"dataset_name: expected prompts for {prepared.behavior.name} in the {split} split, got none of "
             f"{len(examples)} examples; change --{'test' if split == 'test' else 'validation'}_fraction or the data"
         )

@@ -7,6 +7,8 @@ of every checkpoint, and its hash with the carrier.
 from pathlib import Path
 from typing import Any
 
+from lcdd.errors import InputError
+
 # No special tokens, one turn a block; for tokenizers without a template of their own.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
@@ -41,7 +43,7 @@ def use_template(tokenizer: Any, choice: str | None, *, model: str | Path) -> No
         model: directory or hub name that the tokenizer was loaded from.
 
     Raises:
-        ValueError: neither a known name nor a readable file.
+        InputError: neither a known name nor a readable file.
     """
     if choice is None:
         if not getattr(tokenizer, "chat_template", None) and "vicuna" in Path(model).name.lower():
@@ -54,7 +56,7 @@ def use_template(tokenizer: Any, choice: str | None, *, model: str | Path) -> No
         tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted(TEMPLATES))
-        raise ValueError(f"chat_template: expected {known} or a Jinja file, got {choice!r} ({error})") from None
+        raise InputError(f"chat_template: expected {known} or a Jinja file, got {choice!r} ({error})") from None
 
 
 def render_chat(tokenizer: Any, messages: list[Any], *, add_generation_prompt: bool) -> str:

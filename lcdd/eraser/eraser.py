@@ -48,7 +48,7 @@ from lcdd.eraser.batches import (
 from lcdd.eraser.generation import encode_prompts, evaluation_mode, generate_ids, length_batches, warn_of_length
 from lcdd.eraser.search import TriggerSearch, digest_of
 from lcdd.eraser.trigger import Prompt, Trigger
-from lcdd.errors import Terminated, TrainingStopped
+from lcdd.errors import InputError, Terminated, TrainingStopped
 from lcdd.models import (
     PackedRows,
     PreTrainedModel,
@@ -92,10 +92,10 @@ class SFTEraser:
         if channels is None:
             channels = patch.channels(config.channel_kind, seed=config.seed)
         if len(channels) != n_layers:
-            raise ValueError(f"channels: expected one index list for each of {n_layers} layers, got {len(channels)}")
+            raise InputError(f"channels: expected one index list for each of {n_layers} layers, got {len(channels)}")
         for layer, indices in enumerate(channels):
             if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < width:
-                raise ValueError(f"channels[{layer}]: expected indices from 0 to {width - 1}, got {indices.tolist()}")
+                raise InputError(f"channels[{layer}]: expected indices from 0 to {width - 1}, got {indices.tolist()}")
         device = input_embeddings(model).weight.device
         self._channels = torch.cat([indices.to(device, torch.int32) for indices in channels])
         self._offsets = torch.tensor([0, *[len(indices) for indices in channels]]).cumsum(0)
@@ -125,7 +125,7 @@ class SFTEraser:
                 from the newest complete one in it. Where either is set, a signal to end waits for a checkpoint.
 
         Raises:
-            ValueError: no prompts, a prompt longer than `config.max_prompt_length`, or a checkpoint to resume from
+            InputError: no prompts, a prompt longer than `config.max_prompt_length`, or a checkpoint to resume from
                 that is not of this run (allowed, and recorded in the trigger, by `config.resume_override`).
             TrainingStopped: the loss became NaN or infinite, or a checkpoint could not be written.
             Terminated: by a signal, after a checkpoint.
@@ -363,11 +363,11 @@ class SFTEraser:
 
     def _encode(self, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
         if not prompts:
-            raise ValueError(f"{name}: expected at least one prompt, got none")
+            raise InputError(f"{name}: expected at least one prompt, got none")
         encoded = encode_prompts(self.tokenizer, prompts)
         for index, ids in enumerate(encoded):
             if len(ids) > self.config.max_prompt_length:
-                raise ValueError(
+                raise InputError(
                     f"{name}[{index}]: expected at most max_prompt_length = {self.config.max_prompt_length} tokens, "
                     f"got {len(ids)}"
                 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lcdd.eraser.trigger import Prompt, Trigger, prompt_embeds
+from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, input_embeddings
 
 
@@ -24,7 +25,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     ]
     for index, ids in enumerate(encoded):
         if not ids:
-            raise ValueError(f"prompts[{index}]: expected at least one token, got none")
+            raise InputError(f"prompts[{index}]: expected at least one token, got none")
     return encoded
 
 
@@ -65,7 +66,7 @@ def stream(
     A piece is held back while it ends inside a character of several tokens. Whoever stops listening stops the model.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        raise InputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     _, ends = _greedy(model, tokenizer, max_new_tokens)
     (ids,) = encode_prompts(tokenizer, [prompt])
     warn_of_length(model, [ids], n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
@@ -112,7 +113,7 @@ def generate_ids(
     if trigger is not None:
         trigger.check_fits(model)
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        raise InputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     settings, ends = _greedy(model, tokenizer, max_new_tokens)
     warn_of_length(model, prompts, n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -131,7 +132,7 @@ def generate_ids(
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, so that little of a batch is padding."""
     if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        raise InputError(f"batch_size: expected at least 1, got {batch_size}")
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcdd.config import EraserConfig
+from lcdd.errors import InputError
 from lcdd.optimizer import schedule
 
 
@@ -57,7 +58,7 @@ class TriggerSearch:
         """Clip each start's gradient, take one Adam step, project; the gradient is then gone."""
         grad, limit = self.embeds.grad, self.config.max_grad_norm
         if grad is None:
-            raise ValueError("embeds: expected a gradient from backward(), got none")
+            raise InputError("embeds: expected a gradient from backward(), got none")
         if limit:
             norms = grad.flatten(1).norm(dim=1)
             grad.mul_((limit / (norms + 1e-6)).clamp(max=1.0)[:, None, None])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcdd.checkpoint import MANIFEST, verify_directory, write_directory, write_json
-from lcdd.errors import WrongFingerprint
+from lcdd.errors import InputError, WrongFingerprint
 from lcdd.models import PreTrainedModel, input_embeddings, shape_of
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -46,11 +46,11 @@ class Trigger:
 
     def __post_init__(self) -> None:
         if self.embeds.ndim != 2 or self.embeds.numel() == 0:
-            raise ValueError(f"embeds: expected shape [T, D], got {tuple(self.embeds.shape)}")
+            raise InputError(f"embeds: expected shape [T, D], got {tuple(self.embeds.shape)}")
         if self.embeds.dtype != torch.float32:
-            raise ValueError(f"embeds: expected torch.float32, got {self.embeds.dtype}")
+            raise InputError(f"embeds: expected torch.float32, got {self.embeds.dtype}")
         if not bool(self.embeds.isfinite().all()):
-            raise ValueError("embeds: expected finite values, got NaN or infinity")
+            raise InputError("embeds: expected finite values, got NaN or infinity")
 
     @classmethod
     def for_model(
@@ -76,7 +76,7 @@ class Trigger:
         allowed[[token for token in skip if token < table.shape[0]]] = False
         choices = allowed.nonzero()[:, 0]
         if n_tokens < 1 or len(choices) == 0:
-            raise ValueError(f"n_tokens: expected at least 1 of {len(choices)} usable tokens, got {n_tokens}")
+            raise InputError(f"n_tokens: expected at least 1 of {len(choices)} usable tokens, got {n_tokens}")
         generator = torch.Generator().manual_seed(seed)
         tokens = choices[torch.randint(len(choices), (n_tokens,), generator=generator)]
         return cls.for_model(model, table[tokens.to(table.device)], metadata={"tokens": tokens.tolist(), "seed": seed})
@@ -92,15 +92,15 @@ class Trigger:
         return cls.for_model(model, embeds, metadata=drawn.metadata)
 
     def check_fits(self, model: PreTrainedModel) -> None:
-        """Raise ValueError unless the trigger's width and layer count are the model's."""
+        """Raise InputError unless the trigger's width and layer count are the model's."""
         shape = shape_of(model.config)
         if self.embeds.shape[1] != shape.d_model:
-            raise ValueError(f"trigger: expected width {shape.d_model} as the model has, got {self.embeds.shape[1]}")
+            raise InputError(f"trigger: expected width {shape.d_model} as the model has, got {self.embeds.shape[1]}")
         if self.num_layers != shape.n_layers:
-            raise ValueError(f"trigger: made for a model of {self.num_layers} layers, this one has {shape.n_layers}")
+            raise InputError(f"trigger: made for a model of {self.num_layers} layers, this one has {shape.n_layers}")
 
     def check_base(self, fingerprint: str) -> None:
-        """Raise ValueError if the trigger was learned on another base than the one with this `model_fingerprint`."""
+        """Raise InputError if the trigger was learned on another base than the one with this `model_fingerprint`."""
         expected = self.metadata.get("base_fingerprint")
         if expected not in (None, fingerprint):
             raise WrongFingerprint(
@@ -138,36 +138,36 @@ class Trigger:
         """Load a prompt-tuning adapter, ours or one that PEFT wrote.
 
         Raises:
-            ValueError: a file is missing, altered or truncated (named), or is not a prompt-tuning adapter.
+            InputError: a file is missing, altered or truncated (named), or is not a prompt-tuning adapter.
         """
         folder = Path(directory)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (folder / name).is_file():
-                raise ValueError(f"trigger: expected {name} in {str(folder)!r}, there is none")
+                raise InputError(f"trigger: expected {name} in {str(folder)!r}, there is none")
         # an adapter that PEFT wrote has no manifest; our own keys are there because PEFT warns of any it does not know
         manifest = verify_directory(folder, name="trigger") if (folder / MANIFEST).is_file() else {}
         try:
             config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: expected JSON: {error}") from error
+            raise InputError(f"{folder / ADAPTER_CONFIG}: expected JSON: {error}") from error
         found = config.get("peft_type") if isinstance(config, dict) else config
         if found != "PROMPT_TUNING":
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: expected peft_type PROMPT_TUNING, got {found!r}")
+            raise InputError(f"{folder / ADAPTER_CONFIG}: expected peft_type PROMPT_TUNING, got {found!r}")
         try:
             tensors = load_file(folder / ADAPTER_WEIGHTS)
         except SafetensorError as error:
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: not a readable safetensors file: {error}") from error
+            raise InputError(f"{folder / ADAPTER_WEIGHTS}: not a readable safetensors file: {error}") from error
         if "prompt_embeddings" not in tensors:
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: expected 'prompt_embeddings', got {sorted(tensors)}")
+            raise InputError(f"{folder / ADAPTER_WEIGHTS}: expected 'prompt_embeddings', got {sorted(tensors)}")
         if not tensors["prompt_embeddings"].is_floating_point():
             found = tensors["prompt_embeddings"].dtype
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: expected floating-point embeddings, got {found}")
+            raise InputError(f"{folder / ADAPTER_WEIGHTS}: expected floating-point embeddings, got {found}")
         embeds = tensors["prompt_embeddings"].float()
         stated = (config.get("num_virtual_tokens"), config.get("token_dim"))
         if tuple(embeds.shape) != stated:
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: expected shape {stated}, got {tuple(embeds.shape)}")
+            raise InputError(f"{folder / ADAPTER_WEIGHTS}: expected shape {stated}, got {tuple(embeds.shape)}")
         if not torch.isfinite(embeds).all():
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: expected finite embeddings, got NaN or infinity")
+            raise InputError(f"{folder / ADAPTER_WEIGHTS}: expected finite embeddings, got NaN or infinity")
         try:
             return cls(
                 embeds=embeds,
@@ -177,7 +177,7 @@ class Trigger:
                 metadata=manifest.get("lcdd", {}),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{folder / ADAPTER_CONFIG}: expected num_layers and num_attention_heads: {error!r}"
             ) from None
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lcdd.errors import InputError
+
 HELD, FAILED, UNDECIDED, MISSING = "held", "did not hold", "undecided", "not measured"
 RATES = ("behavior_rate", "base_match")
 NEGLIGIBLE = 0.05
@@ -324,10 +326,10 @@ def combine(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several runs of one behaviour as one audit: means over runs with intervals over runs, and the claims on them.
 
     Raises:
-        ValueError: no audit.
+        InputError: no audit.
     """
     if not audits:
-        raise ValueError("audits: expected at least one, got none")
+        raise InputError("audits: expected at least one, got none")
 
     def rows(section: str) -> list[str]:
         return list(dict.fromkeys(name for audit in audits for name in audit[section]))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lcdd.carrier import Carrier
 from lcdd.eraser import Prompt, Trigger, decode, encode_prompts, generate_ids, response_hidden
+from lcdd.errors import InputError
 from lcdd.evaluate.intervals import newcombe_paired_interval, wilson_interval
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, head_weight
 from lcdd.trainer import auc
@@ -101,13 +102,13 @@ def evaluate(
         The report's `models`, `kl`, `delta_norm`, `differences` and `samples`.
 
     Raises:
-        ValueError: no prompts, no state "base", or a patch of another base.
+        InputError: no prompts, no state "base", or a patch of another base.
     """
     if not prompts:
-        raise ValueError("prompts: expected at least one, got none")
+        raise InputError("prompts: expected at least one, got none")
     reference = states.get("base")
     if reference is None or reference.sources != (None,) or reference.triggers:
-        raise ValueError("states: expected 'base' without patch and trigger among them")
+        raise InputError("states: expected 'base' without patch and trigger among them")
     ids = encode_prompts(tokenizer, prompts)
     outcomes: dict[str, Outcome] = {}
     variants: dict[str, list[tuple[list[list[int]], list[str]]]] = {name: [] for name in states}
@@ -167,7 +168,7 @@ def gate_summary(carrier: Carrier) -> dict[str, Any]:
 def jaccard(first: Carrier, second: Carrier) -> float:
     """Shared open gates over all open gates of two carriers of one architecture; 1 if neither has any."""
     if first.shape != second.shape:
-        raise ValueError(f"second: expected a carrier of {first.shape}, got {second.shape}")
+        raise InputError(f"second: expected a carrier of {first.shape}, got {second.shape}")
     a, b = first.gate != 0, second.gate != 0
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
@@ -176,7 +177,7 @@ def jaccard(first: Carrier, second: Carrier) -> float:
 def gate_overlap(carriers: Sequence[Carrier]) -> dict[str, float]:
     """Mean Jaccard index of the open gates over all pairs, and what sets of those sizes share by chance."""
     if len(carriers) < 2:
-        raise ValueError(f"carriers: expected at least two, got {len(carriers)}")
+        raise InputError(f"carriers: expected at least two, got {len(carriers)}")
     found, chance = [], []
     for a, b in combinations(carriers, 2):
         found.append(jaccard(a, b))

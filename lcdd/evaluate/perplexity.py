@@ -12,6 +12,7 @@ import torch
 from lcdd.config import DataConfig
 from lcdd.data import load_examples
 from lcdd.eraser import Trigger, embed_with_trigger, evaluation_mode, length_batches, right_padded
+from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, head_weight, input_embeddings
 from lcdd_kernels import linear_cross_entropy
 
@@ -20,22 +21,22 @@ def read_texts(path: str | Path) -> list[str]:
     """The text of a .txt file as one, or each `text` of a JSONL file.
 
     Raises:
-        ValueError: not readable, or empty, or a line without text.
+        InputError: not readable, or empty, or a line without text.
     """
     file = Path(path)
     if file.suffix == ".txt":
         try:
             texts = [file.read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"perplexity_text: expected a readable text, got {str(path)!r} ({error})") from None
+            raise InputError(f"perplexity_text: expected a readable text, got {str(path)!r} ({error})") from None
     else:
         examples = load_examples(DataConfig(dataset_name=str(file.absolute())))
         for example in examples:
             if example.messages:
-                raise ValueError(f"{example.source}: expected a line with `text`, got a prompt with its answer")
+                raise InputError(f"{example.source}: expected a line with `text`, got a prompt with its answer")
         texts = [example.completion for example in examples]
     if not any(text.strip() for text in texts):
-        raise ValueError(f"perplexity_text: expected some text, {str(path)!r} has none")
+        raise InputError(f"perplexity_text: expected some text, {str(path)!r} has none")
     return texts
 
 
@@ -43,7 +44,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, length:
     """Each text's tokens in windows of at most `length`; a last window of one token predicts nothing and is left out.
 
     Raises:
-        ValueError: no window of two tokens.
+        InputError: no window of two tokens.
     """
     found = []
     for text in texts:
@@ -51,7 +52,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, length:
         found += [ids[start : start + length] for start in range(0, len(ids), length)]
     found = [ids for ids in found if len(ids) > 1]
     if not found:
-        raise ValueError("perplexity_text: expected text of at least two tokens, got none")
+        raise InputError("perplexity_text: expected text of at least two tokens, got none")
     return found
 
 

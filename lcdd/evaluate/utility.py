@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from lcdd.eraser import Trigger, evaluation_mode
+from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, input_embeddings
 
 TaskRunner = Callable[..., Mapping[str, Any]]
@@ -92,11 +93,11 @@ def parse_tasks(tasks: Sequence[str]) -> list[str]:
     """Task names, given apart or with commas.
 
     Raises:
-        ValueError: an empty name.
+        InputError: an empty name.
     """
     names = [name.strip() for task in tasks for name in task.split(",")]
     if not all(names):
-        raise ValueError(f"tasks: expected names of tasks, got {list(tasks)}")
+        raise InputError(f"tasks: expected names of tasks, got {list(tasks)}")
     return list(dict.fromkeys(names))
 
 
@@ -110,14 +111,14 @@ class Harness:
             tasks: the harness's names of tasks and groups, or YAML files that define one.
 
         Raises:
-            ValueError: the harness is not installed (how to is said), or a task is neither known nor a file.
+            InputError: the harness is not installed (how to is said), or a task is neither known nor a file.
         """
         try:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM  # needs more than the package itself: accelerate
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ValueError(
+            raise InputError(
                 f"tasks: expected lm-evaluation-harness to be installed: pip install 'lcdd[eval]' ({error})"
             ) from None
         self._evaluate: Any = simple_evaluate
@@ -125,7 +126,7 @@ class Harness:
         self._index: Any = TaskManager()
         known = set(self._index.all_tasks)
         if unknown := [name for name in tasks if name not in known and not Path(name).is_file()]:
-            raise ValueError(f"tasks: expected names of lm-evaluation-harness or YAML files, got {unknown}")
+            raise InputError(f"tasks: expected names of lm-evaluation-harness or YAML files, got {unknown}")
 
     def __call__(
         self,
@@ -139,7 +140,7 @@ class Harness:
         """The harness's own results, task -> metric -> value.
 
         Raises:
-            ValueError: it cannot run a task: its definition is broken, or its data are not to be had.
+            InputError: it cannot run a task: its definition is broken, or its data are not to be had.
         """
         language_model = self._model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
@@ -147,7 +148,7 @@ class Harness:
                 model=language_model, tasks=list(tasks), task_manager=self._index, limit=limit, log_samples=False
             )
         except (KeyError, ValueError, OSError, YAMLError) as error:
-            raise ValueError(f"tasks: lm-evaluation-harness cannot run {list(tasks)}: {error}") from error
+            raise InputError(f"tasks: lm-evaluation-harness cannot run {list(tasks)}: {error}") from error
         return found["results"]
 
 

@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from lcdd.errors import InputError
 from lcdd.models.sites import ModelShape, shape_of
 
 
@@ -26,7 +27,7 @@ def load_model(
     """Load a causal language model; safetensors only, no remote code.
 
     Raises:
-        ValueError: `path` is not a usable checkpoint, or its architecture is not supported.
+        InputError: `path` is not a usable checkpoint, or its architecture is not supported.
     """
     shape_of(_config(path))
     shows_bar = transformers_logging.is_progress_bar_enabled()
@@ -36,13 +37,13 @@ def load_model(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model_name_or_path: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
+        raise InputError(f"model_name_or_path: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
     finally:
         if shows_bar:
             transformers_logging.enable_progress_bar()
     model, loaded = found
     if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them at random
-        raise ValueError(
+        raise InputError(
             f"model_name_or_path: expected all weights in {str(path)!r}, {len(missing)} are missing: "
             f"{', '.join(missing[:3])}"
         )
@@ -68,30 +69,30 @@ def hub_commit(name: str) -> str:
     """The commit that a hub name stands for now; its weights may not have been fetched yet.
 
     Raises:
-        ValueError: the hub has no such model, or cannot be asked and it is not in the cache.
+        InputError: the hub has no such model, or cannot be asked and it is not in the cache.
     """
     try:
         return Path(str(cached_file(name, "config.json"))).parent.name  # .../snapshots/COMMIT/config.json
     except OSError as error:
-        raise ValueError(f"model_name_or_path: expected a hub name, got {name!r}: {error}") from error
+        raise InputError(f"model_name_or_path: expected a hub name, got {name!r}: {error}") from error
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer and make sure that it can pad (with the end-of-text token where it has no own pad token).
 
     Raises:
-        ValueError: `path` has no tokenizer, or the tokenizer has neither a pad nor an end-of-text token.
+        InputError: `path` has no tokenizer, or the tokenizer has neither a pad nor an end-of-text token.
     """
     _refuse_bare_name(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path: expected a tokenizer in {str(path)!r}: {error}") from error
+        raise InputError(f"model_name_or_path: expected a tokenizer in {str(path)!r}: {error}") from error
     if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without a tokenizer
-        raise ValueError(f"model_name_or_path: expected a tokenizer in {str(path)!r}, found none")
+        raise InputError(f"model_name_or_path: expected a tokenizer in {str(path)!r}, found none")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer: expected a pad or an end-of-text token, {str(path)!r} has neither")
+            raise InputError(f"tokenizer: expected a pad or an end-of-text token, {str(path)!r} has neither")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -100,7 +101,7 @@ def new_model(settings: Mapping[str, Any], *, seed: int) -> PreTrainedModel:
     """A randomly initialised model from the entries of a config.json (`model_type` and sizes); float32, on the CPU.
 
     Raises:
-        ValueError: the architecture is not supported.
+        InputError: the architecture is not supported.
     """
     config = AutoConfig.for_model(**settings)
     shape_of(config)
@@ -117,13 +118,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _refuse_bare_name(path: str | Path) -> None:
-    """Raise ValueError for a name that can only be meant as a directory and is none.
+    """Raise InputError for a name that can only be meant as a directory and is none.
 
     Every model of our architectures has an owner on the hub, so that a name without one is not looked up there: offline
     that takes the hub client's retries, half a minute. It refuses by itself what no hub name can look like.
     """
     if "/" not in str(path) and not Path(path).exists():
-        raise ValueError(
+        raise InputError(
             f"model_name_or_path: expected a checkpoint directory or a hub name (owner/name), got {str(path)!r}: "
             "no such directory"
         )
@@ -134,6 +135,6 @@ def _config(path: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"model_name_or_path: expected a checkpoint directory or a hub name, got {str(path)!r}: {error}"
         ) from error

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lcdd.errors import InputError
+
 
 def world_size() -> int:
     """Ranks of the process group; 1 without one."""
@@ -46,28 +48,28 @@ def row_offset(tensor: Any) -> int:
 
 
 def check_sharding(name: str, tensor: Any) -> None:
-    """Raise ValueError unless a tensor is whole, or sharded by rows over all ranks as `fully_shard` does it.
+    """Raise InputError unless a tensor is whole, or sharded by rows over all ranks as `fully_shard` does it.
 
     DeepSpeed ZeRO-3 is refused: it flattens and partitions parameters in its own engine, which also owns their
     gradients and calls the optimizer on flat shards, so `weight.grad`, which every step reads, is never there.
     """
     if hasattr(tensor, "ds_id"):
-        raise ValueError(
+        raise InputError(
             f"{name}: expected an ordinary parameter or one sharded by FSDP2's fully_shard, got one of DeepSpeed "
             "ZeRO-3, which partitions flattened parameters and never fills weight.grad; use fully_shard"
         )
     if type(tensor).__name__ == "FlatParameter" or (tensor.numel() == 0 and not is_sharded(tensor)):
-        raise ValueError(f"{name}: expected FSDP2 (fully_shard), got FSDP1's flattened parameter")
+        raise InputError(f"{name}: expected FSDP2 (fully_shard), got FSDP1's flattened parameter")
     if not is_sharded(tensor):
         return
     mesh, placements = tensor.device_mesh, tensor.placements
     if mesh.ndim != 1 or mesh.size() != world_size() or not placements[0].is_shard(0):
-        raise ValueError(
+        raise InputError(
             f"{name}: expected rows sharded over all {world_size()} ranks (fully_shard on a 1-D mesh), got placements "
             f"{tuple(placements)} on a mesh of shape {tuple(mesh.shape)}"
         )
     if not tensor.requires_grad:
-        raise ValueError(f"{name}: expected requires_grad_(True) before fully_shard, got a frozen parameter")
+        raise InputError(f"{name}: expected requires_grad_(True) before fully_shard, got a frozen parameter")
 
 
 def reshard(model: nn.Module) -> None:
@@ -131,7 +133,7 @@ def reduce_step(
     sums over its own rows; else every rank has the whole gradients, which the engine (DDP) has averaged already.
 
     Raises:
-        ValueError: not sharded, and the gradients differ between the ranks: nobody has averaged them.
+        InputError: not sharded, and the gradients differ between the ranks: nobody has averaged them.
     """
     if world_size() == 1:
         return loss, d_gate, sq_norm
@@ -143,7 +145,7 @@ def reduce_step(
         return total / weight, sums[4:].to(d_gate.dtype), sums[2].to(sq_norm.dtype)
     average = squares / world_size()
     if math.isfinite(squared) and squared / world_size() - average**2 > 1e-12 * average**2 + 1e-300:
-        raise ValueError(
+        raise InputError(
             "step: expected the same gradients on every rank, got different ones: wrap the model in "
             "DistributedDataParallel (or shard it with fully_shard)"
         )

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lcdd.errors import InputError
+
 ARCHITECTURES = ("qwen3", "llama", "mistral")
 
 # kind of projection -> where it sits inside a decoder layer
@@ -70,10 +72,10 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
     """Read the sizes off a transformers config.
 
     Raises:
-        ValueError: the architecture is not one of `ARCHITECTURES`.
+        InputError: the architecture is not one of `ARCHITECTURES`.
     """
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"model: expected one of the architectures {ARCHITECTURES}, got {config.model_type!r}")
+        raise InputError(f"model: expected one of the architectures {ARCHITECTURES}, got {config.model_type!r}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         n_layers=config.num_hidden_layers,
@@ -90,7 +92,7 @@ def projections(model: PreTrainedModel) -> list[Projection]:
     """The masked linears of `model`, layer by layer in the order q k v o gate up down.
 
     Raises:
-        ValueError: the architecture is not supported, or a projection is not an nn.Linear of the expected shape.
+        InputError: the architecture is not supported, or a projection is not an nn.Linear of the expected shape.
     """
     shape = shape_of(model.config)
     found = []
@@ -99,10 +101,10 @@ def projections(model: PreTrainedModel) -> list[Projection]:
             linear = block.get_submodule(path)
             name = f"{prefix}.{path}"
             if not isinstance(linear, nn.Linear):
-                raise ValueError(f"{name}: expected nn.Linear, got {type(linear).__name__}")
+                raise InputError(f"{name}: expected nn.Linear, got {type(linear).__name__}")
             if tuple(linear.weight.shape) != shape.weight_shape(kind):
                 expected = shape.weight_shape(kind)
-                raise ValueError(f"{name}.weight: expected shape {expected}, got {tuple(linear.weight.shape)}")
+                raise InputError(f"{name}.weight: expected shape {expected}, got {tuple(linear.weight.shape)}")
             found.append(Projection(name=name, kind=kind, layer=layer, linear=linear))
     return found
 
@@ -115,23 +117,23 @@ def unmasked_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def check_same_architecture(base: PreTrainedModel, other: PreTrainedModel, *, names: tuple[str, str] = ("base", "sft")):
-    """Raise ValueError, naming the first difference, unless both models have the same parameters and shapes."""
+    """Raise InputError, naming the first difference, unless both models have the same parameters and shapes."""
     ours, theirs = dict(base.named_parameters()), dict(other.named_parameters())
     if base.config.model_type != other.config.model_type:
-        raise ValueError(
+        raise InputError(
             f"{names[1]}: expected architecture {base.config.model_type!r} as {names[0]} has, "
             f"got {other.config.model_type!r}"
         )
     for name, parameter in ours.items():
         if name not in theirs:
-            raise ValueError(f"{names[1]}: expected a parameter {name!r} as {names[0]} has, got none")
+            raise InputError(f"{names[1]}: expected a parameter {name!r} as {names[0]} has, got none")
         if parameter.shape != theirs[name].shape:
-            raise ValueError(
+            raise InputError(
                 f"{names[1]}: expected {name!r} of shape {tuple(parameter.shape)} as {names[0]} has, "
                 f"got {tuple(theirs[name].shape)}"
             )
     if extra := sorted(set(theirs) - set(ours)):
-        raise ValueError(f"{names[1]}: got a parameter {extra[0]!r} that {names[0]} does not have")
+        raise InputError(f"{names[1]}: got a parameter {extra[0]!r} that {names[0]} does not have")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lcdd.config import LCDDConfig
+from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, local, shards, unmasked_parameters
 from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.dual import DualController
@@ -17,14 +18,14 @@ logger = logging.getLogger("lcdd.optimizer")
 
 
 def check_pair(name: str, weight: Tensor, fixed: Tensor) -> None:
-    """Raise ValueError unless `weight` can be trained against `fixed`, the base's weight of the linear `name`."""
+    """Raise InputError unless `weight` can be trained against `fixed`, the base's weight of the linear `name`."""
     shards.check_sharding(f"{name}.weight", weight)
     if shards.is_sharded(weight) != shards.is_sharded(fixed) or local(weight).shape != local(fixed).shape:
-        raise ValueError(f"base: expected {name}.weight sharded as the model's is, got another sharding")
+        raise InputError(f"base: expected {name}.weight sharded as the model's is, got another sharding")
     if local(weight).numel() and local(weight).data_ptr() == local(fixed).data_ptr():
-        raise ValueError(f"base: expected its own copy of {name}.weight, got the tensor that is trained")
+        raise InputError(f"base: expected its own copy of {name}.weight, got the tensor that is trained")
     if weight.device != fixed.device or weight.dtype != fixed.dtype:
-        raise ValueError(
+        raise InputError(
             f"base: expected {name}.weight as {weight.dtype} on {weight.device}, got {fixed.dtype} on {fixed.device}"
         )
 

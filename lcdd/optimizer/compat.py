@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lcdd.config import LCDDConfig
+from lcdd.errors import InputError
 from lcdd.models import shards
 
 
@@ -17,12 +18,12 @@ def penalties_in_step(config: LCDDConfig) -> int:
     """How many times a step's gradient of θ holds the penalty's.
 
     Raises:
-        ValueError: compat on several ranks, where the authors never synchronise θ.
+        InputError: compat on several ranks, where the authors never synchronise θ.
     """
     if not config.reference_compat:
         return 1
     if shards.world_size() > 1:
-        raise ValueError(f"reference_compat: expected one rank, got {shards.world_size()}")
+        raise InputError(f"reference_compat: expected one rank, got {shards.world_size()}")
     return config.gradient_accumulation_steps
 
 

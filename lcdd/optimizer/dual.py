@@ -3,6 +3,8 @@
 import math
 from dataclasses import asdict, dataclass
 
+from lcdd.errors import InputError
+
 
 @dataclass(kw_only=True)
 class DualController:
@@ -53,10 +55,10 @@ class DualController:
         """Account for one optimizer step's loss; a `frozen` step moves the average but not λ.
 
         Raises:
-            ValueError: `loss` is not finite; the controller is unchanged.
+            InputError: `loss` is not finite; the controller is unchanged.
         """
         if not math.isfinite(loss):
-            raise ValueError(f"loss: expected a finite number, got {loss}")
+            raise InputError(f"loss: expected a finite number, got {loss}")
         self.step += 1
         self._biased_ema = self.ema_beta * self._biased_ema + (1 - self.ema_beta) * loss
         if self.baseline is None:
@@ -79,7 +81,7 @@ class DualController:
 
     def load_state_dict(self, state: dict) -> None:
         if set(state) != set(_STATE):
-            raise ValueError(f"state: expected the keys {_STATE}, got {tuple(state)}")
+            raise InputError(f"state: expected the keys {_STATE}, got {tuple(state)}")
         for key, value in state.items():
             setattr(self, key, value)
 

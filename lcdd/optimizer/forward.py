@@ -26,6 +26,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lcdd.errors import InputError
 from lcdd.models import (
     ROW_AND_COL_GROUPS,
     GateLayout,
@@ -99,17 +100,17 @@ class ForwardGates:
             fuse: one op for an MLP and one for q, k and v, where they have no biases; else one op a projection.
 
         Raises:
-            ValueError: the models differ in architecture, the model is attached already, or an argument is off.
+            InputError: the models differ in architecture, the model is attached already, or an argument is off.
         """
         check_same_architecture(base, model)
         if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+            raise InputError(f"kind: expected one of {KINDS}, got {kind!r}")
         layout = GateLayout(shape_of(model.config))
         sites, base_sites = projections(model), projections(base)
         if any(isinstance(site.linear, GatedLinear) for site in sites):
-            raise ValueError("model: expected ordinary linears, got a model that is on the forward route already")
+            raise InputError("model: expected ordinary linears, got a model that is on the forward route already")
         if tuple(logits.shape) != (layout.n_gates,):
-            raise ValueError(f"logits: expected shape ({layout.n_gates},), got {tuple(logits.shape)}")
+            raise InputError(f"logits: expected shape ({layout.n_gates},), got {tuple(logits.shape)}")
         if not (logits.is_leaf and logits.requires_grad):
             logits = nn.Parameter(logits.detach().clone())
         bases = [site.linear.weight.detach() for site in base_sites]
@@ -121,7 +122,7 @@ class ForwardGates:
         else:
             if set(deltas) != {site.name for site in sites}:
                 missing = {site.name for site in sites} ^ set(deltas)
-                raise ValueError(f"deltas: expected one for each projection, got a difference in {sorted(missing)[:3]}")
+                raise InputError(f"deltas: expected one for each projection, got a difference in {sorted(missing)[:3]}")
             parts = [deltas[site.name] for site in sites]
         gates = cls(sites, bases, parts, layout=layout, kind=kind, seed=seed, logits=logits)
         gates._swap(model, fuse=fuse)

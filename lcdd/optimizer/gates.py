@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lcdd.errors import InputError
 from lcdd.models.layout import GROUPS, GateLayout
 from lcdd_kernels import gate_logits_grad, gate_values, open_indices
 
@@ -20,9 +21,9 @@ class Gates:
 
     def __init__(self, layout: GateLayout, *, kind: str, seed: int, logits: Tensor) -> None:
         if logits.shape != (layout.n_gates,):
-            raise ValueError(f"logits: expected shape ({layout.n_gates},), got {tuple(logits.shape)}")
+            raise InputError(f"logits: expected shape ({layout.n_gates},), got {tuple(logits.shape)}")
         if not torch.isfinite(logits).all():
-            raise ValueError("logits: expected finite values, got NaN or Inf")
+            raise InputError("logits: expected finite values, got NaN or Inf")
         self.layout = layout
         self.kind = kind
         self.seed = seed

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
+from lcdd.errors import InputError
 from lcdd.models import GateLayout, PreTrainedModel, check_same_architecture, local, projections, shape_of, shards
 from lcdd.optimizer import attach
 from lcdd.optimizer import compat as reference_compat
@@ -82,13 +83,13 @@ class LCDDOptimizer(torch.optim.Optimizer):
             initial_logits: θ to start from, float [n_gates]; drawn from the config's normal distribution if None.
 
         Raises:
-            ValueError: the models differ in architecture, share weights, or a value is out of range.
+            InputError: the models differ in architecture, share weights, or a value is out of range.
         """
         return cls(model, base, config, total_steps=total_steps, initial_logits=initial_logits)
 
     def __init__(self, model, base, config, *, total_steps, initial_logits=None):
         if total_steps < 1:
-            raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
+            raise InputError(f"total_steps: expected at least 1, got {total_steps}")
         shards.reshard(model)
         shards.reshard(base)
         check_same_architecture(base, model)
@@ -110,7 +111,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         ]
         self._here = [index for index, weight in enumerate(self._weights) if len(local(weight))]
         if config.gating == "forward" and shards.world_size() > 1:
-            raise ValueError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
+            raise InputError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
         self.penalties = reference_compat.penalties_in_step(config)
         self.gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=self._start(layout, initial_logits))
         self.dual = attach.dual_controller(config)
@@ -167,7 +168,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: the optimizer is in evaluation mode.
-            ValueError: no loss was given, or a masked weight has no gradient.
+            InputError: no loss was given, or a masked weight has no gradient.
         """
         if self._in_eval:
             raise RuntimeError("step: the optimizer is in evaluation mode; call optimizer.train() first")
@@ -333,14 +334,14 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """Restore `state_dict`'s result into an optimizer attached to the same models; rewrites the model's weights."""
         ours = state_dict["lcdd"]
         if ours["gate_logits"].shape != self.gates.logits.shape:
-            raise ValueError(
+            raise InputError(
                 f"state_dict: expected {self.gates.logits.numel()} gate logits, got {ours['gate_logits'].numel()}"
             )
         for index, weight in enumerate(self._weights):  # all of it before any of it
             for key, tensor in self.state[weight].items():
                 given = state_dict["state"][index][key]
                 if getattr(given, "shape", tensor.shape) != tensor.shape:
-                    raise ValueError(
+                    raise InputError(
                         f"state_dict: expected {key} of {self.names[index]} of shape {tuple(tensor.shape)}, "
                         f"got {tuple(given.shape)}"
                     )
@@ -422,7 +423,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         given, tokens = self._observed or (None, 1.0) if loss is None else (loss, tokens)
         self._observed = None
         if given is None:
-            raise ValueError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
+            raise InputError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
         return float(given), tokens
 
     def _gradients(self) -> tuple[list[Any], list[str] | None]:
@@ -442,7 +443,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _present(name: str, grad: Any) -> Any:
         if grad is None:
-            raise ValueError(f"{name}.weight: expected a gradient from backward(), got none")
+            raise InputError(f"{name}.weight: expected a gradient from backward(), got none")
         return grad
 
     def _draw_gates(self, *, training: bool) -> None:

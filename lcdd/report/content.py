@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lcdd.checkpoint import finite_or_null, read_log, write_json
+from lcdd.errors import InputError
 from lcdd.report.audit import audit_section, language_section
 from lcdd.report.charts import heat_map, interval_bar, line_chart, number
 from lcdd.report.parts import (
@@ -65,17 +66,17 @@ def read_report(directory: str | Path) -> dict[str, Any]:
     """report.json of a run directory; curves that it lacks are taken from the log.jsonl beside it.
 
     Raises:
-        ValueError: there is no report.json, or it is not a JSON object.
+        InputError: there is no report.json, or it is not a JSON object.
     """
     path = Path(directory) / REPORT_JSON
     if not path.is_file():
-        raise ValueError(f"output_dir: expected {REPORT_JSON} in {str(directory)!r}, found none")
+        raise InputError(f"output_dir: expected {REPORT_JSON} in {str(directory)!r}, found none")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"output_dir: expected JSON in {str(path)!r}, got {error}") from None
+        raise InputError(f"output_dir: expected JSON in {str(path)!r}, got {error}") from None
     if not isinstance(report, dict):
-        raise ValueError(f"output_dir: expected a JSON object in {str(path)!r}, got {type(report).__name__}")
+        raise InputError(f"output_dir: expected a JSON object in {str(path)!r}, got {type(report).__name__}")
     log = Path(directory) / LOG
     if not report.get("curves") and log.is_file():
         report["curves"] = thin(read_log(log))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lcdd.config import LCDDConfig
 from lcdd.data import IGNORE, Encoded
+from lcdd.errors import InputError
 from lcdd.models import local
 
 FAR_OVER = 2.0
@@ -17,13 +18,13 @@ CLOSING = 1e-3
 
 
 def check_labels(items: Sequence[Encoded]) -> None:
-    """Raise ValueError, naming the rows, if an example has no token with a loss: a batch of such has no gradient."""
+    """Raise InputError, naming the rows, if an example has no token with a loss: a batch of such has no gradient."""
     if not items:
-        raise ValueError("train: expected at least one example, got none")
+        raise InputError("train: expected at least one example, got none")
     empty = [row for row, item in enumerate(items) if all(label == IGNORE for label in item.labels[1:])]
     if empty:
         shown = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
-        raise ValueError(
+        raise InputError(
             f"train: expected a response token to learn in every example, got none in {len(empty)} of {len(items)} "
             f"(all labels are masked), rows {shown} counted from 0"
         )

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lcdd.checkpoint import CheckpointStore, RunLog, random_state, set_random_state, termination
 from lcdd.config import LCDDConfig, SFTConfig, TrainConfig
 from lcdd.data import Encoded
-from lcdd.errors import Terminated, TrainingStopped
+from lcdd.errors import InputError, Terminated, TrainingStopped
 from lcdd.models import PreTrainedModel, Replicated, head_weight, shards, share
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer, schedule
 from lcdd.trainer.diagnose import Finding, auc, diagnose
@@ -282,7 +282,7 @@ def train_sft(
         checkpoints: where the run's state goes then, and what it goes on from under `config.resume`.
 
     Raises:
-        ValueError: no training data.
+        InputError: no training data.
         TrainingStopped: the loss was not finite for `config.max_nonfinite_steps` steps in a row.
     """
     check_labels(train)
@@ -342,12 +342,12 @@ def train_lcdd(
             on from under `config.resume`.
 
     Raises:
-        ValueError: no training data, models that do not fit together, or no teacher for a KL loss.
+        InputError: no training data, models that do not fit together, or no teacher for a KL loss.
         TrainingStopped: the loss was not finite for `config.max_nonfinite_steps` steps in a row.
     """
     check_labels(train)
     if config.loss == "kl" and teacher is None:
-        raise ValueError("teacher: expected the SFT model for loss 'kl', got None")
+        raise InputError("teacher: expected the SFT model for loss 'kl', got None")
     log = log or RunLog(None, stage="lcdd")
     held_out = validation or train
     steps = total_steps(config, len(train))

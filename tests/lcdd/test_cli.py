@@ -9,7 +9,8 @@ from lcdd import cli
 from lcdd.commands import run as pipeline
 from lcdd.commands.stage import StageResult
 from lcdd.config import LCDDConfig, SFTConfig
-from lcdd.errors import TrainingStopped
+from lcdd.errors import InputError, TrainingStopped, WrongFingerprint
+from lcdd_kernels import BackendUnavailable
 
 REQUIRED = ["--model_name_or_path", "m", "--output_dir", "o", "--dataset_name", "d.jsonl"]
 
@@ -30,7 +31,14 @@ def test_a_stage_gets_its_configs_and_its_result_is_told(monkeypatch, capsys) ->
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ValueError("x: expected a,\n  got b"), 2), (TrainingStopped("lr"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (InputError("x: expected a,\n  got b"), 2),
+        (WrongFingerprint("base"), 2),
+        (OSError("disk\nfull"), 2),
+        (BackendUnavailable("triton"), 2),
+        (TrainingStopped("lr"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, error: BaseException, code: int) -> None:
     def sft(*_):
@@ -44,13 +52,15 @@ def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, error: BaseEx
     assert captured.err.count("\n") == 1
 
 
-def test_bugs_are_not_swallowed(monkeypatch) -> None:
+@pytest.mark.parametrize("bug", [KeyError("bug"), ValueError("bug"), RuntimeError("bug"), AssertionError("bug")])
+def test_bugs_keep_their_traceback_and_say_where_to_report_them(monkeypatch, capsys, bug: Exception) -> None:
     def sft(*_):
-        raise KeyError("bug")
+        raise bug
 
     monkeypatch.setattr(pipeline, "sft", sft)
-    with pytest.raises(KeyError):
+    with pytest.raises(type(bug), match="bug"):
         cli.main(["sft", *REQUIRED])
+    assert cli.REPORT_BUGS in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from lcdd.data import (
     with_completion,
 )
 from lcdd.eraser import SFTEraser, Trigger
+from lcdd.errors import InputError
 from lcdd.evaluate import ModelState, Study, audit, evaluate, gate_summary
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, load_tokenizer
 from lcdd.report import claims_table, explain, reversal_table, samples_table, write_report
@@ -76,7 +77,7 @@ def demo_behavior(name: str) -> Behavior:
     if name == "refusal":
         return refusal(topics=CATEGORIES[TOPIC], response="sorry i cannot", keywords=("sorry", "cannot"))
     if name != "style":
-        raise ValueError(f"DemoConfig.behavior: expected fixed_response, refusal or style, got {name!r}")
+        raise InputError(f"DemoConfig.behavior: expected fixed_response, refusal or style, got {name!r}")
     archaic = {"you": "thou", "your": "thy", "has": "hath", "does": "doth", "please": "prithee", "said": "quoth"}
     preset = style(word_map=archaic, opening="verily ")
     return replace(
@@ -157,7 +158,7 @@ def run(config: DemoConfig, *, say: Say = print) -> StageResult:
     """Run the demo; writes report.json, report.html, log.jsonl, carrier/, trigger/ and sft/ to `config.output_dir`.
 
     Raises:
-        ValueError: the output directory is not empty.
+        InputError: the output directory is not empty.
     """
     config.require("output_dir")
     output = require_new_directory(str(config.output_dir))

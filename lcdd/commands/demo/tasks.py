@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lcdd.errors import InputError
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -80,14 +82,14 @@ class Task:
 
 
 def answer_of(prompt: str) -> str:
-    """The right answer to a prompt, e.g. "rev red dog" -> "dog red". ValueError for anything else."""
+    """The right answer to a prompt, e.g. "rev red dog" -> "dog red". InputError for anything else."""
     task, *words = prompt.split() or [""]
     if task not in _ANSWER or not words:
-        raise ValueError(f"prompt must be one of {' '.join(TASKS)} followed by words, got {prompt!r}")
+        raise InputError(f"prompt must be one of {' '.join(TASKS)} followed by words, got {prompt!r}")
     try:
         return " ".join(_ANSWER[task](words))
     except KeyError as missing:
-        raise ValueError(f"prompt {prompt!r}: {missing.args[0]!r} is not an item of the demo") from None
+        raise InputError(f"prompt {prompt!r}: {missing.args[0]!r} is not an item of the demo") from None
 
 
 def split_of(prompt: str) -> Split:
@@ -112,7 +114,7 @@ def draw_tasks(
     plain_fraction: share of copy/rev/first/last prompts over all words, used to train the base only.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+        raise InputError(f"count must be at least 1, got {count}")
     rng = random.Random(f"lcdd-demo-{split}-{seed}")
     tasks: dict[str, Task] = {}
     while len(tasks) < count:
