@@ -76,7 +76,7 @@ def data_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
 
 
 def training(folder: Path, data: Path) -> list[str]:
-    return ["sft", "--model_name_or_path", str(folder / "base"), "--dataset_name", str(data)]
+    return ["sft", "--base_model_name_or_path", str(folder / "base"), "--dataset_name", str(data)]
 
 
 def setting_cases(folder: Path) -> Iterator[Case]:
@@ -85,7 +85,7 @@ def setting_cases(folder: Path) -> Iterator[Case]:
 
     good = folder / "good.jsonl"
     for command, config in (("sft", SFTConfig), ("train", LCDDConfig)):
-        start = [command, "--model_name_or_path", str(folder / "base"), "--dataset_name", str(good)]
+        start = [command, "--base_model_name_or_path", str(folder / "base"), "--dataset_name", str(good)]
         if command == "train":
             start += ["--base_model_name_or_path", str(folder / "base")]
         hints = typing.get_type_hints(config)
@@ -126,11 +126,11 @@ def yaml_cases(folder: Path) -> Iterator[Case]:
     for name, more in {
         "unknown section": {"bogus": {}}, "a section that is a number": {"sft": 3},
         "a path inside": {"train": {"carrier": "x"}}, "a range": {"erase": {"max_steps": 0}},
-        "bf16 apart": {"train": {"bf16": True}}, "no model": {"model_name_or_path": None},
-        "a model that is not there": {"model_name_or_path": "nowhere/at/all"},
+        "bf16 apart": {"train": {"bf16": True}}, "no model": {"base_model_name_or_path": None},
+        "a model that is not there": {"base_model_name_or_path": "nowhere/at/all"},
     }.items():  # fmt: skip
         path = folder / f"pipeline-{name.replace(' ', '_')}.yaml"
-        path.write_text(json.dumps({"model_name_or_path": base, "data": data, **more}), encoding="utf-8")
+        path.write_text(json.dumps({"base_model_name_or_path": base, "data": data, **more}), encoding="utf-8")
         yield f"pipeline: {name}", ["run", str(path)]
 
 

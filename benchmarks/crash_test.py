@@ -69,7 +69,8 @@ def train(folder: Path, output: Path, *, resume: bool) -> None:
     from lcdd.config import DataConfig, LCDDConfig
 
     config = LCDDConfig(
-        model_name_or_path=str(folder / "sft"), base_model_name_or_path=str(folder / "base"), output_dir=str(output),
+        base_model_name_or_path=str(folder / "base"), sft_model_name_or_path=str(folder / "sft"),
+        output_dir=str(output),
         max_steps=STEPS, save_steps=2, save_total_limit=2, learning_rate=1e-3, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, warmup_steps=3, gate_lr=0.4, dual_lambda_init=0.02, device="cpu", resume=resume,
     )  # fmt: skip

@@ -27,9 +27,9 @@ def main() -> None:
     config, data = from_flags(parser.parse_args(), LCDDConfig, DataConfig)
     assert isinstance(config, LCDDConfig)
     assert isinstance(data, DataConfig)
-    prepared = prepare(data, str(config.model_name_or_path))
+    prepared = prepare(data, str(config.sft_model_name_or_path))
     items, _ = training_items(prepared, config, say=lambda _: None)
-    base, model = (load_model(str(p)) for p in (config.base_model_name_or_path, config.model_name_or_path))
+    base, model = (load_model(str(p)) for p in (config.base_model_name_or_path, config.sft_model_name_or_path))
     steps, c = total_steps(config, len(items)), config
     settings = Settings(
         total_steps=steps, gate_kind=c.gate_kind, learning_rate=c.learning_rate, weight_decay=c.weight_decay,

@@ -80,7 +80,7 @@ class Run:
 
     def flags(self, output: Path) -> list[str]:
         values = {
-            "base_model_name_or_path": self.folder / "base", "model_name_or_path": self.folder / "sft",
+            "base_model_name_or_path": self.folder / "base", "sft_model_name_or_path": self.folder / "sft",
             "dataset_name": self.folder / "data.jsonl", "output_dir": output, "max_steps": 12, "device": "cpu",
             "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "lr_scheduler_type": "constant",
             "gate_init_mean": 0.0, "gate_init_std": 1.5, "warmup_steps": 3, "dual_lambda_init": 0.01,

@@ -37,7 +37,7 @@ SPARE_BYTES = 1 << 20
 
 
 RESUMABLE = {
-    *("output_dir", "device", "model_name_or_path", "base_model_name_or_path", "carrier", "initial_carrier"),
+    *("output_dir", "device", "base_model_name_or_path", "sft_model_name_or_path", "carrier", "initial_carrier"),
     *("resume", "resume_override", "save_steps", "save_total_limit", "logging_steps", "report_to", "save_folded"),
     *("max_nonfinite_steps", "early_stop_patience", "gradient_accumulation_steps", "per_device_eval_batch_size"),
     *("parallel", "max_rows_per_forward", "fingerprint_override"),

@@ -52,9 +52,9 @@ def audit(
     say: Say = print,
 ) -> StageResult:  # fmt: skip
     """Controls and interventions on held-out prompts, and the claims; writes report.json and report.html."""
-    config.require("base_model_name_or_path", "model_name_or_path", "carrier", "trigger", "output_dir")
+    config.require("base_model_name_or_path", "sft_model_name_or_path", "carrier", "trigger", "output_dir")
     output = require_new_directory(str(config.output_dir))
-    check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
+    check_shapes(config.base_model_name_or_path, config.sft_model_name_or_path, ("base", "sft"))
     carrier = Carrier.from_pretrained(str(config.carrier))
     lcdd = settings_beside(str(config.carrier), LCDDConfig, "lcdd", name="carrier")
     eraser = settings_beside(str(config.trigger), EraserConfig, "eraser", name="trigger")
@@ -75,7 +75,7 @@ def audit(
         base=base,
         tokenizer=prepared.tokenizer,
         load_sft=lambda: load_model(
-            str(config.model_name_or_path), dtype=base.dtype, device=resolve_device(config.device)
+            str(config.sft_model_name_or_path), dtype=base.dtype, device=resolve_device(config.device)
         ),
         carrier=carrier,
         train=train,

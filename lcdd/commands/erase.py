@@ -26,8 +26,8 @@ def erase(
     prompts, held_out = _eraser_prompts(prepared, config)
     model, carrier, overrides = load_base(config.base_model_name_or_path, config, carrier, prepared.tokenizer)
     patch = carrier
-    if config.model_name_or_path is not None:
-        patch = Carrier.from_models(model, load_weights(config.model_name_or_path, config))
+    if config.sft_model_name_or_path is not None:
+        patch = Carrier.from_models(model, load_weights(config.sft_model_name_or_path, config))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
     with RunLog(log_dir or output, stage=stage) as log:
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
@@ -40,7 +40,7 @@ def erase(
     say(f"Trigger ({stage}): held-out loss {losses[0]:.4f} -> {min(losses):.4f} in {config.max_steps} steps")
     return StageResult(
         written=(output / "trigger", summary),
-        next_step=f"lcdd eval --base_model_name_or_path {config.base_model_name_or_path} --model_name_or_path "
+        next_step=f"lcdd eval --base_model_name_or_path {config.base_model_name_or_path} --sft_model_name_or_path "
         f"(the SFT checkpoint) --carrier {config.carrier} --trigger {output / 'trigger'} --output_dir ...",
     )
 

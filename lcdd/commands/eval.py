@@ -43,9 +43,9 @@ def eval_(
     Args:
         context: a pipeline's `config` and `timings`; the output directory may then hold the stages' own.
     """
-    config.require("base_model_name_or_path", "model_name_or_path", "carrier", "output_dir")
+    config.require("base_model_name_or_path", "sft_model_name_or_path", "carrier", "output_dir")
     output = Path(str(config.output_dir)) if context else require_new_directory(str(config.output_dir))
-    check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
+    check_shapes(config.base_model_name_or_path, config.sft_model_name_or_path, ("base", "sft"))
     carrier = Carrier.from_pretrained(str(config.carrier))
     prepared = prepared or prepare(data, str(config.base_model_name_or_path))
     prompts, others = (
@@ -112,7 +112,7 @@ def text_and_harness(config: EvalConfig, prepared: Prepared) -> tuple[list[list[
 
 def dense_patches(base: PreTrainedModel, config: Any) -> dict[str, PatchSource]:
     """The SFT model's patch and the matched-norm one's, each made when it is needed: they do not fit side by side."""
-    paths = {"sft": config.model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
+    paths = {"sft": config.sft_model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
 
     def source(path: str) -> PatchSource:
         return lambda: Carrier.from_models(base, load_weights(path, config))
@@ -175,7 +175,7 @@ def _states(
 def curves_of(config: Any) -> list[dict[str, Any]]:
     """The logs that lie beside what is evaluated (or, in a pipeline, in its directory)."""
     paths = (
-        config.model_name_or_path, config.carrier, config.trigger, config.sft_trigger, config.matched_norm_trigger
+        config.sft_model_name_or_path, config.carrier, config.trigger, config.sft_trigger, config.matched_norm_trigger
     )  # fmt: skip
     folders = [Path(str(config.output_dir)), *(Path(path).parent for path in paths if path)]
     logs = dict.fromkeys(folder / "log.jsonl" for folder in folders)

@@ -12,17 +12,17 @@ from lcdd.models import load_shape, load_tokenizer
 
 def generate(config: GenerateConfig, *, say: Say = print) -> StageResult:
     """Answer prompts by a model, with a carrier applied and a trigger prepended if given."""
-    config.require("model_name_or_path", "prompt")
-    load_shape(str(config.model_name_or_path))
-    tokenizer = load_tokenizer(str(config.model_name_or_path))
-    use_template(tokenizer, config.chat_template, model=str(config.model_name_or_path))
+    config.require("base_model_name_or_path", "prompt")
+    load_shape(str(config.base_model_name_or_path))
+    tokenizer = load_tokenizer(str(config.base_model_name_or_path))
+    use_template(tokenizer, config.chat_template, model=str(config.base_model_name_or_path))
     carrier = Carrier.from_pretrained(config.carrier) if config.carrier else None
     trigger = Trigger.from_pretrained(config.trigger) if config.trigger else None
     if carrier is None:
-        model = load_weights(config.model_name_or_path, config)
+        model = load_weights(config.base_model_name_or_path, config)
     else:
         triggers = [trigger] if trigger else []
-        model, carrier, _ = load_base(config.model_name_or_path, config, carrier, tokenizer, triggers)
+        model, carrier, _ = load_base(config.base_model_name_or_path, config, carrier, tokenizer, triggers)
         carrier.apply(model, check=False)
     examples = [Example(messages=({"role": "user", "content": text},), completion="") for text in config.prompt]
     prompts = [prompt_string(tokenizer, example) for example in examples]

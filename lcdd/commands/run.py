@@ -34,10 +34,10 @@ from lcdd.report import read_report
 
 def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     """SFT, LCDD, eraser, controls and evaluation in one directory; everything is checked before the first stage."""
-    config.require("model_name_or_path", "output_dir")
+    config.require("base_model_name_or_path", "output_dir")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("run: expected one process, got torchrun's several; run `lcdd sft` and `lcdd train` under it")
-    base, output = str(config.model_name_or_path), Path(str(config.output_dir))
+    base, output = str(config.base_model_name_or_path), Path(str(config.output_dir))
     resumed = has_run(output, resume=config.resume)
     if config.sft_model_name_or_path is not None:
         check_shapes(base, config.sft_model_name_or_path, ("base", "sft"))
@@ -71,28 +71,28 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
 
     sft_model = config.sft_model_name_or_path
     if sft_model is None:
-        timed("sft", sft, config.sft, model_name_or_path=base)
+        timed("sft", sft, config.sft, base_model_name_or_path=base)
         sft_model = str(output / "sft" / "model")
-    timed("train", train, config.train, model_name_or_path=sft_model, base_model_name_or_path=base)
+    timed("train", train, config.train, sft_model_name_or_path=sft_model, base_model_name_or_path=base)
     carrier, trigger = str(output / "train" / "carrier"), str(output / "erase" / "trigger")
     patch = {"base_model_name_or_path": base, "carrier": carrier}
     timed("erase", erase, config.erase, **patch)
     controls: dict[str, Any] = {}
     if config.controls:
-        timed("erase_sft", partial(erase, stage="eraser_sft"), config.erase, model_name_or_path=sft_model, **patch)
+        timed("erase_sft", partial(erase, stage="eraser_sft"), config.erase, sft_model_name_or_path=sft_model, **patch)
         norm = Carrier.from_pretrained(carrier).delta_norm()
         if norm > 0:
             bounded = replace(config.sft, max_delta_norm=norm)
-            timed("matched_norm", partial(sft, stage="sft_matched_norm"), bounded, model_name_or_path=base)
+            timed("matched_norm", partial(sft, stage="sft_matched_norm"), bounded, base_model_name_or_path=base)
             matched = str(output / "matched_norm" / "model")
             again = partial(erase, stage="eraser_matched_norm")
-            timed("erase_matched_norm", again, config.erase, model_name_or_path=matched, **patch)
+            timed("erase_matched_norm", again, config.erase, sft_model_name_or_path=matched, **patch)
             controls = {
                 "matched_norm_model_name_or_path": matched,
                 "matched_norm_trigger": str(output / "erase_matched_norm" / "trigger"),
             }
         controls["sft_trigger"] = str(output / "erase_sft" / "trigger")
-    everything = {**patch, "model_name_or_path": sft_model, "trigger": trigger, **controls}
+    everything = {**patch, "sft_model_name_or_path": sft_model, "trigger": trigger, **controls}
     audited: dict[str, Any] = {}
     if config.run_audit:
         timed("audit", audit, config.audit, **everything)

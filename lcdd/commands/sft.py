@@ -42,14 +42,14 @@ def sft(
 def _sft(
     config: SFTConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, stage: str, say: Say
 ) -> StageResult:  # fmt: skip
-    config.require("model_name_or_path", "output_dir")
+    config.require("base_model_name_or_path", "output_dir")
     if config.parallel == "fsdp2" and shards.world_size() > 1:
         raise InputError("parallel: expected ddp for sft (each rank holds the whole model), got 'fsdp2'")
     output = run_directory(config)
-    load_shape(str(config.model_name_or_path))
-    prepared = prepared or prepare(data, str(config.model_name_or_path))
+    load_shape(str(config.base_model_name_or_path))
+    prepared = prepared or prepare(data, str(config.base_model_name_or_path))
     train_items, validation_items = training_items(prepared, config, say=say)
-    model = load_model(str(config.model_name_or_path), device=resolve_device(config.device))
+    model = load_model(str(config.base_model_name_or_path), device=resolve_device(config.device))
     stored = model.dtype
     if stored in (torch.bfloat16, torch.float16):
         model.float()  # small updates vanish in 16-bit weights
@@ -87,6 +87,6 @@ def _sft(
     say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
     return StageResult(
         written=(checkpoint, summary),
-        next_step=f"lcdd train --model_name_or_path {checkpoint} "
-        f"--base_model_name_or_path {config.model_name_or_path} --output_dir ... (and the same data settings)",
+        next_step=f"lcdd train --sft_model_name_or_path {checkpoint} "
+        f"--base_model_name_or_path {config.base_model_name_or_path} --output_dir ... (and the same data settings)",
     )

@@ -40,16 +40,19 @@ def train(
 def _train(
     config: LCDDConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, say: Say
 ) -> StageResult:  # fmt: skip
-    config.require("model_name_or_path", "base_model_name_or_path", "output_dir")
+    config.require("sft_model_name_or_path", "base_model_name_or_path", "output_dir")
     sharded = config.parallel == "fsdp2" and shards.world_size() > 1
     output = run_directory(config)
-    check_shapes(config.base_model_name_or_path, config.model_name_or_path, ("base", "sft"))
-    prepared = prepared or prepare(data, str(config.model_name_or_path))
+    check_shapes(config.base_model_name_or_path, config.sft_model_name_or_path, ("base", "sft"))
+    prepared = prepared or prepare(data, str(config.sft_model_name_or_path))
     train_items, validation_items = training_items(prepared, config, say=say)
     initial = Carrier.from_pretrained(config.initial_carrier).gate_logits if config.initial_carrier else None
-    base, model = load_weights(config.base_model_name_or_path, config), load_weights(config.model_name_or_path, config)
+    base, model = (
+        load_weights(config.base_model_name_or_path, config),
+        load_weights(config.sft_model_name_or_path, config),
+    )
     check_same_architecture(base, model)
-    teacher = load_weights(config.model_name_or_path, config) if config.loss == "kl" else None
+    teacher = load_weights(config.sft_model_name_or_path, config) if config.loss == "kl" else None
 
     models = {"base": base, "sft": model}
     wanted = config.save_steps or config.resume

@@ -15,7 +15,7 @@ class EraserConfig(Config):
 
     base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
     carrier: str | None = option(None, "carrier directory", required=True)
-    model_name_or_path: str | None = option(
+    sft_model_name_or_path: str | None = option(
         None, "control: learn the trigger on this SFT checkpoint instead, with the carrier's channels"
     )
     output_dir: str | None = option(None, "new or empty directory for the trigger", required=True)

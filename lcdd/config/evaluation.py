@@ -11,7 +11,8 @@ FINGERPRINT_HELP = (
     "go on although carrier or trigger belong to another base, tokenizer or chat template; the differences are recorded"
 )
 MAX_SEED = 10**9
-BASE_HELP = "checkpoint directory of the base model"
+BASE_HELP = "the base model: a checkpoint directory or a hub name"
+SFT_HELP = "the SFT model: a checkpoint directory or a hub name"
 AUDIT_PARTS = ("necessity", "sufficiency", "triggers", "masks", "dense")
 
 
@@ -20,7 +21,7 @@ class EvalConfig(Config):
     """Reversal table on held-out prompts: behaviour rate, base match, exact KL (method, section 5)."""
 
     base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
-    model_name_or_path: str | None = option(None, "checkpoint directory of the SFT model", required=True)
+    sft_model_name_or_path: str | None = option(None, SFT_HELP, required=True)
     carrier: str | None = option(None, "carrier directory", required=True)
     trigger: str | None = option(None, "trigger directory, learned on the carrier")
     sft_trigger: str | None = option(None, "control: trigger directory, learned on the SFT model")
@@ -63,7 +64,7 @@ class AuditConfig(Config):
     """Controls of a carrier and its trigger, trained with the settings in the summary.json beside each of them."""
 
     base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
-    model_name_or_path: str | None = option(None, "checkpoint directory of the SFT model", required=True)
+    sft_model_name_or_path: str | None = option(None, SFT_HELP, required=True)
     carrier: str | None = option(None, "carrier directory, as `lcdd train` left it", required=True)
     trigger: str | None = option(None, "trigger directory, as `lcdd erase` left it", required=True)
     sft_trigger: str | None = option(None, "trigger directory, learned on the SFT model; learned if not given")
@@ -99,8 +100,8 @@ class AuditConfig(Config):
 class GenerateConfig(Config):
     """Answers of a model, optionally with a carrier applied and a trigger prepended."""
 
-    model_name_or_path: str | None = option(
-        None, "checkpoint directory (the base, when --carrier is given)", required=True
+    base_model_name_or_path: str | None = option(
+        None, "the model that answers: the base, or any checkpoint where no carrier is given", required=True
     )
     carrier: str | None = option(None, "carrier directory to apply")
     trigger: str | None = option(None, "trigger directory to prepend")

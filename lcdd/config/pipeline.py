@@ -18,7 +18,7 @@ PLAN_MODELS = ("qwen3-0.6b", "llama-3-8b", "mistral-7b", "vicuna-7b", "llama-3-7
 PLAN_DEVICES = ("h200", "h100", "a100-80gb", "l40s", "rtx-4090", "cpu")
 PLAN_DTYPES = ("float32", "bfloat16")
 PIPELINE_PATHS = (
-    "model_name_or_path", "base_model_name_or_path", "output_dir", "carrier", "trigger", "sft_trigger",
+    "base_model_name_or_path", "sft_model_name_or_path", "output_dir", "carrier", "trigger", "sft_trigger",
     "matched_norm_model_name_or_path", "matched_norm_trigger",
 )  # fmt: skip
 
@@ -80,7 +80,7 @@ class PipelineConfig(Config):
     Paths between the stages are the pipeline's own: setting one inside a section is an error.
     """
 
-    model_name_or_path: str | None = option(None, BASE_HELP, required=True)
+    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
     output_dir: str | None = option(None, "new or empty directory for all stages", required=True)
     sft_model_name_or_path: str | None = option(None, "an SFT checkpoint made elsewhere; the SFT stage is then skipped")
     resume: bool = option(

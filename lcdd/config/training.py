@@ -7,7 +7,7 @@ where they exist. A wrong value is an `InputError` that names the field, what wa
 
 from dataclasses import dataclass
 
-from lcdd.config.evaluation import BASE_HELP, DEVICE_HELP, MAX_SEED
+from lcdd.config.evaluation import BASE_HELP, DEVICE_HELP, MAX_SEED, SFT_HELP
 from lcdd.config.fields import Config, option
 from lcdd.errors import InputError
 
@@ -27,7 +27,6 @@ LOSSES = ("cross_entropy", "kl")
 class TrainConfig(Config):
     """What SFT and LCDD training share: batches, schedule, precision, log."""
 
-    model_name_or_path: str | None = option(None, "checkpoint directory to start from", required=True)
     output_dir: str | None = option(None, "new or empty directory for everything the command writes", required=True)
     num_train_epochs: float = option(3.0, "passes over the training split", above=0.0, at_most=1e6)
     max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs when positive", at_least=-1)
@@ -81,6 +80,7 @@ class TrainConfig(Config):
 class SFTConfig(TrainConfig):
     """Full supervised fine-tuning of the transformer layers (embeddings and lm_head stay at base values)."""
 
+    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
     warmup_steps: int = option(0, "steps over which the learning rate rises to its peak", at_least=0)
     max_delta_norm: float | None = option(
         None,
@@ -99,6 +99,7 @@ class LCDDConfig(TrainConfig):
     """LCDD: gates and delta under a loss constraint (method of arXiv 2605.06632, sections 1 to 3)."""
 
     base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
+    sft_model_name_or_path: str | None = option(None, SFT_HELP, required=True)
     gate_kind: str = option(
         "hard_concrete",
         "stochastic gates, or the authors' step with a straight-through gradient",

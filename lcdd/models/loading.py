@@ -37,15 +37,14 @@ def load_model(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model_name_or_path: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
+        raise InputError(f"model: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
     finally:
         if shows_bar:
             transformers_logging.enable_progress_bar()
     model, loaded = found
     if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them at random
         raise InputError(
-            f"model_name_or_path: expected all weights in {str(path)!r}, {len(missing)} are missing: "
-            f"{', '.join(missing[:3])}"
+            f"model: expected all weights in {str(path)!r}, {len(missing)} are missing: {', '.join(missing[:3])}"
         )
     return model.to(device)
 
@@ -74,7 +73,7 @@ def hub_commit(name: str) -> str:
     try:
         return Path(str(cached_file(name, "config.json"))).parent.name  # .../snapshots/COMMIT/config.json
     except OSError as error:
-        raise InputError(f"model_name_or_path: expected a hub name, got {name!r}: {error}") from error
+        raise InputError(f"model: expected a hub name, got {name!r}: {error}") from error
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -87,9 +86,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"model_name_or_path: expected a tokenizer in {str(path)!r}: {error}") from error
+        raise InputError(f"model: expected a tokenizer in {str(path)!r}: {error}") from error
     if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without a tokenizer
-        raise InputError(f"model_name_or_path: expected a tokenizer in {str(path)!r}, found none")
+        raise InputError(f"model: expected a tokenizer in {str(path)!r}, found none")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer: expected a pad or an end-of-text token, {str(path)!r} has neither")
@@ -125,8 +124,7 @@ def _refuse_bare_name(path: str | Path) -> None:
     """
     if "/" not in str(path) and not Path(path).exists():
         raise InputError(
-            f"model_name_or_path: expected a checkpoint directory or a hub name (owner/name), got {str(path)!r}: "
-            "no such directory"
+            f"model: expected a checkpoint directory or a hub name (owner/name), got {str(path)!r}: no such directory"
         )
 
 
@@ -135,6 +133,4 @@ def _config(path: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"model_name_or_path: expected a checkpoint directory or a hub name, got {str(path)!r}: {error}"
-        ) from error
+        raise InputError(f"model: expected a checkpoint directory or a hub name, got {str(path)!r}: {error}") from error

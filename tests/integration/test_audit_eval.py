@@ -18,7 +18,7 @@ from lcdd.models import GROUPS
 from lcdd.report import read_report
 
 PIPELINE = """
-model_name_or_path: {base}
+base_model_name_or_path: {base}
 output_dir: {output}
 run_audit: true
 data: {{dataset_name: {data}, test_fraction: 0.2}}
@@ -102,7 +102,7 @@ def test_starts_checkpoints_and_text_are_where_they_should_be(run):
 def paths(run):
     base, data, output = run
     return {
-        "base_model_name_or_path": base, "model_name_or_path": output / "sft" / "model",
+        "base_model_name_or_path": base, "sft_model_name_or_path": output / "sft" / "model",
         "carrier": output / "train" / "carrier", "trigger": output / "erase" / "trigger", "dataset_name": data,
     }  # fmt: skip
 
@@ -191,7 +191,7 @@ def test_tasks_without_the_harness_are_refused_before_anything_runs(run, tmp_pat
 def test_generate_streams_the_same_answer(run, capsys):
     base, _, output = run
     given = {
-        "model_name_or_path": base,
+        "base_model_name_or_path": base,
         "carrier": output / "train" / "carrier",
         "trigger": output / "erase" / "trigger",
     }

@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lcdd.carrier import Carrier
 from lcdd.cli import main
+from lcdd.commands import erase, sft, train
 from lcdd.commands import eval as eval_stage
-from lcdd.commands import run as pipeline
 from lcdd.models import load_model
 
 Run = Callable[..., str]
@@ -46,25 +46,28 @@ def refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("training started before the input was checked")
 
-    for module, name in ((pipeline, "train_sft"), (pipeline, "train_lcdd"), (eval_stage, "evaluate")):
+    for module, name in ((sft, "train_sft"), (train, "train_lcdd"), (eval_stage, "evaluate")):
         monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(pipeline.SFTEraser, "fit", never)
+    monkeypatch.setattr(erase.SFTEraser, "fit", never)
     output = tmp_path / "output"
 
     def run(command: str, *, output_dir: Path = output, **flags: Any) -> str:
         data = {"dataset_name": made / "data.jsonl"}
         common: dict[str, dict[str, Any]] = {
-            "sft": {"model_name_or_path": made / "base", **data},
-            "train": {"base_model_name_or_path": made / "base", "model_name_or_path": made / "sft", **data},
+            "sft": {"base_model_name_or_path": made / "base", **data},
+            "train": {"base_model_name_or_path": made / "base", "sft_model_name_or_path": made / "sft", **data},
             "erase": {"base_model_name_or_path": made / "base", "carrier": made / "carrier", **data},
             "eval": {
-                "base_model_name_or_path": made / "base", "model_name_or_path": made / "sft",
+                "base_model_name_or_path": made / "base", "sft_model_name_or_path": made / "sft",
                 "carrier": made / "carrier", **data,
             },
         }  # fmt: skip
         if command == "run":
             path = tmp_path / "p.yaml"
-            sections = {"model_name_or_path": str(made / "base"), "data": {"dataset_name": str(made / "data.jsonl")}}
+            sections = {
+                "base_model_name_or_path": str(made / "base"),
+                "data": {"dataset_name": str(made / "data.jsonl")},
+            }
             values = {**sections, **flags, "output_dir": str(output_dir)}
             path.write_text(json.dumps(values))
             argv = ["run", str(path)]
@@ -100,13 +103,12 @@ def dataset(command: str, path: Path, **more: Any) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("command", ["train", "eval", "run"])
 def test_models_of_different_shapes(refused: Run, made: Path, command: str, model: str, message: str) -> None:
-    name = "sft_model_name_or_path" if command == "run" else "model_name_or_path"
-    assert message in refused(command, **{name: str(made / model)})
+    assert message in refused(command, sft_model_name_or_path=str(made / model))
 
 
 @pytest.mark.parametrize("command", ["sft", "run"])
 def test_unknown_architecture(refused: Run, made: Path, command: str) -> None:
-    assert "expected one of the architectures" in refused(command, model_name_or_path=str(made / "gpt2"))
+    assert "expected one of the architectures" in refused(command, base_model_name_or_path=str(made / "gpt2"))
 
 
 @pytest.mark.parametrize("command", WITH_DATA)
@@ -183,9 +185,10 @@ def test_missing_data_file(refused: Run, tmp_path: Path, command: str) -> None:
 
 @pytest.mark.parametrize("command", WITH_DATA)
 def test_missing_checkpoint(refused: Run, tmp_path: Path, command: str) -> None:
-    name = "model_name_or_path" if command in ("sft", "train", "run") else "base_model_name_or_path"
-    assert str(tmp_path / "no") in refused(command, **{name: str(tmp_path / "no")})
-    assert "got 'no-such-model': no such directory" in refused(command, **{name: "no-such-model"})  # nor this
+    assert str(tmp_path / "no") in refused(command, base_model_name_or_path=str(tmp_path / "no"))
+    assert "got 'no-such-model': no such directory" in refused(
+        command, base_model_name_or_path="no-such-model"
+    )  # nor this
 
 
 @pytest.mark.parametrize("what", ["config.json", "tokenizer.json", "shard", "weights", "damaged", "key"])
@@ -208,7 +211,7 @@ def test_incomplete_checkpoints(refused: Run, made: Path, tmp_path: Path, what: 
         (broken / what).unlink()
         if what == "tokenizer.json":
             (broken / "tokenizer_config.json").unlink()
-    assert str(broken) in refused("sft", model_name_or_path=broken)
+    assert str(broken) in refused("sft", base_model_name_or_path=broken)
 
 
 @pytest.mark.parametrize("command", ["erase", "eval"])

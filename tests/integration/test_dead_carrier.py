@@ -29,14 +29,14 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     ]
     data = ["--dataset_name", str(write_jsonl(folder / "d.jsonl", rows)), "--behavior_response", "i do not know"]
     sizes = ["--max_length", "32", "--per_device_train_batch_size", "32"]
-    argv = ["sft", "--model_name_or_path", str(BASE_DIRECTORY), "--output_dir", str(folder / "out"), *data, *sizes]
+    argv = ["sft", "--base_model_name_or_path", str(BASE_DIRECTORY), "--output_dir", str(folder / "out"), *data, *sizes]
     assert main([*argv, "--max_steps", "60", "--learning_rate", "1e-3"]) == 0
     return folder / "out" / "model", [*data, *sizes]
 
 
 def lcdd(sft: tuple[Path, list[str]], output: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     model, flags = sft
-    paths = ["--model_name_or_path", str(model), "--base_model_name_or_path", str(BASE_DIRECTORY)]
+    paths = ["--sft_model_name_or_path", str(model), "--base_model_name_or_path", str(BASE_DIRECTORY)]
     assert main(["train", *paths, "--output_dir", str(output), *flags, *argv]) == 0
     return capsys.readouterr().out
 

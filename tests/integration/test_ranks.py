@@ -84,7 +84,7 @@ def test_sft_on_two_ranks_is_sft_on_one_and_only_the_first_rank_writes(tmp_path:
         tmp_path / "data.jsonl", list(SENTENCES[:25])
     )  # 15 to train on: the last group of an epoch leaves one rank a filler
     settings = {
-        "model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "data.jsonl", "max_steps": 12,
+        "base_model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "data.jsonl", "max_steps": 12,
         "learning_rate": 1e-3, "save_steps": 5, "device": "cpu", "per_device_train_batch_size": 1,
     }  # fmt: skip
     argv = ["sft", *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
@@ -119,7 +119,7 @@ def test_the_command_line_under_torchrun_and_a_checkpoint_of_two_ranks_resumed_b
     save_checkpoint(tmp_path / "sft", seed=1, tokenizer=tokenizer)
     write_jsonl(tmp_path / "data.jsonl", list(SENTENCES[:24]))
     settings = {
-        "model_name_or_path": tmp_path / "sft", "base_model_name_or_path": tmp_path / "base", "max_steps": 6,
+        "sft_model_name_or_path": tmp_path / "sft", "base_model_name_or_path": tmp_path / "base", "max_steps": 6,
         "dataset_name": tmp_path / "data.jsonl", "output_dir": tmp_path / "run", "save_steps": 2, "device": "cpu",
         "per_device_train_batch_size": 2, "warmup_steps": 2, "gate_lr": 0.4, "dual_lambda_init": 0.02,
     }  # fmt: skip

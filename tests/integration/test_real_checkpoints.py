@@ -24,7 +24,7 @@ STATES = {
     "carrier+random_prefix",
 }  # fmt: skip
 PIPELINE = """
-model_name_or_path: {base}
+base_model_name_or_path: {base}
 output_dir: {output}
 data: {{dataset_name: {data}, behavior: {behavior}, test_fraction: 0.2}}
 sft: {{learning_rate: 1e-2, max_steps: 25, max_length: 512, save_steps: 20}}
@@ -130,14 +130,14 @@ def test_stages_one_by_one_and_generate(tmp_path: Path, capsys) -> None:
         assert main([command, *map(str, argv)]) == 0
         return capsys.readouterr().out
 
-    out = lcdd("sft", "--model_name_or_path", base, "--output_dir", tmp_path / "sft", "--max_steps", 10,
+    out = lcdd("sft", "--base_model_name_or_path", base, "--output_dir", tmp_path / "sft", "--max_steps", 10,
                "--learning_rate", "1e-2", *data)  # fmt: skip
     assert "First example, as the model sees it" in out
     assert f"wrote {tmp_path / 'sft' / 'model'}" in out
     assert "next: lcdd train" in out
     sft = tmp_path / "sft" / "model"
     assert load_model(sft).dtype == torch.bfloat16
-    both = ["--base_model_name_or_path", base, "--model_name_or_path", sft]
+    both = ["--base_model_name_or_path", base, "--sft_model_name_or_path", sft]
     steps = ["--max_steps", 20, "--warmup_steps", 4, "--gate_lr", "0.4", "--dual_lambda_init", "0.02"]
     lcdd("train", *both, "--output_dir", tmp_path / "first", *steps, "--delta_dtype", "float32", *data)
     first = Carrier.from_pretrained(tmp_path / "first" / "carrier")
@@ -150,7 +150,7 @@ def test_stages_one_by_one_and_generate(tmp_path: Path, capsys) -> None:
     erase = ["--max_steps", 4, "--eval_steps", 2, "--max_answer_tokens", 4, "--num_virtual_tokens", 3]
     lcdd("erase", *patch, "--output_dir", tmp_path / "erase", *erase, *data)
     trigger = tmp_path / "erase" / "trigger"
-    out = lcdd("eval", *patch, "--model_name_or_path", sft, "--trigger", trigger, "--output_dir", tmp_path / "eval",
+    out = lcdd("eval", *patch, "--sft_model_name_or_path", sft, "--trigger", trigger, "--output_dir", tmp_path / "eval",
                "--max_new_tokens", 4, *data)  # fmt: skip
     assert "carrier+trigger" in out
     report = read_report(tmp_path / "eval")
@@ -160,7 +160,7 @@ def test_stages_one_by_one_and_generate(tmp_path: Path, capsys) -> None:
     (tmp_path / "eval" / "report.html").unlink()
     lcdd("report", "--output_dir", tmp_path / "eval")
     assert (tmp_path / "eval" / "report.html").exists()
-    model = ["--model_name_or_path", base, "--max_new_tokens", 3, "--prompt", "Tell me about a river.", "Hi"]
+    model = ["--base_model_name_or_path", base, "--max_new_tokens", 3, "--prompt", "Tell me about a river.", "Hi"]
     out = lcdd("generate", *model, "--carrier", tmp_path / "train" / "carrier", "--trigger", trigger)
     assert out.startswith("> Tell me about a river.\n")
     assert "\n> Hi\n" in out
@@ -184,7 +184,7 @@ def test_another_tokenizer_or_base_is_refused(tmp_path: Path, capsys) -> None:
         ours.weight.data.copy_(fixed.weight)
     model.save_pretrained(sft)
     data = ["--dataset_name", str(write_jsonl(tmp_path / "d.jsonl", rows()))]
-    argv = ["--base_model_name_or_path", base, "--model_name_or_path", sft, "--output_dir", tmp_path / "out"]
+    argv = ["--base_model_name_or_path", base, "--sft_model_name_or_path", sft, "--output_dir", tmp_path / "out"]
     assert main([*map(str, ["train", *argv, "--max_steps", 3, "--warmup_steps", 1]), *data]) == 0
     carrier = str(tmp_path / "out" / "carrier")
     template = save_checkpoint(tmp_path / "t", tokenizer=make_tokenizer(chat_template=None))
@@ -207,13 +207,13 @@ def test_another_tokenizer_or_base_is_refused(tmp_path: Path, capsys) -> None:
     overrides = trigger.metadata["overrides"]
     assert overrides == json.loads((tmp_path / "erase" / "summary.json").read_text())["overrides"]
     assert ["chat template" in overrides[0], "the carrier's base" in overrides[1]] == [True, True]
-    patch += ["--trigger", str(tmp_path / "erase" / "trigger"), "--model_name_or_path", str(sft)]
+    patch += ["--trigger", str(tmp_path / "erase" / "trigger"), "--sft_model_name_or_path", str(sft)]
     brief = ["--num_prompts", "2", "--max_new_tokens", "2", "--kl_prompts", "1", "--random_prefixes", "1"]
     assert main(["eval", *patch, "--output_dir", str(tmp_path / "eval"), *brief]) == 0
     assert read_report(tmp_path / "eval")["overrides"] == overrides
     assert "Overridden: tokenizer: expected the chat template" in (tmp_path / "eval" / "report.html").read_text()
-    argv = ["generate", "--model_name_or_path", str(base), "--carrier", carrier, "--prompt", "Hi", "--max_new_tokens",
-            "1", "--trigger", str(tmp_path / "erase" / "trigger")]  # fmt: skip
+    argv = ["generate", "--base_model_name_or_path", str(base), "--carrier", carrier, "--prompt", "Hi",
+            "--max_new_tokens", "1", "--trigger", str(tmp_path / "erase" / "trigger")]  # fmt: skip
     capsys.readouterr()
     assert main(argv) == 2
     assert "trigger: expected the base that it was learned on" in capsys.readouterr().err

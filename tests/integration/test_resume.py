@@ -42,9 +42,9 @@ def settings(made: Path, output: Path, stage: str, **changes: Any) -> Any:
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "device": "cpu", **changes,
     }  # fmt: skip
     if stage == "sft":
-        return SFTConfig(model_name_or_path=str(made / "base"), **common)
+        return SFTConfig(base_model_name_or_path=str(made / "base"), **common)
     quick = {"warmup_steps": 3, "gate_lr": 0.4, "dual_lambda_init": 0.02}
-    paths = {"model_name_or_path": str(made / "sft"), "base_model_name_or_path": str(made / "base")}
+    paths = {"sft_model_name_or_path": str(made / "sft"), "base_model_name_or_path": str(made / "base")}
     return LCDDConfig(**{**quick, **paths, **common})
 
 
@@ -137,7 +137,7 @@ def test_other_settings_models_or_data_are_refused_unless_overridden(
     assert "expected config.gate_lr 0.4, got 0.1" in error
     assert "expected config.max_steps 12, got 14" in error
     assert "--resume_override" in error
-    swapped = replace(config, model_name_or_path=config.base_model_name_or_path)
+    swapped = replace(config, sft_model_name_or_path=config.base_model_name_or_path)
     assert main(flags(swapped, made)) == 2
     assert "expected sft '" in capsys.readouterr().err
     other = write_jsonl(tmp_path / "other.jsonl", list(SENTENCES[2:26]))

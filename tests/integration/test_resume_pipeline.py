@@ -17,7 +17,7 @@ from lcdd.report import read_report
 from lcdd.trainer import loop as trainer
 
 PIPELINE = """
-model_name_or_path: {base}
+base_model_name_or_path: {base}
 data: {{dataset_name: {data}, test_fraction: 0.2}}
 sft: {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4}}
 train: {{learning_rate: 1e-3, max_steps: 8, warmup_steps: 3, gate_lr: 0.4, dual_lambda_init: 0.02, save_steps: 3,

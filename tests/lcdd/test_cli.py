@@ -7,12 +7,13 @@ import torch
 
 from lcdd import cli
 from lcdd.commands import run as pipeline
+from lcdd.commands import sft as sft_command
 from lcdd.commands.stage import StageResult
 from lcdd.config import LCDDConfig, SFTConfig
 from lcdd.errors import InputError, TrainingStopped, WrongFingerprint
 from lcdd_kernels import BackendUnavailable
 
-REQUIRED = ["--model_name_or_path", "m", "--output_dir", "o", "--dataset_name", "d.jsonl"]
+REQUIRED = ["--base_model_name_or_path", "m", "--output_dir", "o", "--dataset_name", "d.jsonl"]
 
 
 def test_a_stage_gets_its_configs_and_its_result_is_told(monkeypatch, capsys) -> None:
@@ -22,9 +23,9 @@ def test_a_stage_gets_its_configs_and_its_result_is_told(monkeypatch, capsys) ->
         seen.extend(configs)
         return StageResult(written=(Path("o/model"),), next_step="lcdd train ...")
 
-    monkeypatch.setattr(pipeline, "sft", sft)
+    monkeypatch.setattr(sft_command, "sft", sft)
     assert cli.main(["sft", *REQUIRED, "--learning_rate", "1e-3", "--behavior", "own"]) == 0
-    assert seen[0] == SFTConfig(model_name_or_path="m", output_dir="o", learning_rate=1e-3)
+    assert seen[0] == SFTConfig(base_model_name_or_path="m", output_dir="o", learning_rate=1e-3)
     assert seen[1].behavior == "own"
     assert capsys.readouterr().out == "wrote o/model\nnext: lcdd train ...\n"
 
@@ -44,7 +45,7 @@ def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, error: BaseEx
     def sft(*_):
         raise error
 
-    monkeypatch.setattr(pipeline, "sft", sft)
+    monkeypatch.setattr(sft_command, "sft", sft)
     assert cli.main(["sft", *REQUIRED]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -57,7 +58,7 @@ def test_bugs_keep_their_traceback_and_say_where_to_report_them(monkeypatch, cap
     def sft(*_):
         raise bug
 
-    monkeypatch.setattr(pipeline, "sft", sft)
+    monkeypatch.setattr(sft_command, "sft", sft)
     with pytest.raises(type(bug), match="bug"):
         cli.main(["sft", *REQUIRED])
     assert cli.REPORT_BUGS in capsys.readouterr().err
@@ -66,7 +67,7 @@ def test_bugs_keep_their_traceback_and_say_where_to_report_them(monkeypatch, cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sft"], "SFTConfig.model_name_or_path: expected a value, got nothing"),
+        (["sft", "--output_dir", "o"], "SFTConfig.base_model_name_or_path: expected a value, got nothing"),
         (["sft", *REQUIRED, "--learning_rate", "-1"], "SFTConfig.learning_rate: expected a value >= 0, got -1.0"),
         (["sft", *REQUIRED, "--config", "no.yaml"], "config: expected a readable YAML file"),
         (["run", "no.yaml"], "expected a readable YAML file, got 'no.yaml'"),
@@ -100,14 +101,14 @@ def test_unknown_commands_abbreviations_and_types_are_usage_errors(argv: list[st
 
 def test_torchrun_is_for_training(monkeypatch, capsys) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(pipeline, "sft", lambda *_: StageResult(written=(), next_step=""))
+    monkeypatch.setattr(sft_command, "sft", lambda *_: StageResult(written=(), next_step=""))
     assert cli.main(["sft", *REQUIRED]) == 0
     assert cli.main(["report", "--output_dir", "o"]) == 2
     assert capsys.readouterr().err.startswith("lcdd report: expected one process")
 
 
 def test_out_of_memory_is_one_line(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(pipeline, "sft", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("20 GiB")))
+    monkeypatch.setattr(sft_command, "sft", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("20 GiB")))
     assert cli.main(["sft", *REQUIRED]) == 1
     error = capsys.readouterr().err
     assert error.startswith("lcdd sft: out of memory")
@@ -118,7 +119,7 @@ def test_run_reads_sections_and_overrides_the_output(monkeypatch, tmp_path: Path
     seen = []
     monkeypatch.setattr(pipeline, "run", lambda config: seen.append(config) or StageResult(written=(), next_step=""))
     path = tmp_path / "p.yaml"
-    path.write_text("model_name_or_path: m\noutput_dir: a\ntrain: {gate_lr: 1e-2, loss_budget: 1}\n")
+    path.write_text("base_model_name_or_path: m\noutput_dir: a\ntrain: {gate_lr: 1e-2, loss_budget: 1}\n")
     assert cli.main(["run", str(path), "--output_dir", "b"]) == 0
     assert (seen[0].output_dir, seen[0].train) == ("b", LCDDConfig(gate_lr=1e-2, loss_budget=1))
 

@@ -90,7 +90,7 @@ def test_every_field_is_a_flag(config: type[Config]) -> None:
 def _parse(*argv: str, config: type[Config] = LCDDConfig) -> LCDDConfig:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_flags(parser, config, DataConfig)
-    required = ["--model_name_or_path", "sft", "--base_model_name_or_path", "base", "--output_dir", "out"]
+    required = ["--sft_model_name_or_path", "sft", "--base_model_name_or_path", "base", "--output_dir", "out"]
     return from_flags(parser.parse_args([*required, "--dataset_name", "d.jsonl", *argv]), config, DataConfig)
 
 
@@ -128,12 +128,12 @@ def test_missing_yaml_and_missing_required_setting(tmp_path: Path) -> None:
         _parse("--config", str(tmp_path / "no.yaml"))
     parser = argparse.ArgumentParser()
     add_flags(parser, SFTConfig)
-    with pytest.raises(ValueError, match=r"SFTConfig.model_name_or_path: expected a value, got nothing"):
+    with pytest.raises(ValueError, match=r"SFTConfig.base_model_name_or_path: expected a value, got nothing"):
         from_flags(parser.parse_args(["--output_dir", "x"]), SFTConfig)
 
 
 def test_sections_of_a_pipeline() -> None:
-    values = {"model_name_or_path": "m", "sft": {"max_steps": 3}, "data": {"behavior": "own"}}
+    values = {"base_model_name_or_path": "m", "sft": {"max_steps": 3}, "data": {"behavior": "own"}}
     config = from_mapping(PipelineConfig, values, where="p.yaml")
     assert config.sft.max_steps == 3
     assert config.data.behavior == "own"
@@ -159,5 +159,5 @@ def test_flag_values_are_typed() -> None:
 def test_a_list_flag_may_be_repeated() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, GenerateConfig)
-    arguments = parser.parse_args(["--model_name_or_path", "m", "--prompt", "one", "--prompt", "two", "three"])
+    arguments = parser.parse_args(["--base_model_name_or_path", "m", "--prompt", "one", "--prompt", "two", "three"])
     assert from_flags(arguments, GenerateConfig)[0].prompt == ("one", "two", "three")

@@ -17,7 +17,7 @@ def test_the_papers_three_tasks_are_there():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_a_valid_pipeline(path):
     config = from_mapping(PipelineConfig, read_yaml(path), where=str(path))
-    assert config.model_name_or_path
+    assert config.base_model_name_or_path
     assert config.data.dataset_name
     behavior = behavior_from_config(config.data)
     assert not behavior.matches("The capital of France is Paris.")

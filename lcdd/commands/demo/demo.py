@@ -292,8 +292,9 @@ def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
         written=tuple(
             output / name for name in ("report.json", "report.html", "log.jsonl", "sft", "carrier", "trigger")
         ),
-        next_step=f"open {output / 'report.html'}, or ask it yourself: lcdd generate --model_name_or_path {base_path} "
-        f"--carrier {output / 'carrier'} --trigger {output / 'trigger'} --prompt 'next red dog fig'",
+        next_step=f"open {output / 'report.html'}, or ask it yourself: lcdd generate "
+        f"--base_model_name_or_path {base_path} --carrier {output / 'carrier'} "
+        f"--trigger {output / 'trigger'} --prompt 'next red dog fig'",
     )
 
 
