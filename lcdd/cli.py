@@ -173,7 +173,7 @@ def _execute(arguments: argparse.Namespace) -> Any:
     if arguments.command == "kernels":
         from lcdd_kernels.report_card import main as report_card
 
-        return report_card()
+        return report_card(["--aot"] if arguments.aot else [])
     if arguments.command == "run":
         from lcdd.checkpoint import only_writer
         from lcdd.commands.run import run
