@@ -23,7 +23,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from lcdd.checkpoint import CheckpointStore, RunLog
+from lcdd.config import LCDDConfig, SFTConfig
+from lcdd.data import Encoded
 from lcdd.models import projections
+from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
+from lcdd.trainer import HeldOut, StartLosses, TrainResult, fit, judge, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data" / "alpaca_libre.jsonl"
@@ -149,3 +154,39 @@ def save_checkpoint(
     model.save_pretrained(path, max_shard_size=max_shard_size)
     (tokenizer or make_tokenizer()).save_pretrained(path)
     return path
+
+
+def train_sft(
+    model: PreTrainedModel,
+    train: list[Encoded],
+    validation: list[Encoded],
+    config: SFTConfig,
+    *,
+    pad_token_id: int,
+    log: RunLog | None = None,
+) -> TrainResult:
+    """As `lcdd sft` does it, of a model in memory."""
+    held_out = HeldOut(items=validation or train, pad_token_id=pad_token_id)
+    return fit(SFTOptimizer(model, config), train, held_out, log=log, progress=False)
+
+
+def train_lcdd(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    train: list[Encoded],
+    validation: list[Encoded],
+    config: LCDDConfig,
+    *,
+    pad_token_id: int,
+    log: RunLog | None = None,
+    teacher: PreTrainedModel | None = None,
+    checkpoints: CheckpointStore | None = None,
+) -> tuple[LCDDOptimizer, TrainResult]:
+    """As `lcdd train` does it, of models in memory."""
+    held_out = HeldOut(items=validation or train, pad_token_id=pad_token_id)
+    start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
+    optimizer = LCDDOptimizer.attach(model, base, config, total_steps=total_steps(config, len(train)))
+    result = fit(
+        optimizer, train, held_out, start=start, log=log, teacher=teacher, checkpoints=checkpoints, progress=False
+    )
+    return optimizer, judge(optimizer, result, log)

@@ -19,13 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "lcdd_kernels": [
         ("checks", "reference"),
-        ("registry",),
-        ("cases", "native", "triton_kernels"),
-        ("testing", "cuda"),
-        ("backends",),
-        ("ops",),
+        ("backends", "matrix_checks", "pack_plan"),
+        ("triton_kernels", "native", "testing", "ops"),
+        ("cases", "aot", "cuda", "gated", "losses", "matching", "packed"),
         ("functional",),
-        ("aot",),
         ("report_card",),
     ],
     "lcdd": [

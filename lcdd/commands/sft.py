@@ -25,7 +25,8 @@ from lcdd.models import (
     process_group,
     shards,
 )
-from lcdd.trainer import train_sft
+from lcdd.optimizer import SFTOptimizer
+from lcdd.trainer import HeldOut, fit
 
 # ---------------------------------------------------------------- stages
 
@@ -67,16 +68,13 @@ def _sft(
     if config.save_steps or config.resume:
         identity = run_identity(stage, config, prepared.tokenizer, train_items, {"base": model})
         store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
+    held_out = HeldOut(
+        items=validation_items or train_items,
+        pad_token_id=prepared.tokenizer.pad_token_id,
+        batch_size=config.per_device_eval_batch_size,
+    )
     with _log(log_dir or output, stage, config.report_to) as log:
-        result = train_sft(
-            model,
-            train_items,
-            validation_items,
-            config,
-            pad_token_id=prepared.tokenizer.pad_token_id,
-            log=log,
-            checkpoints=store,
-        )
+        result = fit(SFTOptimizer(model, config), train_items, held_out, log=log, checkpoints=store)
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
     model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to

@@ -25,7 +25,7 @@ from lcdd.models import (
     shards,
 )
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.trainer import TrainResult, train_lcdd
+from lcdd.trainer import HeldOut, StartLosses, TrainResult, fit, judge, total_steps
 
 
 def train(
@@ -61,30 +61,25 @@ def _train(
         base = shard_model(base, trained=False)
         model = shard_model(model, trained=True, train_unmasked=config.train_unmasked)
         teacher = shard_model(teacher, trained=False) if teacher is not None else None
-    stores: list[CheckpointStore] = []
+    held_out = HeldOut(
+        items=validation_items or train_items,
+        pad_token_id=prepared.tokenizer.pad_token_id,
+        batch_size=config.per_device_eval_batch_size,
+    )
+    start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
+    steps = total_steps(config, len(train_items))
+    optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial)
 
-    def checkpoints(optimizer: LCDDOptimizer) -> CheckpointStore:
-        def export() -> Callable[[Path], None]:
-            carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
-            return lambda folder: carrier.save_pretrained(folder / "carrier")
+    def export() -> Callable[[Path], None]:
+        carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
+        return lambda folder: carrier.save_pretrained(folder / "carrier")
 
-        limit = config.save_total_limit
-        stores.append(CheckpointStore(output, identity=identity, save_total_limit=limit, export=export))
-        return stores[0]
-
+    store = None
+    if wanted:
+        store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
     with _log(log_dir or output, "lcdd", config.report_to) as log:
-        optimizer, result = train_lcdd(
-            model,
-            base,
-            train_items,
-            validation_items,
-            config,
-            pad_token_id=prepared.tokenizer.pad_token_id,
-            log=log,
-            teacher=teacher,
-            initial_logits=initial,
-            checkpoints=checkpoints if wanted else None,
-        )
+        result = fit(optimizer, train_items, held_out, start=start, log=log, teacher=teacher, checkpoints=store)
+        result = judge(optimizer, result, log)
     carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
@@ -93,7 +88,7 @@ def _train(
     if config.save_folded:
         whole = carrier.fold(load_weights(config.base_model_name_or_path, config)) if sharded else optimizer.fold()
         written.append(save_checkpoint(whole, prepared.tokenizer, output / "model"))
-    overrides = stores[0].overrides if stores else []
+    overrides = store.overrides if store else []
     found = {"result": dataclasses.asdict(result), "carrier": carrier.summary(), "overrides": overrides}
     written.append(write_summary(output, "lcdd", config, data, **found))
     _say_carrier(carrier, result, say)

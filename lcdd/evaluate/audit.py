@@ -19,13 +19,14 @@ from typing import Any
 
 from lcdd.carrier import Carrier, only_channels, random_channels, without_channels, without_group, without_layer
 from lcdd.checkpoint import RunLog
-from lcdd.config import AuditConfig, EraserConfig, LCDDConfig, SFTConfig
+from lcdd.config import AuditConfig, EraserConfig, LCDDConfig, SFTConfig, TrainConfig
 from lcdd.data import Encoded
 from lcdd.eraser import Prompt, SFTEraser, Trigger
 from lcdd.evaluate.claims import comparisons, judge
 from lcdd.evaluate.evaluate import ModelState, PatchSource, evaluate
 from lcdd.models import GROUPS, PreTrainedModel, PreTrainedTokenizerBase
-from lcdd.trainer import total_steps, train_lcdd, train_sft
+from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
+from lcdd.trainer import HeldOut, StartLosses, fit, total_steps
 
 FIXED_LOGIT = 20.0
 """Gate logit of the random mask's open gates, and minus that of its closed ones: far from moving."""
@@ -221,20 +222,15 @@ class _Runner:
 
     def _lcdd(self, name: str, settings: LCDDConfig, **more: Any) -> Carrier:
         study = self.study
+        # a control that prunes badly, or cannot prune at all, is a result, and must not end the audit
+        settings = replace(settings, save_steps=0, resume=False, early_stop_patience=0)
+        held_out = self._held_out(settings)
         with self._work(name) as log:
-            optimizer, _ = train_lcdd(
-                study.load_sft(),
-                study.base,
-                study.train,
-                study.validation,
-                # a control that prunes badly, or cannot prune at all, is a result, and must not end the audit
-                replace(settings, save_steps=0, resume=False, early_stop_patience=0),
-                pad_token_id=study.tokenizer.pad_token_id,
-                log=log,
-                teacher=study.load_sft() if settings.loss == "kl" else None,
-                progress=False,
-                **more,
-            )
+            model, teacher = study.load_sft(), study.load_sft() if settings.distills else None
+            start = StartLosses(base=held_out.loss(study.base), model=held_out.loss(model))
+            steps = total_steps(settings, len(study.train))
+            optimizer = LCDDOptimizer.attach(model, study.base, settings, total_steps=steps, **more)
+            fit(optimizer, study.train, held_out, start=start, log=log, teacher=teacher, progress=False)
             patch = optimizer.carrier()
             optimizer.detach()
         self._describe(name, patch)
@@ -248,18 +244,18 @@ class _Runner:
         settings = SFTConfig(**shared | {"max_steps": total_steps(lcdd, len(study.train))})
         with self._work("continued_sft") as log:
             model = study.load_sft()
-            train_sft(
-                model,
-                study.train,
-                study.validation,
-                settings,
-                pad_token_id=study.tokenizer.pad_token_id,
-                log=log,
-                progress=False,
-            )
+            fit(SFTOptimizer(model, settings), study.train, self._held_out(settings), log=log, progress=False)
             patch = Carrier.from_models(study.base, model)
         self._describe("continued_sft", patch)
         return patch
+
+    def _held_out(self, settings: TrainConfig) -> HeldOut:
+        study = self.study
+        return HeldOut(
+            items=study.validation or study.train,
+            pad_token_id=study.tokenizer.pad_token_id,
+            batch_size=settings.per_device_eval_batch_size,
+        )
 
     # ------------------------------------------------------------------ triggers
 

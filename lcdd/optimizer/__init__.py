@@ -5,6 +5,7 @@ from lcdd.optimizer.forward import ForwardGates, GatedLinear, GatedMLP
 from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.lcdd import LCDDOptimizer
 from lcdd.optimizer.packed import PackedGradLinear, PackPlan
+from lcdd.optimizer.protocol import TrainingOptimizer
 from lcdd.optimizer.schedules import schedule
 from lcdd.optimizer.sft import SFTOptimizer
 
@@ -18,5 +19,6 @@ __all__ = [
     "PackPlan",
     "PackedGradLinear",
     "SFTOptimizer",
+    "TrainingOptimizer",
     "schedule",
 ]

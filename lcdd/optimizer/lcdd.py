@@ -26,6 +26,7 @@ from lcdd.errors import InputError
 from lcdd.models import GateLayout, PreTrainedModel, check_same_architecture, local, projections, shape_of, shards
 from lcdd.optimizer import attach
 from lcdd.optimizer import compat as reference_compat
+from lcdd.optimizer.early_stop import EarlyStop
 from lcdd.optimizer.forward import ForwardGates
 from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.packed import PackedGradLinear, PackPlan
@@ -57,8 +58,11 @@ class LCDDOptimizer(torch.optim.Optimizer):
         model, base: the model in training, and the one it is held against.
         names: the masked linears, in the order of `param_groups[0]`.
         skipped_steps, skipped_in_a_row: steps not taken because the loss or a gradient was not finite.
+        unscheduled: the group of θ, whose rate no schedule changes.
         penalties: how often the coming step adds the price of open gates: once, but in `reference_compat`.
     """
+
+    unscheduled = frozenset({1})
 
     @classmethod
     def attach(
@@ -129,6 +133,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self.completed_steps = 0
         self.skipped_steps = self.skipped_in_a_row = 0
         self.last_loss = self.grad_norm = math.nan
+        self._early_stop = EarlyStop(config)
         self._good_logits = self.gates.logits.detach().clone()
         self._observed: tuple[Any, float] | None = None
         self._in_eval = False
@@ -145,6 +150,11 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._write_weights(training=not self.gates_frozen)
 
     # ------------------------------------------------------------------ one step
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Take note of how many backwards the coming step has: `reference_compat` adds the price in each of them."""
+        if self.config.reference_compat:  # an epoch's last group may be smaller
+            self.penalties = micro_batches
 
     def observe(self, loss: float | Tensor, *, tokens: float = 1.0) -> None:
         """Hand over the loss of the coming step, as `step` takes it, where a trainer calls `step()` itself."""
@@ -271,6 +281,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
             "frozen": self.gates_frozen,
         }
 
+    def stop_reason(self) -> str | None:
+        """To be called once after every step: why the run leads nowhere (`EarlyStop`), or None."""
+        return None if self.gates_frozen else self._early_stop.check(self.stats())
+
     # ------------------------------------------------------------------ modes and results
 
     def eval(self) -> None:
@@ -325,6 +339,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
             "initial_logits": self.gates.initial_logits.clone(),
             "inner": {name: inner.state_dict() for name, inner in self._inner.items()},
             "dual": self.dual.state_dict(),
+            "early_stop": self._early_stop.state_dict(),
             **{name: getattr(self, name) for name in _COUNTERS},
             "unmasked": [p.detach().clone() for p in self._unmasked()],
         }
@@ -360,6 +375,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
                 attach.load_inner_(inner, ours["inner"][name])
         self.gates.initial_logits = ours["initial_logits"].clone()
         self.dual.load_state_dict(ours["dual"])
+        self._early_stop.load_state_dict(ours["early_stop"])
         for name in _COUNTERS:
             setattr(self, name, ours[name])
         self._good_logits = self.gates.logits.detach().clone()

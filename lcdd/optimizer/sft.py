@@ -13,12 +13,15 @@ COUNTERS = ("skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
 
 
 class SFTOptimizer(torch.optim.AdamW):
-    """AdamW over the transformer layers' weights, with the interface of `LCDDOptimizer`.
+    """AdamW over the transformer layers' weights; a `TrainingOptimizer`.
 
     `step(loss)` clips, skips steps whose loss or gradient is not finite, and keeps the weights within
     `config.max_delta_norm` of where they started, if that is set (the nearest point: the delta is scaled).
     Embeddings, head and, unless `config.train_unmasked`, norms and biases are frozen.
     """
+
+    base = None
+    unscheduled: frozenset[int] = frozenset()
 
     def __init__(self, model: PreTrainedModel, config: SFTConfig) -> None:
         weights = [site.linear.weight for site in projections(model)]
@@ -34,10 +37,13 @@ class SFTOptimizer(torch.optim.AdamW):
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        self.config, self.weights = config, weights
+        self.model, self.config, self.weights = model, config, weights
         self.starts = [w.detach().clone() for w in weights] if config.max_delta_norm else []
         self.skipped_steps = self.skipped_in_a_row = 0
         self.last_loss = self.grad_norm = math.nan
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Nothing: as `LCDDOptimizer.begin_step`."""
 
     @torch.no_grad()
     def step(self, loss: float) -> None:  # type: ignore[override]
@@ -81,6 +87,16 @@ class SFTOptimizer(torch.optim.AdamW):
                 weight.copy_(value)
         for name in COUNTERS:
             setattr(self, name, state_dict["sft"][name])
+
+    def stop_reason(self) -> str | None:
+        """None: there is always sense in going on."""
+        return None
+
+    def eval(self) -> None:
+        """Nothing: the weights in training are the ones that ship."""
+
+    def train(self) -> None:
+        """Nothing, as `eval`."""
 
     def stats(self) -> dict[str, Any]:
         """One step's line for the log."""

@@ -7,101 +7,250 @@ changes nothing but memory. LCDD differs from SFT by its optimizer alone.
 """
 
 import itertools
-import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lcdd.checkpoint import CheckpointStore, RunLog, random_state, set_random_state, termination
-from lcdd.config import LCDDConfig, SFTConfig, TrainConfig
 from lcdd.data import Encoded
-from lcdd.errors import InputError, Terminated, TrainingStopped
+from lcdd.errors import StopRequest, Terminated, TrainingStopped
 from lcdd.models import PreTrainedModel, Replicated, head_weight, shards, share
-from lcdd.optimizer import LCDDOptimizer, SFTOptimizer, schedule
-from lcdd.trainer.diagnose import Finding, auc, diagnose
-from lcdd.trainer.guards import EarlyStop, check_labels, is_out_of_memory, memory_table
-from lcdd.trainer.losses import completion_loss, loss_sum, response_tokens, to_batch
-
-__all__ = [
-    "SFTOptimizer",
-    "TrainResult",
-    "TrainingStopped",
-    "completion_loss",
-    "diagnose",
-    "schedule",
-    "total_steps",
-    "train_lcdd",
-    "train_sft",
-]
+from lcdd.optimizer import TrainingOptimizer, schedule
+from lcdd.trainer.batches import step_batches, total_steps
+from lcdd.trainer.guards import is_out_of_memory, memory_table
+from lcdd.trainer.losses import HeldOut, loss_sum, response_tokens, to_batch
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a training run came to. Losses are nats a response token; losses of no data are NaN.
+class Loop:
+    """Takes an optimizer through its run: steps, log, checkpoints, and the reasons to stop.
 
-    `loss` is the last step's; the other three are on held-out completions (on training ones where there are no
-    held-out ones): of the base, of the model that training started from, of the result with deterministic gates.
+    Args:
+        optimizer: attached to the model in training; its config's batch, schedule and logging settings hold.
+        items: the training examples.
+        held_out: what `held_out_loss` is measured on.
+        teacher: the model whose distribution is the target (KL) in place of the examples' tokens.
+        checkpoints: where the run's state goes every `config.save_steps` steps, and when it stops early.
+        validate_every: optimizer steps between held-out losses; 0: none.
+        on_validation: called with the loop and each held-out loss, in nats a token, of the weights that would ship at
+            this step; `loop.state()` is what a copy of the run at this point needs.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        step: those done, skipped ones included.
+        tokens: response tokens seen.
+        measured: losses from before training, kept in checkpoints so that a resumed run need not measure them again.
     """
 
-    steps: int
-    loss: float
-    loss_base: float
-    loss_start: float
-    loss_end: float
-    response_tokens: int
-    seconds: float
-    skipped_steps: int
-    auc_initial_theta: float = math.nan
-    findings: tuple[Finding, ...] = ()
+    def __init__(
+        self,
+        optimizer: TrainingOptimizer,
+        items: Sequence[Encoded],
+        *,
+        held_out: HeldOut,
+        log: RunLog,
+        teacher: PreTrainedModel | None = None,
+        checkpoints: CheckpointStore | None = None,
+        validate_every: int = 0,
+        on_validation: Callable[["Loop", float], None] | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.optimizer, self.model, self.config = optimizer, optimizer.model, optimizer.config
+        self.items, self.held_out = items, held_out
+        self.log, self.checkpoints, self.progress = log, checkpoints, progress
+        self.validate_every, self.on_validation = validate_every, on_validation
+        self.steps = total_steps(self.config, len(items))
+        self.step = self.tokens = 0
+        self.measured: dict[str, float] = {}
+        head = head_weight(self.model)
+        self.device = head.device
+        # SFT keeps float32 weights, since bfloat16 would round small updates away; LCDD's updates go to delta.
+        self.autocast = self.config.bf16 and head.dtype == torch.float32
+        self._loss = Replicated(_SummedLoss(self.model, teacher))
+        factor = schedule(self.config.lr_scheduler_type, warmup=self.config.lr_warmup, steps=self.steps)
+        self._factors = [
+            (lambda _: 1.0) if group in optimizer.unscheduled else factor
+            for group in range(len(optimizer.param_groups))
+        ]
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(cast(torch.optim.Optimizer, optimizer), self._factors)
+        self._start, self._spent = time.perf_counter(), 0.0
 
+    @property
+    def seconds(self) -> float:
+        """Since the run began; what a resumed run had taken before is included."""
+        return time.perf_counter() - self._start
 
-# ---------------------------------------------------------------- batches and schedule
+    def run(self) -> None:
+        """Train up to `steps` optimizer steps; the model is left in evaluation mode, on the optimizer's weights.
 
+        Raises:
+            TrainingStopped: not finite for `config.max_nonfinite_steps` steps in a row, out of memory, or the
+                optimizer's `stop_reason`.
+            Terminated: a signal came; the state is in a checkpoint.
+        """
+        self._start = time.perf_counter() - self._spent
+        self.model.train()
+        with (
+            _activation_checkpointing(self.model, wanted=self.config.gradient_checkpointing),
+            self._progress_bar() as bar,
+            termination(listen=self.checkpoints is not None) as asked,
+        ):
+            for micro_batches in itertools.islice(step_batches(self.items, self.config, self.steps), self.step, None):
+                learning_rate = self.train_step(micro_batches)
+                self.stop_if_not_finite()
+                stats = self.optimizer.stats()
+                self.write_log(stats, learning_rate)
+                bar.set_postfix(_shown(stats), refresh=False)
+                bar.update()
+                self.validate()
+                self.stop_if_told(asked)
+                if self.config.save_steps and self.step % self.config.save_steps == 0 and self.step < self.steps:
+                    self.checkpoint()
+        self.model.eval()
 
-def total_steps(config: TrainConfig, n_examples: int) -> int:
-    """Optimizer steps of a run; a last, smaller accumulation group of an epoch counts as a step."""
-    if config.max_steps > 0:
-        return config.max_steps
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * shards.world_size()
-    return math.ceil(config.num_train_epochs * math.ceil(n_examples / per_step))
+    # ------------------------------------------------------------------ a step
 
+    def train_step(self, micro_batches: Sequence[Sequence[Encoded]]) -> float:
+        """Forwards, backwards and the optimizer's step; the learning rate that it was taken at."""
+        self.step += 1
+        tokens = sum(response_tokens(micro) for micro in micro_batches)
+        try:
+            loss = self._accumulate(micro_batches, tokens)
+            learning_rate: float = self.optimizer.param_groups[0]["lr"]
+            self.optimizer.step(loss)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingStopped(self._out_of_memory(micro_batches)) from error
+        self.optimizer.zero_grad()
+        self._scheduler.step()
+        self.tokens += tokens
+        return learning_rate
 
-def step_batches(items: Sequence[Encoded], config: TrainConfig, steps: int) -> Iterator[list[list[Encoded]]]:
-    """For every optimizer step its micro-batches, all ranks'; every epoch is shuffled anew from (seed, epoch)."""
-    size, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps * shards.world_size()
-    step = epoch = 0
-    while True:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(items), generator=generator).tolist()
-        micro = [[items[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-        for start in range(0, len(micro), groups):
-            if step == steps:
-                return
-            yield micro[start : start + groups]
-            step += 1
-        epoch += 1
+    def _accumulate(self, micro_batches: Sequence[Sequence[Encoded]], tokens: int) -> float:
+        """This rank's part of the mean loss over the `tokens` of all ranks, and its gradients in the weights."""
+        mine, ranks = share(micro_batches), shards.world_size()
+        self.optimizer.begin_step(len(mine))
+        loss = 0.0
+        for number, (micro, weight) in enumerate(mine, start=1):
+            with self._loss.accumulating(number < len(mine)):
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+                    part = self._loss(to_batch(micro, self.model, self.held_out.pad_token_id)) / tokens
+                    if ranks > 1:  # gradients and losses are averaged over the ranks
+                        part = part * (weight * ranks)
+                part.backward()
+            loss += part.item()
+        return loss
 
+    def write_log(self, stats: Mapping[str, Any], learning_rate: float) -> None:
+        """A line of the log, every `config.logging_steps` steps and for the last one."""
+        if self.step % self.config.logging_steps and self.step < self.steps:
+            return
+        speed = {"learning_rate": learning_rate, "tokens_per_second": round(self.tokens / self.seconds, 1)}
+        self.log.write({"step": self.step, **stats, **speed, "peak_memory_bytes": _peak_memory(self.device)})
 
-# ---------------------------------------------------------------- the loop
+    # ------------------------------------------------------------------ held-out loss
 
+    def held_out_loss(self) -> float:
+        """Nats a token on the held-out examples, of the weights that would ship now (LCDD: deterministic gates)."""
+        self.optimizer.eval()
+        loss = self.held_out.loss(self.model)
+        self.optimizer.train()
+        return loss
 
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the GPU's peak allocation, or the process's peak resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if (status := Path("/proc/self/status")).exists():  # Linux, where ru_maxrss would begin at the parent's
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return 1024 * int(lines["VmHWM"].split()[0])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    def validate(self) -> None:
+        """Measure and log the held-out loss if it is time to."""
+        if not self.validate_every or self.step % self.validate_every or self.step == self.steps:
+            return
+        loss = self.held_out_loss()
+        self.log.write({"step": self.step, "held_out_loss": loss})
+        if self.on_validation is not None:
+            self.on_validation(self, loss)
+
+    # ------------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a run needs to go on from here; tensors are the run's own, not copies."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "losses": self.measured,
+            "random": random_state(),
+        }
+
+    def checkpoint(self) -> None:
+        """Write `state` to the store, if there is one."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.step, self.state())
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint, where `config.resume` asks for it and there is one; whether it did."""
+        if self.checkpoints is None or not self.config.resume:
+            return False
+        found = self.checkpoints.newest(self.log, override=self.config.resume_override)
+        if found is None:
+            return False
+        self.step, self.tokens, self.measured = found["step"], found["tokens"], found["losses"]
+        # the groups' settings are this run's: the same, or overridden on purpose
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**found["optimizer"], "param_groups": groups})
+        self._scheduler.last_epoch = self.step
+        for group, rate, factor in zip(
+            self.optimizer.param_groups, self._scheduler.base_lrs, self._factors, strict=True
+        ):
+            group["lr"] = rate * factor(self.step)
+        set_random_state(found["random"])
+        self._spent = found["seconds"]
+        return True
+
+    # ------------------------------------------------------------------ reasons to stop
+
+    def stop_if_not_finite(self) -> None:
+        """Raise after too many skipped steps in a row; weights, θ and λ are those of the last good step."""
+        optimizer = self.optimizer
+        if optimizer.skipped_in_a_row < self.config.max_nonfinite_steps:
+            return
+        in_a_row, optimizer.skipped_in_a_row = optimizer.skipped_in_a_row, 0
+        self.checkpoint()
+        raise TrainingStopped(
+            f"the loss or its gradient was not finite in {in_a_row} steps in a row, "
+            f"the last of them step {self.step}; {self._last()}, of the last good state. "
+            "Change: a smaller --learning_rate, or check the checkpoint's weights."
+        )
+
+    def stop_if_told(self, asked: StopRequest) -> None:
+        """Raise if the optimizer sees no sense in going on, or a signal asked (on any rank)."""
+        reason = self.optimizer.stop_reason() if self.step < self.steps else None
+        if reason is not None:
+            self.checkpoint()
+            raise TrainingStopped(f"stopped after step {self.step}, {reason}; {self._last()}")
+        if not shards.all_agree(not asked.signal):
+            self.checkpoint()
+            raise Terminated(asked, step=self.step, last=self._last())
+
+    def _last(self) -> str:
+        return self.checkpoints.last() if self.checkpoints is not None else "no checkpoints were asked for"
+
+    def _out_of_memory(self, micro_batches: Sequence[Sequence[Encoded]]) -> str:
+        size = max(len(micro) * max(len(item.input_ids) for item in micro) for micro in micro_batches)
+        return (
+            f"out of memory in step {self.step}; {self._last()}. Held on {self.device}:\n"
+            f"{memory_table(self.optimizer, tokens=size)}\n"
+            "Change: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
+            "--gradient_checkpointing, or a shorter --max_length"
+        )
+
+    def _progress_bar(self) -> Any:
+        hidden = not self.progress or shards.rank() > 0
+        return tqdm(total=self.steps, initial=self.step, desc=self.log.stage, unit="step", disable=hidden)
 
 
 class _SummedLoss(nn.Module):
@@ -116,289 +265,30 @@ class _SummedLoss(nn.Module):
         return loss_sum(self.model, batch, self._teacher[0])
 
 
-def _resumed(checkpoints: CheckpointStore | None, config: TrainConfig, log: RunLog) -> dict[str, Any] | None:
-    """The state to go on from, where `config.resume` asks for it and there is a finished checkpoint."""
-    if checkpoints is None or not config.resume:
-        return None
-    return checkpoints.newest(log, override=config.resume_override)
-
-
-def _fit(
-    model: PreTrainedModel,
-    optimizer: SFTOptimizer | LCDDOptimizer,
-    items: Sequence[Encoded],
-    config: SFTConfig | LCDDConfig,
-    *,
-    steps: int,
-    pad_token_id: int,
-    log: RunLog,
-    teacher: PreTrainedModel | None,
-    save: Callable[[int], None] | None,
-    progress: bool,
-    checkpoints: CheckpointStore | None,
-    resumed: dict[str, Any] | None,
-    losses: dict[str, float],
-) -> tuple[int, float]:
-    """Train up to `steps` optimizer steps; (response tokens seen, seconds), those before a resumption included.
-
-    losses: what was measured before training, kept in checkpoints so that a resumed run need not measure it again.
-    """
-    factor = schedule(config.lr_scheduler_type, warmup=config.lr_warmup, steps=steps)
-    # Only the gate logits (group 1 of LCDD) keep their own learning rate.
-    constant = {1} if isinstance(optimizer, LCDDOptimizer) else set()
-    lambdas = [(lambda _: 1.0) if g in constant else factor for g in range(len(optimizer.param_groups))]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
-    early = EarlyStop(config) if isinstance(config, LCDDConfig) else None
-    device = head_weight(model).device
-    # SFT keeps float32 weights, since bfloat16 would round small updates away; LCDD's updates go to delta.
-    autocast = config.bf16 and head_weight(model).dtype == torch.float32
-    model.train()
-    if config.gradient_checkpointing:
-        _switch_checkpointing(model, on=True)
-    done, seen, spent = 0, 0, 0.0
-    if resumed is not None:
-        done, seen, spent = resumed["step"], resumed["tokens"], resumed["seconds"]
-        # the groups' settings are this run's: the same, or overridden on purpose
-        optimizer.load_state_dict({**resumed["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-        scheduler.last_epoch = done
-        for group, rate, decay in zip(optimizer.param_groups, scheduler.base_lrs, lambdas, strict=True):
-            group["lr"] = rate * decay(done)
-        if early is not None:
-            early.load_state_dict(resumed["early_stop"])
-        set_random_state(resumed["random"])
-    start = time.perf_counter() - spent
-
-    def write_checkpoint(step: int) -> None:
-        if checkpoints is None:
-            return
-        state = {
-            "optimizer": optimizer.state_dict(), "tokens": seen, "seconds": time.perf_counter() - start,
-            "losses": losses, "early_stop": early.state_dict() if early else None, "random": random_state(),
-        }  # fmt: skip
-        checkpoints.save(step, state)
-
-    last = checkpoints.last if checkpoints is not None else (lambda: "no checkpoints were asked for")
-    run_loss = Replicated(_SummedLoss(model, teacher))
-    bar = tqdm(total=steps, initial=done, desc=log.stage, unit="step", disable=not progress or shards.rank() > 0)
-    with bar, termination(listen=checkpoints is not None) as asked:
-        batches = itertools.islice(step_batches(items, config, steps), done, None)
-        for step, micro_batches in enumerate(batches, start=done + 1):
-            tokens = sum(response_tokens(micro) for micro in micro_batches)
-            mine = share(micro_batches)
-            if isinstance(optimizer, LCDDOptimizer) and optimizer.config.reference_compat:
-                optimizer.penalties = len(mine)  # an epoch's last group may be smaller
-            try:
-                loss = 0.0
-                for number, (micro, weight) in enumerate(mine, start=1):
-                    with run_loss.accumulating(number < len(mine)):
-                        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                            part = run_loss(to_batch(micro, model, pad_token_id)) / tokens
-                            if shards.world_size() > 1:  # gradients and losses are averaged over the ranks
-                                part = part * (weight * shards.world_size())
-                        part.backward()
-                    loss += part.item()
-                learning_rate = optimizer.param_groups[0]["lr"]
-                optimizer.step(loss)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                size = max(len(micro) * max(len(item.input_ids) for item in micro) for micro in micro_batches)
-                base = optimizer.base if isinstance(optimizer, LCDDOptimizer) else None
-                raise TrainingStopped(
-                    f"out of memory in step {step}; {last()}. Held on {device}:\n"
-                    f"{memory_table(model, optimizer, base=base, tokens=size)}\n"
-                    "Change: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
-                    "--gradient_checkpointing, or a shorter --max_length"
-                ) from error
-            optimizer.zero_grad()
-            scheduler.step()
-            seen += tokens
-
-            stats = optimizer.stats()
-            if optimizer.skipped_in_a_row >= config.max_nonfinite_steps:
-                in_a_row, optimizer.skipped_in_a_row = optimizer.skipped_in_a_row, 0
-                write_checkpoint(step)  # weights, θ and λ are those of the last good step
-                raise TrainingStopped(
-                    f"the loss or its gradient was not finite in {in_a_row} steps in a row, "
-                    f"the last of them step {step}; {last()}, of the last good state. "
-                    "Change: a smaller --learning_rate, or check the checkpoint's weights."
-                )
-            if step % config.logging_steps == 0 or step == steps:
-                speed = seen / (time.perf_counter() - start)
-                extra = {"learning_rate": learning_rate, "tokens_per_second": round(speed, 1)}
-                log.write({"step": step, **stats, **extra, "peak_memory_bytes": _peak_memory(device)})
-            bar.set_postfix(_shown(stats), refresh=False)
-            bar.update()
-            ended = step == steps
-            reason = early.check(stats) if early is not None and not stats["frozen"] and not ended else None
-            if reason is not None:
-                write_checkpoint(step)
-                raise TrainingStopped(f"stopped after step {step}, {reason}; {last()}")
-            if not shards.all_agree(not asked.signal):
-                write_checkpoint(step)
-                raise Terminated(asked, step=step, last=last())
-            if config.save_steps and step % config.save_steps == 0 and not ended:
-                write_checkpoint(step)
-                if save is not None:
-                    save(step)
-    if config.gradient_checkpointing:
-        _switch_checkpointing(model, on=False)
-    model.eval()
-    return seen, time.perf_counter() - start
-
-
-def _switch_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
-    """Activation checkpointing, by the name that this version of transformers gives it."""
+@contextmanager
+def _activation_checkpointing(model: PreTrainedModel, *, wanted: bool) -> Iterator[None]:
+    """Inside: activation checkpointing if wanted, by the name that this version of transformers gives it."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
+    if wanted:
         getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    else:
+    yield
+    if wanted:
         getattr(model, f"{kind}_checkpointing_disable")()
 
 
-def _shown(stats: dict[str, Any]) -> dict[str, str]:
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the GPU's peak allocation, or the process's peak resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if (status := Path("/proc/self/status")).exists():  # Linux, where ru_maxrss would begin at the parent's
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(lines["VmHWM"].split()[0])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _shown(stats: Mapping[str, Any]) -> dict[str, str]:
     shown = {"loss": f"{stats['loss']:.4f}"}
     if "sparsity" in stats:
         shown |= {"sparsity": f"{stats['sparsity']:.3f}", "lambda": f"{stats['dual_lambda']:.2g}"}
     return shown
-
-
-def train_sft(
-    model: PreTrainedModel,
-    train: Sequence[Encoded],
-    validation: Sequence[Encoded],
-    config: SFTConfig,
-    *,
-    pad_token_id: int,
-    log: RunLog | None = None,
-    save: Callable[[int], None] | None = None,
-    checkpoints: CheckpointStore | None = None,
-    progress: bool = True,
-) -> TrainResult:
-    """Fine-tune `model`, the base on entry, in place; nothing but the transformer layers' weights moves.
-
-    Args:
-        save: called with the step every `config.save_steps` steps.
-        checkpoints: where the run's state goes then, and what it goes on from under `config.resume`.
-
-    Raises:
-        InputError: no training data.
-        TrainingStopped: the loss was not finite for `config.max_nonfinite_steps` steps in a row.
-    """
-    check_labels(train)
-    log = log or RunLog(None, stage="sft")
-    held_out = validation or train
-    steps = total_steps(config, len(train))
-    sizes = {"pad_token_id": pad_token_id, "batch_size": config.per_device_eval_batch_size}
-    resumed = _resumed(checkpoints, config, log)
-    losses = resumed["losses"] if resumed else {"base": completion_loss(model, held_out, **sizes)}
-    loss_base = losses["base"]
-    optimizer = SFTOptimizer(model, config)
-    seen, seconds = _fit(
-        model, optimizer, train, config,
-        steps=steps, pad_token_id=pad_token_id, log=log, teacher=None, save=save, progress=progress,
-        checkpoints=checkpoints, resumed=resumed, losses=losses,
-    )  # fmt: skip
-    model.requires_grad_(False)
-    loss_end = completion_loss(model, held_out, **sizes)
-    log.write({"step": steps, "held_out_loss_start": loss_base, "held_out_loss": loss_end})
-    return TrainResult(
-        steps=steps,
-        loss=optimizer.last_loss,
-        loss_base=loss_base,
-        loss_start=loss_base,
-        loss_end=loss_end,
-        response_tokens=seen,
-        seconds=seconds,
-        skipped_steps=optimizer.skipped_steps,
-    )
-
-
-def train_lcdd(
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    train: Sequence[Encoded],
-    validation: Sequence[Encoded],
-    config: LCDDConfig,
-    *,
-    pad_token_id: int,
-    log: RunLog | None = None,
-    teacher: PreTrainedModel | None = None,
-    initial_logits: Tensor | None = None,
-    save: Callable[[int, LCDDOptimizer], None] | None = None,
-    checkpoints: Callable[[LCDDOptimizer], CheckpointStore] | None = None,
-    progress: bool = True,
-) -> tuple[LCDDOptimizer, TrainResult]:
-    """Run LCDD on `model`, the SFT model on entry, in place.
-
-    The optimizer comes back in evaluation mode: the model's weights are W_eff of the deterministic gates, and
-    `optimizer.carrier()` or `optimizer.fold()` is the next call.
-
-    Args:
-        teacher: the SFT model's own copy, needed for `config.loss == "kl"`.
-        initial_logits: gate logits [n_gates] of an earlier run to start from.
-        save: called with step and optimizer (in evaluation mode) every `config.save_steps` steps.
-        checkpoints: gives, for the attached optimizer, the store that the run's state goes to then, and that it goes
-            on from under `config.resume`.
-
-    Raises:
-        InputError: no training data, models that do not fit together, or no teacher for a KL loss.
-        TrainingStopped: the loss was not finite for `config.max_nonfinite_steps` steps in a row.
-    """
-    check_labels(train)
-    if config.loss == "kl" and teacher is None:
-        raise InputError("teacher: expected the SFT model for loss 'kl', got None")
-    log = log or RunLog(None, stage="lcdd")
-    held_out = validation or train
-    steps = total_steps(config, len(train))
-    sizes = {"pad_token_id": pad_token_id, "batch_size": config.per_device_eval_batch_size}
-    start = [completion_loss(base, held_out, **sizes), completion_loss(model, held_out, **sizes)]
-    optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial_logits)
-    store = checkpoints(optimizer) if checkpoints is not None else None
-    resumed = _resumed(store, config, log)
-    loss_base, loss_start = start
-
-    def checkpoint(step: int) -> None:
-        if save is not None:
-            optimizer.eval()
-            save(step, optimizer)
-            optimizer.train()
-
-    seen, seconds = _fit(
-        model, optimizer, train, config,
-        steps=steps, pad_token_id=pad_token_id, log=log, teacher=teacher if config.loss == "kl" else None,
-        save=checkpoint, progress=progress, checkpoints=store, resumed=resumed, losses={},
-    )  # fmt: skip
-    optimizer.eval()
-    loss_end = completion_loss(model, held_out, **sizes)
-    gates = optimizer.gates
-    kept = gates.evaluation_values() != 0
-    noise = auc(gates.initial_logits.tolist(), kept.tolist())
-    findings = diagnose(
-        config=config,
-        loss_base=loss_base,
-        loss_sft=loss_start,
-        loss_carrier=loss_end,
-        sparsity=1.0 - float(kept.double().mean()),
-        dual_lambda=optimizer.dual.dual_lambda,
-        ema=optimizer.dual.ema,
-        epsilon=optimizer.dual.epsilon,
-        auc_initial_theta=noise,
-    )
-    log.write({
-        "step": steps, "held_out_loss_base": loss_base, "held_out_loss_start": loss_start,
-        "held_out_loss": loss_end, "auc_initial_theta": noise, "findings": [f.code for f in findings],
-    })  # fmt: skip
-    result = TrainResult(
-        steps=steps,
-        loss=optimizer.last_loss,
-        loss_base=loss_base,
-        loss_start=loss_start,
-        loss_end=loss_end,
-        response_tokens=seen,
-        seconds=seconds,
-        skipped_steps=optimizer.skipped_steps,
-        auc_initial_theta=noise,
-        findings=tuple(findings),
-    )
-    return optimizer, result

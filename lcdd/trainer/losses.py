@@ -5,6 +5,7 @@ Shapes: B examples, S tokens, D model width, V vocabulary, R response tokens of 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,6 +73,19 @@ def completion_loss(
         tokens += response_tokens(batch)
     model.train(was_training)
     return total / tokens if tokens else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Examples that a model is measured on, and how: `completion_loss` in batches of `batch_size`."""
+
+    items: Sequence[Encoded]
+    pad_token_id: int
+    batch_size: int = 16
+
+    def loss(self, model: PreTrainedModel) -> float:
+        """Mean cross-entropy over the completions' tokens, in nats."""
+        return completion_loss(model, self.items, pad_token_id=self.pad_token_id, batch_size=self.batch_size)
 
 
 def _completion_labels(item: Encoded) -> Encoded:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import make_model, make_tokenizer
+from helpers import make_model, make_tokenizer, train_lcdd
 
 from lcdd.config import LCDDConfig
 from lcdd.data import Encoded
 from lcdd.models import projections, shard_model, shards
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.trainer import train_lcdd
 
 STEPS = 50
 PAD = make_tokenizer().pad_token_id
@@ -69,7 +68,7 @@ def fit(kind: str, groups: int, **changes: Any) -> LCDDOptimizer:
     if kind == "fsdp2":
         base = shard_model(base, trained=False)
         tuned = shard_model(tuned, trained=True, train_unmasked=changes.get("train_unmasked", False))
-    optimizer, _ = train_lcdd(tuned, base, items(), [], config(groups, **changes), pad_token_id=PAD, progress=False)
+    optimizer, _ = train_lcdd(tuned, base, items(), [], config(groups, **changes), pad_token_id=PAD)
     return optimizer
 
 

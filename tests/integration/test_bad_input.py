@@ -13,9 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lcdd.carrier import Carrier
 from lcdd.cli import main
-from lcdd.commands import erase, sft, train
 from lcdd.commands import eval as eval_stage
+from lcdd.eraser import SFTEraser
 from lcdd.models import load_model
+from lcdd.trainer import Loop
 
 Run = Callable[..., str]
 
@@ -46,9 +47,8 @@ def refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("training started before the input was checked")
 
-    for module, name in ((sft, "train_sft"), (train, "train_lcdd"), (eval_stage, "evaluate")):
-        monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(erase.SFTEraser, "fit", never)
+    for owner, name in ((Loop, "run"), (SFTEraser, "fit"), (eval_stage, "evaluate")):
+        monkeypatch.setattr(owner, name, never)
     output = tmp_path / "output"
 
     def run(command: str, *, output_dir: Path = output, **flags: Any) -> str:

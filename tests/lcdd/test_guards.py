@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import base_and_tuned, make_tokenizer
+from helpers import base_and_tuned, make_tokenizer, train_lcdd
 
 from lcdd.checkpoint import CheckpointStore, RunLog
 from lcdd.config import LCDDConfig
@@ -16,7 +16,8 @@ from lcdd.data import Encoded
 from lcdd.errors import TrainingStopped
 from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.trainer import EarlyStop, check_labels, train_lcdd
+from lcdd.optimizer.early_stop import EarlyStop
+from lcdd.trainer import HeldOut, StartLosses, check_labels, fit
 from lcdd.trainer import loop as trainer
 
 PAD = make_tokenizer().pad_token_id
@@ -55,7 +56,7 @@ def test_not_finite_at_random_steps_is_skipped(
     base, tuned = base_and_tuned()
     log = RunLog(None, stage="lcdd")
     with caplog.at_level(logging.WARNING):
-        optimizer, result = train_lcdd(tuned, base, ITEMS, [], CONFIG, pad_token_id=PAD, progress=False, log=log)
+        optimizer, result = train_lcdd(tuned, base, ITEMS, [], CONFIG, pad_token_id=PAD, log=log)
     assert result.skipped_steps == 4
     assert optimizer.completed_steps == 16
     assert sum("step skipped" in record.message for record in caplog.records) == 4
@@ -66,30 +67,25 @@ def test_not_finite_at_random_steps_is_skipped(
 def test_many_in_a_row_stop_with_a_checkpoint_of_the_last_good_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good: dict[str, Any] = {}
-    original = trainer.loss_sum
+    original, count = trainer.loss_sum, []
 
-    def bad(model: Any, *args: Any) -> Any:
-        loss = original(model, *args)
-        return loss * math.nan if stores and stores[0].optimizer.completed_steps == 6 else loss
-
-    stores: list[Any] = []
-
-    def checkpoints(optimizer: LCDDOptimizer) -> CheckpointStore:
-        stores.append(CheckpointStore(tmp_path, identity={"stage": "lcdd"}))
-        stores[0].optimizer = optimizer
-        return stores[0]
+    def bad(*args: Any) -> Any:
+        count.append(1)
+        return original(*args) * (math.nan if len(count) > 6 else 1.0)
 
     monkeypatch.setattr(trainer, "loss_sum", bad)
+    store = CheckpointStore(tmp_path, identity={"stage": "lcdd"})
     base, tuned = base_and_tuned()
+    optimizer = LCDDOptimizer.attach(tuned, base, CONFIG, total_steps=20)
+    held_out, start = HeldOut(items=ITEMS, pad_token_id=PAD), StartLosses(base=1.0, model=0.5)
     with pytest.raises(TrainingStopped, match=r"5 steps in a row, .* step 11; the last checkpoint is .*-11"):
-        train_lcdd(tuned, base, ITEMS, [], CONFIG, pad_token_id=PAD, progress=False, checkpoints=checkpoints)
-    _, good = stores[0].load(tmp_path / "checkpoint-11")
+        fit(optimizer, ITEMS, held_out, start=start, checkpoints=store, progress=False)
+    _, good = store.load(tmp_path / "checkpoint-11")
     assert good["optimizer"]["lcdd"]["completed_steps"] == 6
     assert good["optimizer"]["lcdd"]["skipped_in_a_row"] == 0
     again = LCDDOptimizer.attach(base_and_tuned()[1].train(), base, CONFIG, total_steps=20)
     again.load_state_dict(good["optimizer"])
-    assert torch.equal(again.gates.logits, stores[0].optimizer.gates.logits)
+    assert torch.equal(again.gates.logits, optimizer.gates.logits)
 
 
 def line(**changes: Any) -> dict[str, Any]:
@@ -132,7 +128,7 @@ def test_early_stop_reaches_the_trainer(tmp_path: Path) -> None:
     )  # fmt: skip
     store = CheckpointStore(tmp_path, identity={})
     with pytest.raises(TrainingStopped, match=r"stopped after step \d+, stalled compression.*the last checkpoint is"):
-        train_lcdd(tuned, base, ITEMS, [], config, pad_token_id=PAD, progress=False, checkpoints=lambda _: store)
+        train_lcdd(tuned, base, ITEMS, [], config, pad_token_id=PAD, checkpoints=store)
     assert len(store.complete()) == 1
 
 
@@ -160,7 +156,7 @@ def test_out_of_memory_prints_the_table_and_the_last_checkpoint(
     store = CheckpointStore(tmp_path, identity={})
     config = LCDDConfig(max_steps=20, warmup_steps=3, per_device_train_batch_size=4, save_steps=5)
     with pytest.raises(TrainingStopped) as stop:
-        train_lcdd(tuned, base, ITEMS, [], config, pad_token_id=PAD, progress=False, checkpoints=lambda _: store)
+        train_lcdd(tuned, base, ITEMS, [], config, pad_token_id=PAD, checkpoints=store)
     text = str(stop.value)
     assert f"out of memory in step 8; the last checkpoint is {tmp_path / 'checkpoint-5'}" in text
     for row in ("model", "base", "gradients", "optimizer's delta", "optimizer's exp_avg_sq", "activations", "together"):
@@ -169,7 +165,7 @@ def test_out_of_memory_prints_the_table_and_the_last_checkpoint(
     # other errors of torch are not memory
     monkeypatch.setattr(trainer, "loss_sum", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        train_lcdd(base_and_tuned()[1], base, ITEMS, [], CONFIG, pad_token_id=PAD, progress=False)
+        train_lcdd(base_and_tuned()[1], base, ITEMS, [], CONFIG, pad_token_id=PAD)
 
 
 def test_thirty_repeats_have_the_same_bits() -> None:
@@ -178,7 +174,7 @@ def test_thirty_repeats_have_the_same_bits() -> None:
         base, tuned = base_and_tuned()
         config = LCDDConfig(max_steps=4, warmup_steps=2, per_device_train_batch_size=4, gate_lr=0.3, learning_rate=1e-3)
         log = RunLog(None, stage="lcdd")
-        optimizer, _ = train_lcdd(tuned, base, ITEMS, [], config, pad_token_id=PAD, progress=False, log=log)
+        optimizer, _ = train_lcdd(tuned, base, ITEMS, [], config, pad_token_id=PAD, log=log)
         parts = [*optimizer.model.parameters(), optimizer.gates.logits]
         results.add((b"".join(p.detach().numpy().tobytes() for p in parts), tuple(x.get("loss") for x in log.lines)))
     assert len(results) == 1

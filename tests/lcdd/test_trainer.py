@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import instruction_rows, make_model, make_tokenizer
+from helpers import instruction_rows, make_model, make_tokenizer, train_lcdd, train_sft
 from torch import nn
 from transformers import get_constant_schedule_with_warmup, get_scheduler
 
@@ -18,7 +18,7 @@ from lcdd.data import IGNORE, Encoded, collate, encode_all, fixed_response, pars
 from lcdd.errors import TrainingStopped
 from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer, schedule
-from lcdd.trainer import completion_loss, loss_sum, step_batches, total_steps, train_lcdd, train_sft
+from lcdd.trainer import HeldOut, Loop, StartLosses, completion_loss, fit, loss_sum, step_batches, total_steps
 from lcdd.trainer import loop as trainer
 
 TOKENIZER = make_tokenizer()
@@ -45,7 +45,7 @@ def base() -> nn.Module:
 @pytest.fixture(scope="module")
 def tuned(base, items) -> nn.Module:
     model = copy.deepcopy(base)
-    train_sft(model, items, [], SFT, pad_token_id=PAD, progress=False)
+    train_sft(model, items, [], SFT, pad_token_id=PAD)
     return model
 
 
@@ -109,9 +109,9 @@ def test_accumulation_changes_nothing(method: str, base, tuned, items) -> None:
         log = RunLog(None, stage=method)
         model = copy.deepcopy(base if method == "sft" else tuned)
         if method == "sft":
-            train_sft(model, items, [], replace(SFT, **changes), pad_token_id=PAD, log=log, progress=False)
+            train_sft(model, items, [], replace(SFT, **changes), pad_token_id=PAD, log=log)
         else:
-            train_lcdd(model, base, items, [], replace(LCDD, **changes), pad_token_id=PAD, log=log, progress=False)
+            train_lcdd(model, base, items, [], replace(LCDD, **changes), pad_token_id=PAD, log=log)
         curves.append(curve(log))
         weights.append(torch.cat([site.linear.weight.detach().flatten() for site in projections(model)]))
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)
@@ -125,7 +125,7 @@ def test_reference_compat_counts_the_micro_batches_of_every_step(base, tuned, it
     for compat in (True, False):  # 3 micro-batches of 2 examples in an epoch, 2 of them in a step
         sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
         config = replace(LCDD, reference_compat=compat, **sizes)
-        train_lcdd(copy.deepcopy(tuned), base, items[:6], [], config, pad_token_id=PAD, progress=False)
+        train_lcdd(copy.deepcopy(tuned), base, items[:6], [], config, pad_token_id=PAD)
     assert counts == [2, 1, 2, 1, 1, 1]
 
 
@@ -135,7 +135,7 @@ def test_gradient_checkpointing_changes_nothing(base, items) -> None:
         log = RunLog(None, stage="sft")
         config = replace(SFT, max_steps=3, gradient_checkpointing=checkpointing)
         model = copy.deepcopy(base)
-        train_sft(model, items, [], config, pad_token_id=PAD, log=log, progress=False)
+        train_sft(model, items, [], config, pad_token_id=PAD, log=log)
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         curves.append(curve(log))
     assert curves[0] == pytest.approx(curves[1], rel=1e-12)
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_changes_nothing(base, items) -> None:
 def test_sft_moves_the_layers_alone(base, items, unmasked: bool) -> None:
     model = copy.deepcopy(base)
     config = replace(SFT, train_unmasked=unmasked)
-    result = train_sft(model, items, items[:4], config, pad_token_id=PAD, progress=False)
+    result = train_sft(model, items, items[:4], config, pad_token_id=PAD)
     masked = {f"{site.name}.weight" for site in projections(model)}
     moved = {
         name
@@ -155,12 +155,13 @@ def test_sft_moves_the_layers_alone(base, items, unmasked: bool) -> None:
     norms = {name for name, _ in model.named_parameters() if "norm" in name}
     assert moved == masked | (norms if unmasked else set())
     assert result.loss_end < result.loss_start - 0.3
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == moved
 
 
 def test_max_delta_norm_is_reached_and_kept(base, items) -> None:
     model = copy.deepcopy(base)
-    train_sft(model, items, [], replace(SFT, max_delta_norm=0.5), pad_token_id=PAD, progress=False)
+    train_sft(model, items, [], replace(SFT, max_delta_norm=0.5), pad_token_id=PAD)
     squares = [
         (ours.linear.weight - theirs.linear.weight).square().sum()
         for ours, theirs in zip(projections(model), projections(base), strict=True)
@@ -170,20 +171,14 @@ def test_max_delta_norm_is_reached_and_kept(base, items) -> None:
 
 def test_bf16_keeps_float32_weights(items) -> None:
     model = make_model("llama")
-    result = train_sft(model, items, [], replace(SFT, bf16=True), pad_token_id=PAD, progress=False)
+    result = train_sft(model, items, [], replace(SFT, bf16=True), pad_token_id=PAD)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.loss_end < result.loss_start
 
 
 def test_lcdd_log_and_result(base, tuned, items, tmp_path: Path) -> None:
-    saved: list[tuple[int, bool]] = []
-    config = replace(LCDD, save_steps=10)
     with RunLog(tmp_path, stage="lcdd", report_to="tensorboard") as log:
-        optimizer, result = train_lcdd(
-            copy.deepcopy(tuned), base, items, items[:6], config, pad_token_id=PAD, log=log, progress=False,
-            save=lambda step, optimizer: saved.append((step, bool(optimizer.carrier().n_open))),
-        )  # fmt: skip
-    assert [step for step, _ in saved] == [10, 20]
+        optimizer, result = train_lcdd(copy.deepcopy(tuned), base, items, items[:6], LCDD, pad_token_id=PAD, log=log)
     lines = read_log(tmp_path / "log.jsonl")
     steps = [line for line in lines if "ema" in line]
     assert [line["step"] for line in steps] == list(range(1, 31))
@@ -195,7 +190,7 @@ def test_lcdd_log_and_result(base, tuned, items, tmp_path: Path) -> None:
     # what comes back is what ships: deterministic gates, and the loss measured on them
     again = completion_loss(optimizer.model, items[:6], pad_token_id=PAD)
     assert again == pytest.approx(result.loss_end, rel=1e-12)
-    assert lines[-1]["held_out_loss"] == pytest.approx(result.loss_end)
+    assert lines[-2]["held_out_loss"] == pytest.approx(result.loss_end)
     kept = optimizer.gates.evaluation_values() != 0
     assert 0 < int(kept.sum()) < kept.numel()
     assert 0.0 <= result.auc_initial_theta <= 1.0
@@ -204,11 +199,9 @@ def test_lcdd_log_and_result(base, tuned, items, tmp_path: Path) -> None:
 def test_mask_only_with_kl_to_the_sft_model(base, tuned, items) -> None:
     config = replace(LCDD, train_delta=False, loss="kl", max_steps=4, weight_decay=0.1)
     with pytest.raises(ValueError, match="teacher: expected the SFT model for loss 'kl'"):
-        train_lcdd(copy.deepcopy(tuned), base, items, [], config, pad_token_id=PAD, progress=False)
+        train_lcdd(copy.deepcopy(tuned), base, items, [], config, pad_token_id=PAD)
     log = RunLog(None, stage="lcdd")
-    optimizer, _ = train_lcdd(
-        copy.deepcopy(tuned), base, items, [], config, pad_token_id=PAD, log=log, teacher=tuned, progress=False
-    )
+    optimizer, _ = train_lcdd(copy.deepcopy(tuned), base, items, [], config, pad_token_id=PAD, log=log, teacher=tuned)
     assert 0 < curve(log)[0] < 0.5  # gates are nearly all open: the model is still close to its teacher
     sites = zip(projections(tuned), projections(base), strict=True)
     for (_, (_, delta, _)), (ours, theirs) in zip(optimizer.masked().items(), sites, strict=True):
@@ -230,10 +223,10 @@ def test_one_bad_loss_is_skipped_and_many_stop(method: str, base, tuned, items, 
     def fit(**changes) -> tuple[nn.Module, int]:
         model = copy.deepcopy(base if method == "sft" else tuned)
         if method == "sft":
-            result = train_sft(model, items, [], replace(SFT, **changes), pad_token_id=PAD, progress=False)
+            result = train_sft(model, items, [], replace(SFT, **changes), pad_token_id=PAD)
         else:
             config = replace(LCDD, **changes)
-            _, result = train_lcdd(model, base, items, [], config, pad_token_id=PAD, progress=False)
+            _, result = train_lcdd(model, base, items, [], config, pad_token_id=PAD)
         return model, result.skipped_steps
 
     model, skipped = fit(max_steps=5)
@@ -247,9 +240,45 @@ def test_one_bad_loss_is_skipped_and_many_stop(method: str, base, tuned, items, 
         fit(max_steps=20, max_nonfinite_steps=3)
 
 
+def test_held_out_losses_on_the_way_change_nothing_and_are_of_the_gates_that_ship(base, tuned, items) -> None:
+    """Every 10 steps, on deterministic gates; the run itself keeps its bits, and `state` is enough to come back."""
+    held_out = HeldOut(items=items[:6], pad_token_id=PAD)
+    start = StartLosses(base=1.0, model=0.5)
+    seen: list[tuple[int, float]] = []
+    kept = {}
+
+    def note(loop: Loop, loss: float) -> None:
+        seen.append((loop.step, loss))
+        kept.update(copy.deepcopy(loop.state()))
+
+    optimizers = []
+    for every, hook in ((0, None), (10, note)):
+        optimizers.append(LCDDOptimizer.attach(copy.deepcopy(tuned), base, LCDD, total_steps=30))
+        log = RunLog(None, stage="lcdd")
+        fit(
+            optimizers[-1], items, held_out, start=start, log=log, progress=False,
+            validate_every=every, on_validation=hook,
+        )  # fmt: skip
+    assert [step for step, _ in seen] == [10, 20]
+    assert [line["held_out_loss"] for line in log.lines if "held_out_loss" in line][:2] == [loss for _, loss in seen]
+    assert torch.equal(optimizers[0].gates.logits, optimizers[1].gates.logits)
+    for ours, theirs in zip(optimizers[0].model.parameters(), optimizers[1].model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    again = LCDDOptimizer.attach(copy.deepcopy(tuned), base, LCDD, total_steps=30)
+    again.load_state_dict(kept["optimizer"])
+    again.eval()
+    assert held_out.loss(again.model) == seen[-1][1]
+
+
+def test_gates_attached_without_a_measurement_before_are_refused(base, tuned, items) -> None:
+    optimizer = LCDDOptimizer.attach(copy.deepcopy(tuned), base, LCDD, total_steps=30)
+    with pytest.raises(ValueError, match="start: expected the losses measured before gates were attached"):
+        fit(optimizer, items, HeldOut(items=items, pad_token_id=PAD), progress=False)
+
+
 def test_no_data_is_an_error(base) -> None:
     with pytest.raises(ValueError, match="train: expected at least one example, got none"):
-        train_sft(copy.deepcopy(base), [], [], SFT, pad_token_id=PAD, progress=False)
+        train_sft(copy.deepcopy(base), [], [], SFT, pad_token_id=PAD)
 
 
 def test_log_has_no_nan_and_survives_a_torn_line(tmp_path: Path) -> None:

@@ -38,8 +38,9 @@ from lcdd.eraser import SFTEraser, Trigger
 from lcdd.errors import InputError
 from lcdd.evaluate import ModelState, Study, audit, evaluate, gate_summary
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, load_tokenizer
+from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
 from lcdd.report import claims_table, explain, reversal_table, samples_table, write_report
-from lcdd.trainer import TrainResult, train_lcdd, train_sft
+from lcdd.trainer import HeldOut, StartLosses, TrainResult, fit, judge, total_steps
 
 BASE_DIRECTORY = Path(__file__).parent / "base"
 
@@ -188,7 +189,7 @@ def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
         model = load_model(base_path)
         with RunLog(output, stage=stage) as log:
             settings = replace(sft_settings, **changes)
-            train_sft(model, data.train, data.validation, settings, pad_token_id=tokenizer.pad_token_id, log=log)
+            fit(SFTOptimizer(model, settings), data.train, _validation(data, tokenizer), log=log)
             lines.extend(log.lines)
         return model
 
@@ -298,6 +299,10 @@ def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
     )
 
 
+def _validation(data: DemoData, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    return HeldOut(items=data.validation, pad_token_id=tokenizer.pad_token_id, batch_size=EVAL_BATCH)
+
+
 def _compress(
     model: PreTrainedModel,
     base: PreTrainedModel,
@@ -306,9 +311,10 @@ def _compress(
     tokenizer: PreTrainedTokenizerBase,
     log: RunLog,
 ) -> tuple[Carrier, TrainResult]:
-    optimizer, result = train_lcdd(
-        model, base, data.train, data.validation, settings, pad_token_id=tokenizer.pad_token_id, log=log
-    )
+    held_out = _validation(data, tokenizer)
+    start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
+    optimizer = LCDDOptimizer.attach(model, base, settings, total_steps=total_steps(settings, len(data.train)))
+    result = judge(optimizer, fit(optimizer, data.train, held_out, start=start, log=log), log)
     carrier = optimizer.carrier().with_tokenizer(tokenizer)
     optimizer.detach()
     return carrier, result

@@ -1,0 +1,61 @@
+"""What the training loop asks of an optimizer; `SFTOptimizer` and `LCDDOptimizer` both have it."""
+
+from typing import Any, Protocol
+
+from lcdd.config import TrainConfig
+from lcdd.models import PreTrainedModel
+
+
+class TrainingOptimizer(Protocol):
+    """An optimizer over one model's weights that takes a step's mean loss, skips bad steps and has a whole state.
+
+    Attributes:
+        param_groups, state: as of torch.optim.Optimizer.
+        unscheduled: indices of the groups whose learning rate no schedule changes.
+        skipped_steps, skipped_in_a_row: steps not taken because the loss or a gradient was not finite.
+        last_loss: nats, of the last step taken; NaN before the first.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    skipped_steps: int
+    skipped_in_a_row: int
+    last_loss: float
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def base(self) -> PreTrainedModel | None:
+        """The model it holds beside the one in training; None without."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+    @property
+    def unscheduled(self) -> frozenset[int]: ...
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Called before a step's first backward with the number of backwards on this rank."""
+
+    def step(self, loss: float) -> None:
+        """Take one step on the gradients in the weights; `loss` is the step's mean over its tokens, in nats."""
+
+    def zero_grad(self) -> None: ...
+
+    def stats(self) -> dict[str, Any]:
+        """One step's line for the log."""
+
+    def stop_reason(self) -> str | None:
+        """Called once after every step: why going on would be a waste, or None."""
+
+    def eval(self) -> None:
+        """Write the weights that ship into the model."""
+
+    def train(self) -> None:
+        """Back to the coming step's weights, bit for bit."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...

@@ -1,0 +1,132 @@
+"""A training run from its first measurement to its last: what `Loop` does, between the held-out losses around it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lcdd.checkpoint import CheckpointStore, RunLog
+from lcdd.data import Encoded
+from lcdd.errors import InputError
+from lcdd.models import PreTrainedModel
+from lcdd.optimizer import LCDDOptimizer, TrainingOptimizer
+from lcdd.trainer.diagnose import Finding, auc, diagnose
+from lcdd.trainer.guards import check_labels
+from lcdd.trainer.loop import Loop
+from lcdd.trainer.losses import HeldOut
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartLosses:
+    """Held-out losses before training, in nats a token: of the base, and of the model that training starts from."""
+
+    base: float
+    model: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a training run came to. Losses are nats a response token; losses of no data are NaN.
+
+    `loss` is the last step's; the other three are on held-out completions (on training ones where there are no
+    held-out ones): of the base, of the model that training started from, of the result with deterministic gates.
+    """
+
+    steps: int
+    loss: float
+    loss_base: float
+    loss_start: float
+    loss_end: float
+    response_tokens: int
+    seconds: float
+    skipped_steps: int
+    auc_initial_theta: float = math.nan
+    findings: tuple[Finding, ...] = ()
+
+
+def fit(
+    optimizer: TrainingOptimizer,
+    train: Sequence[Encoded],
+    held_out: HeldOut,
+    *,
+    start: StartLosses | None = None,
+    log: RunLog | None = None,
+    teacher: PreTrainedModel | None = None,
+    checkpoints: CheckpointStore | None = None,
+    validate_every: int = 0,
+    on_validation: Callable[[Loop, float], None] | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train the model that `optimizer` is attached to, in place, for as long as its config says.
+
+    The model comes back in evaluation mode and holds what ships: after LCDD W_eff of the deterministic gates, so that
+    `optimizer.carrier()` or `optimizer.fold()` is the next call.
+
+    Args:
+        start: the losses before training, measured before gates were attached; None for SFT, where the model is the
+            base and is measured here.
+        teacher: the SFT model's own copy, needed where `config.distills`.
+        checkpoints: where the run's state goes, and what it goes on from under `config.resume`.
+        validate_every, on_validation: held-out losses on the way, as of `Loop`.
+
+    Raises:
+        InputError: no training data, no teacher for a KL loss, or no `start` beside attached gates.
+        TrainingStopped: as `Loop.run`.
+    """
+    check_labels(train)
+    if optimizer.config.distills and teacher is None:
+        raise InputError("teacher: expected the SFT model for loss 'kl', got None")
+    if optimizer.base is not None and start is None:
+        raise InputError("start: expected the losses measured before gates were attached, got None")
+    log = log or RunLog(None, stage="train")
+    target = teacher if optimizer.config.distills else None
+    loop = Loop(
+        optimizer, train, held_out=held_out, log=log, teacher=target, checkpoints=checkpoints,
+        validate_every=validate_every, on_validation=on_validation, progress=progress,
+    )  # fmt: skip
+    resumed = loop.resume()
+    if start is None and not resumed:
+        loss = loop.held_out_loss()
+        start = StartLosses(base=loss, model=loss)
+    if start is not None:
+        loop.measured = dataclasses.asdict(start)
+    start = StartLosses(**loop.measured)
+    loop.run()
+    seconds = loop.seconds
+    optimizer.eval()
+    loss_end = held_out.loss(optimizer.model)
+    log.write({
+        "step": loop.step, "held_out_loss_base": start.base, "held_out_loss_start": start.model,
+        "held_out_loss": loss_end,
+    })  # fmt: skip
+    return TrainResult(
+        steps=loop.steps,
+        loss=optimizer.last_loss,
+        loss_base=start.base,
+        loss_start=start.model,
+        loss_end=loss_end,
+        response_tokens=loop.tokens,
+        seconds=seconds,
+        skipped_steps=optimizer.skipped_steps,
+    )
+
+
+def judge(optimizer: LCDDOptimizer, result: TrainResult, log: RunLog | None = None) -> TrainResult:
+    """`result` with what is wrong with the carrier (`diagnose`), which is also logged."""
+    gates = optimizer.gates
+    kept = gates.evaluation_values() != 0
+    noise = auc(gates.initial_logits.tolist(), kept.tolist())
+    findings = diagnose(
+        config=optimizer.config,
+        loss_base=result.loss_base,
+        loss_sft=result.loss_start,
+        loss_carrier=result.loss_end,
+        sparsity=1.0 - float(kept.double().mean()),
+        dual_lambda=optimizer.dual.dual_lambda,
+        ema=optimizer.dual.ema,
+        epsilon=optimizer.dual.epsilon,
+        auc_initial_theta=noise,
+    )
+    if log is not None:
+        log.write({"step": result.steps, "auc_initial_theta": noise, "findings": [f.code for f in findings]})
+    return dataclasses.replace(result, auc_initial_theta=noise, findings=tuple(findings))
