@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from lcdd.config import (
     ReportConfig,
     SFTConfig,
     add_flags,
+    did_you_mean,
     from_flags,
     from_mapping,
     read_yaml,
@@ -109,10 +111,19 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, not below dozens of lines of usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        hint = did_you_mean(wrong[1], COMMANDS.keys() | {"run", "kernels"}) if wrong else ""
+        self.exit(BAD_INPUT, f"{self.prog}: {message}{hint} (see {self.prog} --help)\n")
+
+    def unrecognized(self, words: Sequence[str]) -> NoReturn:
+        """Say which flags are not there, and which are written nearly so."""
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+        hints = "".join(did_you_mean(flag, known) for flag in flags[:1])
+        self.error(f"unrecognized arguments: {' '.join(words)}{hints}")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """The parser of the whole command line."""
     parser = _Parser(
         prog="lcdd",
@@ -123,9 +134,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lcdd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        add_flags(
-            commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False), *command.configs
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            allow_abbrev=False,
+            usage=f"lcdd {name} [--config FILE] [--SETTING VALUE ...]",
         )
+        sub.set_defaults(parser=sub)
+        add_flags(sub, *command.configs)
     run = commands.add_parser(
         "run",
         allow_abbrev=False,
@@ -156,7 +173,7 @@ def _execute(arguments: argparse.Namespace) -> Any:
     if arguments.command == "kernels":
         from lcdd_kernels.report_card import main as report_card
 
-        return report_card()
+        return report_card(["--aot"] if arguments.aot else [])
     if arguments.command == "run":
         from lcdd.checkpoint import only_writer
         from lcdd.commands.run import run
@@ -209,7 +226,11 @@ def _out_of_memory(error: Exception) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        asked: _Parser = getattr(arguments, "parser", parser)
+        asked.unrecognized(unknown)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         result = _execute(arguments)

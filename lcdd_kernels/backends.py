@@ -1,24 +1,9 @@
-"""Which implementation serves an op: a lazy table, an explicit choice, and a self-test at first use.
+"""Which implementation of an op serves: an explicit choice, else the device's default, self-tested at first use.
 
-An op is declared once, in its `ops/X.py`, by name, stem and the backends that implement it:
-
-    declare("weight_eff_", stem="delta_step", backends=("reference", "triton", "native"))
-
-and an implementation is found by name, at first use, so that importing this package imports neither Triton nor a
-library:
-
-    reference  lcdd_kernels.reference.delta_step:weight_eff_ref
-    triton     lcdd_kernels.triton_kernels.delta_step:weight_eff_triton
-    native     lcdd_kernels.native:weight_eff_native
-    cuda       lcdd_kernels.cuda:weight_eff_cuda
-
-All implementations of an op have the reference's parameters, keyword-only ones included. An implementation that
-cannot be had raises `BackendUnavailable` (or `ImportError`) when its module is imported or when its `require(op)`
-(optional, in the same module) is called. Without `use_backend`: float64 -> reference; CUDA -> triton; CPU -> native,
-else reference.
+Without `use_backend`: float64 -> reference; CUDA -> triton; CPU -> native, else reference. What there is to choose
+from is in `registry`.
 """
 
-import importlib
 import os
 import subprocess
 import sys
@@ -32,29 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "triton", "native", "cuda")
-_MODULES = {
-    "reference": "lcdd_kernels.reference.{stem}",
-    "triton": "lcdd_kernels.triton_kernels.{stem}",
-    "native": "lcdd_kernels.native",
-    "cuda": "lcdd_kernels.cuda",
-}
-_SUFFIX = {"reference": "ref", "triton": "triton", "native": "native", "cuda": "cuda"}
+from lcdd_kernels import testing
+from lcdd_kernels.registry import BACKENDS, OPS, BackendUnavailable, forget, implementation, load, op_named
+
+__all__ = ["BACKENDS", "BackendUnavailable", "Row", "available", "choose", "report", "reset", "use_backend"]
+
 # What serves a device by default, best first; the reference serves where none of them can.
 _DEFAULT = {"cuda": ("triton",), "cpu": ("native",)}
-
-
-class BackendUnavailable(RuntimeError, ValueError):
-    """An explicitly requested backend cannot serve this op, device or dtype; the message says why."""
-
-
-@dataclass(frozen=True)
-class Op:
-    """An op's name, its stem (the module name in every folder) and the backends that implement it."""
-
-    name: str
-    stem: str
-    backends: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,67 +37,11 @@ class Row:
     reason: str | None
 
 
-_ops: dict[str, Op] = {}
-_loaded: dict[tuple[str, str], Callable[..., Any] | str] = {}  # (op, backend) -> implementation, or why there is none
 _verdicts: dict[tuple[str, str, str], str | None] = {}  # (op, backend, device) -> None (passed) or why it is disabled
 _automatic: dict[tuple[str, str], Callable[..., Any]] = {}  # (op, device) -> what serves it by default
 # Stack of use_backend. Process-wide, because autograd runs CUDA backwards in threads of its own.
 _requested: list[str] = []
 _lock = threading.RLock()
-
-
-def declare(name: str, *, stem: str, backends: tuple[str, ...]) -> None:
-    """Makes an op known. `backends` names those that implement it; "reference" must be among them."""
-    unknown = [b for b in backends if b not in BACKENDS]
-    if unknown or "reference" not in backends:
-        raise ValueError(f"backends: expected a subset of {BACKENDS} with 'reference', got {backends}")
-    _ops[name] = Op(name, stem, backends)
-
-
-def declared() -> tuple[Op, ...]:
-    """Every declared op, in order of declaration."""
-    importlib.import_module("lcdd_kernels.ops")
-    return tuple(_ops.values())
-
-
-def implementation_name(op: str, backend: str) -> str:
-    """`weight_eff_`, "triton" -> `weight_eff_triton`: the in-place mark is dropped."""
-    return f"{op.rstrip('_')}_{_SUFFIX[backend]}"
-
-
-def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The implementation itself, imported at first call and not self-tested. Raises `BackendUnavailable` with the
-    reason.
-    """
-    found = _load(op, backend)
-    if isinstance(found, str):
-        raise BackendUnavailable(f"backend {backend!r} cannot serve {op!r}: {found}")
-    return found
-
-
-def _load(op: str, backend: str) -> Callable[..., Any] | str:
-    key = (op, backend)
-    with _lock:
-        if key not in _loaded:
-            _loaded[key] = _find(op, backend)
-        return _loaded[key]
-
-
-def _find(op: str, backend: str) -> Callable[..., Any] | str:
-    if op not in _ops:
-        raise ValueError(f"op: expected one of {sorted(_ops)}, got {op!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    declared_op = _ops[op]
-    if backend not in declared_op.backends:
-        return "it has no such implementation"
-    try:
-        module = importlib.import_module(_MODULES[backend].format(stem=declared_op.stem))
-        if hasattr(module, "require"):
-            module.require(op)
-        return getattr(module, implementation_name(op, backend))
-    except (ImportError, OSError, AttributeError, BackendUnavailable) as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def _mismatch(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -153,7 +66,7 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
     reason = _mismatch(backend, device, dtype)
     if reason is not None:
         return reason
-    found = _load(op, backend)
+    found = load(op, backend)
     if isinstance(found, str):
         return found
     if backend == "reference":
@@ -178,8 +91,6 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
 
 
 def _self_test(op: str, backend: str, device: torch.device) -> str | None:
-    from lcdd_kernels import testing  # imports this module
-
     failures: tuple[type[BaseException], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
     # SubprocessError: Triton calls a C compiler, which may be missing Python's headers
     failures += (LookupError, OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError)
@@ -219,7 +130,7 @@ def choose(op: str, *tensors: Tensor) -> Callable[..., Any]:
 
 def _pick(op: str, device: torch.device, dtype: torch.dtype) -> str:
     for backend in _DEFAULT.get(device.type, ()):
-        if backend not in _ops[op].backends:
+        if backend not in OPS[op].backends:
             continue
         reason = _obstacle(op, backend, device, dtype)
         if reason is None:
@@ -255,7 +166,7 @@ def available(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = 
     """For every backend: None where it can serve `op` on that device and dtype, else why it cannot. May run the
     self-test.
     """
-    declared()
+    op_named(op)
     device = _with_index(torch.device(device))
     return {backend: _obstacle(op, backend, device, dtype) for backend in BACKENDS}
 
@@ -266,7 +177,7 @@ def report(device: torch.device | str | None = None) -> list[Row]:
     if device is None and torch.cuda.is_available():
         devices.append(torch.device("cuda"))
     rows = []
-    for op in declared():
+    for op in OPS.values():
         for where in map(_with_index, devices):
             serving = _pick(op.name, where, torch.float32)
             for backend, reason in available(op.name, where).items():
@@ -283,7 +194,8 @@ def _with_index(device: torch.device) -> torch.device:
 def reset(op: str | None = None) -> None:
     """Forgets what was loaded, tested and chosen, for one op or for all: after installing a library, or in a test."""
     with _lock:
-        tables: tuple[dict[Any, Any], ...] = (_loaded, _verdicts, _automatic)
+        forget(op)
+        tables: tuple[dict[Any, Any], ...] = (_verdicts, _automatic)
         for table in tables:
             for key in [k for k in table if op is None or k[0] == op]:
                 del table[key]

@@ -1,7 +1,7 @@
 """Argument checks of the public functions: each raises `ValueError` naming the argument, what was expected and what
 came.
 
-They run in `functional.py`, before any op is called, so that nothing is written on bad input. They read shapes,
+They run in `functional/`, before any op is called, so that nothing is written on bad input. They read shapes,
 dtypes and pointers only; `check_no_nan` is the one that reads values, and it does so on the CPU alone (on a GPU it
 would make the host wait).
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_INT = 2**63  # schema integers are signed
 
 
 def fail(name: str, expected: str, got: object) -> ValueError:
@@ -81,6 +82,13 @@ def check_no_nan(name: str, value: Tensor) -> None:
     """Rejects NaN on the CPU. Elsewhere it would be a device-to-host wait in every step, and is left to the caller."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(torch.isnan(value).any()):
         raise fail(name, "no NaN", f"{int(torch.isnan(value).sum())} NaN of {value.numel()}")
+
+
+def check_gate(name: str, gate: Tensor, n: int | None = None) -> None:
+    check_shape(name, gate, (n,))
+    check_dtype(name, gate, (torch.float32, torch.float64))
+    check_contiguous(name, gate)
+    check_no_nan(name, gate)
 
 
 def check_no_overlap(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:

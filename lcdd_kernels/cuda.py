@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcdd_kernels.backends import BackendUnavailable
 from lcdd_kernels.checks import fail
 from lcdd_kernels.native import Matrix, adamw_numbers, matrix_table, pointer, rank_pointer
 from lcdd_kernels.reference.delta_step import gather_partial_sums
+from lcdd_kernels.registry import BackendUnavailable
 
 _DEVICE = "cuda"
 LIBRARY = Path(__file__).with_name("liblcdd_cuda.so")

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcdd_kernels.backends import BackendUnavailable
 from lcdd_kernels.checks import fail
-from lcdd_kernels.matrix_checks import LAYOUTS
-from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS
+from lcdd_kernels.reference.delta_step import BLOCK, DENSE, LAYOUTS, PANELS
 from lcdd_kernels.reference.gates import KINDS
+from lcdd_kernels.registry import BackendUnavailable
 
 ABI_VERSION = 1
 LIBRARY = Path(__file__).with_name("liblcdd_native.so")

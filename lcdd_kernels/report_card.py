@@ -5,13 +5,15 @@ lcdd kernels --aot          also compiles every Triton kernel for named GPUs, wi
 
 import argparse
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from lcdd_kernels import aot
-from lcdd_kernels.backends import Row, report
-from lcdd_kernels.testing import Comparison, report_card
+from lcdd_kernels.backends import Row, available, report
+from lcdd_kernels.cases import case_of
+from lcdd_kernels.registry import OPS
+from lcdd_kernels.testing import Comparison, compare, truncates_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -42,11 +44,11 @@ def backend_table(rows: list[Row]) -> str:
     return "\n".join([_table(table), "", *why])
 
 
-def numerics_table(comparisons: list[Comparison]) -> str:
+def numerics_table(measured: list[Comparison]) -> str:
     """A line an op, backend and dtype: its worst output's error to the float64 reference, over that of PyTorch."""
     worst: dict[tuple[str, str, str], Comparison] = {}
     failed: dict[tuple[str, str, str], list[str]] = {}
-    for item in comparisons:
+    for item in measured:
         key = (item.op, item.backend, item.dtype)
         if key not in worst or item.ratio_max > worst[key].ratio_max:
             worst[key] = item
@@ -59,6 +61,17 @@ def numerics_table(comparisons: list[Comparison]) -> str:
         ratios = [f"{item.ratio_max:.2f}", f"{item.ratio_p99:.2f}"]
         table.append([*key, item.output, *errors, *ratios, verdict])
     return _table(table)
+
+
+def comparisons(
+    backend: str | None = None, *, device: torch.device | str = "cpu", size: int = 4
+) -> Iterator[Comparison]:
+    """Every op, dtype and available backend (or the named one), measured now."""
+    for op in OPS:
+        for dtype in case_of(op).dtypes:
+            for name, reason in available(op, device, dtype).items():
+                if reason is None and backend in (None, name) and not truncates_bfloat16(name, device, dtype):
+                    yield from compare(op, name, dtype, device=device, size=size)
 
 
 def main(argv: Sequence[str] = ()) -> int:
@@ -76,13 +89,13 @@ def main(argv: Sequence[str] = ()) -> int:
     for device in devices[1:]:
         print(f"{device}: {torch.cuda.get_device_name(device)}")
     print("\nBackends\n" + backend_table(report()))
-    comparisons = [item for device in devices for item in report_card(device=device, size=1)]
+    measured = [item for device in devices for item in comparisons(device=device, size=1)]
     print(
         "\nError to the float64 reference, beside that of the same-dtype PyTorch expression\n"
         "(ratio: the one over the other, or over half an ulp where PyTorch's is smaller; up to 2 passes)"
     )
-    print(numerics_table(comparisons))
-    passed = all(item.ok for item in comparisons)
+    print(numerics_table(measured))
+    passed = all(item.ok for item in measured)
     if arguments.aot:
         print("\nTriton kernels, compiled ahead of time")
         passed &= aot.main(["--targets", arguments.targets]) == 0

@@ -1,52 +1,21 @@
-"""Sample inputs, and comparison with the float64 reference: one place for tests, self-test, benchmarks and report card.
+"""Comparison with the float64 reference, on the sample inputs of `cases`: one place for tests, self-test, benchmarks
+and report card.
 
-Every op has a `Case` in `cases/X.py` (X: its stem): inputs for its implementation functions, and the *same-dtype
-PyTorch expression*, which is what a user would write in eager PyTorch without this package. A backend is judged by
-its distance to the float64 reference, against that expression's distance: tolerances calibrate themselves.
-
-Adding an op: write its `Case`, put it in its module's `CASES`, and it is in the self-test, `compare` and the report
-card.
+A backend is judged by its distance to the float64 reference, against the distance of the *same-dtype PyTorch
+expression* of its `Case`: tolerances calibrate themselves.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from lcdd_kernels import backends
-
-Inputs = dict[str, Any]
-_HALVES = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """How one op is sampled and judged.
-
-    make(dtype, device, seed, size): keyword arguments of the implementation functions; size >= 1 scales the shapes.
-    Values are
-        drawn on the CPU, so that they are the same on every device. What is purely written must start as NaN.
-    expression: same parameters and results as the implementation, in ordinary eager PyTorch of the same dtype.
-    outputs: names of the results, in order; for an in-place op, of the arguments that it writes.
-    exact: outputs that must equal the reference of the same dtype bit for bit.
-    depth: per output, the roundings that follow one another in its computation beyond the last one: the length of the
-        chain of operations, or about log2(n) for a sum of n terms. It widens the floor, because on a few numbers the
-        expression's error is luck, and another order of the same roundings has other luck.
-    dtypes: storage dtypes that the op takes (float64 apart: every op's reference takes it).
-    """
-
-    make: Callable[[torch.dtype, torch.device, int, int], Inputs]
-    expression: Callable[..., Any]
-    outputs: tuple[str, ...]
-    in_place: bool = False
-    exact: frozenset[str] = frozenset()
-    depth: Mapping[str, int] = field(default_factory=dict)
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+from lcdd_kernels.cases import Case, Inputs, case_of
+from lcdd_kernels.registry import implementation
 
 
 @dataclass(frozen=True)
@@ -95,17 +64,6 @@ class Comparison:
         return within and self.exact is not False
 
 
-def case_of(op: str) -> Case:
-    """The op's `Case`; `ValueError` where it is not declared or has none."""
-    found = {declared.name: declared for declared in backends.declared()}
-    if op not in found:
-        raise ValueError(f"op: expected one of {sorted(found)}, got {op!r}")
-    module = importlib.import_module(f"lcdd_kernels.cases.{found[op].stem}")
-    if op not in module.CASES:
-        raise ValueError(f"op: {module.__name__}.CASES has no case for {op!r}, only {sorted(module.CASES)}")
-    return module.CASES[op]
-
-
 def make_inputs(
     op: str,
     dtype: torch.dtype = torch.float32,
@@ -113,7 +71,7 @@ def make_inputs(
     seed: int = 0,
     size: int = 1,
 ) -> Inputs:
-    """Keyword arguments for `backends.implementation(op, ...)`, equal for equal (dtype, seed, size) on every device."""
+    """Keyword arguments for `implementation(op, ...)`, equal for equal (dtype, seed, size) on every device."""
     return case_of(op).make(dtype, torch.device(device), seed, size)
 
 
@@ -169,11 +127,11 @@ def compare(
     """A backend's outputs against the float64 reference, with the same-dtype PyTorch expression beside it."""
     case = case_of(op)
     inputs = make_inputs(op, dtype, device, seed, size)
-    reference = backends.implementation(op, "reference")
+    reference = implementation(op, "reference")
     return compare_runs(
         case,
         (op, backend, dtype),
-        got=run(case, backends.implementation(op, backend), inputs),
+        got=run(case, implementation(op, backend), inputs),
         expression=run(case, case.expression, inputs),
         truth=run(case, reference, upcast(inputs)),
         same_dtype=run(case, reference, _map(inputs, lambda t: t.cpu())) if case.exact else {},
@@ -278,17 +236,3 @@ def poisoned_memory() -> Iterator[None]:
         mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
     ):
         yield
-
-
-def report_card(
-    backend: str | None = None, *, device: torch.device | str = "cpu", size: int = 4
-) -> Iterator[Comparison]:
-    """The numerics report card of `lcdd kernels`: every op, dtype and available backend (or the named one), measured
-    now.
-    """
-    for op in backends.declared():
-        case = case_of(op.name)
-        for dtype in case.dtypes:
-            for name, reason in backends.available(op.name, device, dtype).items():
-                if reason is None and backend in (None, name) and not truncates_bfloat16(name, device, dtype):
-                    yield from compare(op.name, name, dtype, device=device, size=size)

@@ -19,10 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "lcdd_kernels": [
         ("checks", "reference"),
-        ("backends", "matrix_checks", "pack_plan"),
-        ("triton_kernels", "native", "testing", "ops"),
-        ("cases", "aot", "cuda", "gated", "losses", "matching", "packed"),
+        ("registry",),
+        ("cases", "native", "triton_kernels"),
+        ("testing", "cuda"),
+        ("backends",),
+        ("ops",),
         ("functional",),
+        ("aot",),
         ("report_card",),
     ],
     "lcdd": [

@@ -10,7 +10,9 @@ import lcdd_kernels as k
 from benchmarks.cases import Place
 from benchmarks.costs import adamw_bytes, grad_stats_bytes, refresh_bytes
 from benchmarks.harness import Case, Check, Cost, Lane, Workload
-from lcdd_kernels import backends, testing
+from lcdd_kernels import backends, registry, testing
+from lcdd_kernels.cases import case_of
+from lcdd_kernels.registry import OPS
 
 GATES = 28 * (4 * 1024 + 3072 + 2048 + 2 * 1024)  # of Qwen3-0.6B
 
@@ -64,17 +66,17 @@ def correctness(place: Place) -> list[Case]:
     """Every op of every backend that a GPU has, in bfloat16, against float64: nothing is timed before this."""
     dtype = torch.bfloat16
     lanes = []
-    for op in backends.declared():
-        case = testing.case_of(op.name)
+    for op in OPS:
+        case = case_of(op)
         kind = dtype if dtype in case.dtypes else case.dtypes[0]
-        backend = _serving(op.name, place, kind)
-        inputs = testing.make_inputs(op.name, kind, place.device, 0, 1)
+        backend = _serving(op, place, kind)
+        inputs = testing.make_inputs(op, kind, place.device, 0, 1)
         lanes.append(
             Lane(
                 provider=f"lcdd:{backend}",
-                build=lambda op=op.name, b=backend, i=inputs: Workload(run=lambda: _call(op, b, i)),
-                params={"op": op.name},
-                verify=lambda op=op.name, b=backend, t=kind: _checks(op, b, t, place.device, 4),
+                build=lambda op=op, b=backend, i=inputs: Workload(run=lambda: _call(op, b, i)),
+                params={"op": op},
+                verify=lambda op=op, b=backend, t=kind: _checks(op, b, t, place.device, 4),
             )
         )
     return [
@@ -89,7 +91,7 @@ def correctness(place: Place) -> list[Case]:
 
 def _call(op: str, backend: str, inputs: testing.Inputs) -> Any:
     with torch.no_grad():
-        return backends.implementation(op, backend)(**testing.clone(inputs))
+        return registry.implementation(op, backend)(**testing.clone(inputs))
 
 
 # --- passes at real size ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lcdd.checkpoint.identity import RESULTS, run_directory, run_identity, versi
 from lcdd.checkpoint.lock import only_writer
 from lcdd.checkpoint.log import RunLog, finite_or_null, read_log
 from lcdd.checkpoint.signals import termination
-from lcdd.checkpoint.store import CheckpointStore, differences, lasting_settings, random_state, set_random_state
+from lcdd.checkpoint.store import CheckpointStore, differences, random_state, set_random_state
 
 __all__ = [
     "MANIFEST",
@@ -30,7 +30,6 @@ __all__ = [
     "differences",
     "file_sha256",
     "finite_or_null",
-    "lasting_settings",
     "model_fingerprint",
     "only_writer",
     "path_sha256",

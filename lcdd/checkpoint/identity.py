@@ -12,7 +12,6 @@ import torch
 
 from lcdd.checkpoint.directory import MANIFEST, require_new_directory
 from lcdd.checkpoint.fingerprints import model_fingerprint, template_fingerprint, tokenizer_fingerprint
-from lcdd.checkpoint.store import lasting_settings
 from lcdd.errors import InputError
 from lcdd.models import shards
 
@@ -74,7 +73,7 @@ def run_identity(
         data.update(f"{item.input_ids}{item.labels}".encode())
     return {
         "stage": stage,
-        "config": lasting_settings(config),
+        "config": config.lasting(),
         "micro_batches_a_step": config.gradient_accumulation_steps * shards.world_size(),
         **{name: model_fingerprint(model) for name, model in models.items()},
         "tokenizer": tokenizer_fingerprint(tokenizer),

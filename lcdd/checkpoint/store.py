@@ -36,20 +36,6 @@ SPARE_BYTES = 1 << 20
 """Room for the small files of a checkpoint."""
 
 
-RESUMABLE = {
-    *("output_dir", "device", "base_model_name_or_path", "sft_model_name_or_path", "carrier", "initial_carrier"),
-    *("resume", "resume_override", "save_steps", "save_total_limit", "logging_steps", "report_to", "save_folded"),
-    *("max_nonfinite_steps", "early_stop_patience", "gradient_accumulation_steps", "per_device_eval_batch_size"),
-    *("parallel", "max_rows_per_forward", "fingerprint_override"),
-}
-"""Settings that a resumed run may change: none that decides what is learned (some that it is rounded otherwise)."""
-
-
-def lasting_settings(config: Any) -> dict[str, Any]:
-    """The settings of a stage that decide about its result, as JSON has them."""
-    return {key: value for key, value in json.loads(json.dumps(config.to_dict())).items() if key not in RESUMABLE}
-
-
 def pack_state(value: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     """A nested state as (JSON value, tensors by name, this rank's rows of sharded tensors by name).
 

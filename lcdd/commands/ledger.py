@@ -14,7 +14,6 @@ from lcdd.checkpoint import (
     RESULTS,
     differences,
     file_sha256,
-    lasting_settings,
     path_sha256,
     require_new_directory,
     template_fingerprint,
@@ -28,8 +27,6 @@ from lcdd.errors import InputError
 from lcdd.models import hub_commit
 
 LEDGER = "stages.json"
-SETTLED = {"gradient_accumulation_steps", "initial_carrier", "save_folded"}
-"""What a run may change when it goes on from a checkpoint, but a finished stage was made with."""
 
 
 def has_run(directory: Path, *, resume: bool) -> bool:
@@ -113,5 +110,5 @@ class Ledger:
         write_manifest(self.directory / LEDGER, {"stages": self.stages, "sha256": together})
 
     def _made_of(self, settings: Config) -> dict[str, Any]:
-        settled = {key: value for key, value in settings.to_dict().items() if key in SETTLED}
-        return {"config": lasting_settings(settings) | settled, **self._common, "inputs": dict(self._inputs)}
+        config = settings.lasting(settled=True)
+        return {"config": config, **self._common, "inputs": dict(self._inputs)}

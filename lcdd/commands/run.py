@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import differences, lasting_settings
+from lcdd.checkpoint import differences
 from lcdd.commands.audit import audit
 from lcdd.commands.erase import _eraser_prompts, erase
 from lcdd.commands.eval import eval_, text_and_harness
@@ -98,7 +98,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
         timed("audit", audit, config.audit, **everything)
         audited = {"audit": read_report(output / "audit")["audit"]}
     if resumed and (output / "report.json").exists():
-        settings, made_of = lasting_settings(config.eval), read_report(output)["config"]["eval"]
+        settings, made_of = config.eval.lasting(), read_report(output)["config"]["eval"]
         changed = differences({key: made_of.get(key) for key in settings}, settings)
         if changed:
             raise InputError(f"resume: {output / 'report.json'} was made of something else: {'; '.join(changed)}")

@@ -3,7 +3,16 @@
 from lcdd.config.data import BEHAVIOR_NAMES, DataConfig
 from lcdd.config.eraser import CHANNEL_KINDS, EraserConfig
 from lcdd.config.evaluation import AuditConfig, EvalConfig, GenerateConfig, ReportConfig
-from lcdd.config.fields import Config, add_flags, from_flags, from_mapping, parse_text, read_yaml, type_name
+from lcdd.config.fields import (
+    Config,
+    add_flags,
+    did_you_mean,
+    from_flags,
+    from_mapping,
+    parse_text,
+    read_yaml,
+    type_name,
+)
 from lcdd.config.pipeline import PLAN_MODELS, DemoConfig, PipelineConfig, PlanConfig
 from lcdd.config.training import GATE_KINDS, LCDDConfig, SFTConfig, TrainConfig
 
@@ -26,6 +35,7 @@ __all__ = [
     "SFTConfig",
     "TrainConfig",
     "add_flags",
+    "did_you_mean",
     "from_flags",
     "from_mapping",
     "parse_text",

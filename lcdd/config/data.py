@@ -19,12 +19,12 @@ class DataConfig(Config):
     )
     dataset_config: str | None = option(None, "configuration of a hub data set")
     dataset_train_split: str = option("train", "split of a hub data set to read; ours is made from it by a stable hash")
-    max_samples: int | None = option(None, "read only the first N examples", at_least=1)
+    max_samples: int | None = option(None, "read only the first N examples", at_least=1, common=True)
     validation_fraction: float = option(0.1, "share of the prompts held out for tuning", at_least=0.0, below=1.0)
     test_fraction: float = option(0.1, "share of the prompts held out for the report", at_least=0.0, below=1.0)
-    behavior: str = option("fixed_response", "what the fine-tuning teaches", choices=BEHAVIOR_NAMES)
+    behavior: str = option("fixed_response", "what the fine-tuning teaches", choices=BEHAVIOR_NAMES, common=True)
     behavior_response: str | None = option(
-        None, "answer that fixed_response and refusal teach (default: the preset's own)"
+        None, "answer that fixed_response and refusal teach (default: the preset's own)", common=True
     )
     behavior_keywords: tuple[str, ...] = option(
         (),

@@ -2,47 +2,40 @@
 
 from dataclasses import dataclass
 
-from lcdd.config.evaluation import BASE_HELP, BF16_HELP, DEVICE_HELP, FINGERPRINT_HELP, MAX_SEED
-from lcdd.config.fields import Config, option
-from lcdd.config.training import RESUME_HELP, RESUME_OVERRIDE_HELP, SAVE_LIMIT_HELP
+from lcdd.config.fields import option
+from lcdd.config.shared import MAX_SEED, OfBase, OnDevice, Resumable, WithCarrier, Writes
 
 CHANNEL_KINDS = ("write", "all_residual", "ffn_write", "attn_write", "random", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EraserConfig(Config):
+class EraserConfig(Writes, Resumable, WithCarrier, OnDevice, OfBase):
     """SFT-Eraser: the soft prompt that gives the base's answers back (method of the paper, section 4)."""
 
-    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
-    carrier: str | None = option(None, "carrier directory", required=True)
     sft_model_name_or_path: str | None = option(
-        None, "control: learn the trigger on this SFT checkpoint instead, with the carrier's channels"
+        None, "control: learn the trigger on this SFT model instead, with the carrier's channels", path=True
     )
-    output_dir: str | None = option(None, "new or empty directory for the trigger", required=True)
-    num_virtual_tokens: int = option(8, "trigger tokens", at_least=1, at_most=10_000)
-    learning_rate: float = option(0.01, "Adam's learning rate on the trigger", above=0.0, at_most=1e6)
+    num_virtual_tokens: int = option(8, "trigger tokens", at_least=1, at_most=10_000, common=True)
+    learning_rate: float = option(0.01, "Adam's learning rate on the trigger", above=0.0, at_most=1e6, common=True)
     lr_scheduler_type: str = option(
         "cosine",
         "schedule of the trigger's learning rate; constant is the authors'",
         choices=("cosine", "constant"),
     )
-    max_steps: int = option(400, "optimizer steps", at_least=1)
-    per_device_train_batch_size: int = option(16, "prompts in a step", at_least=1)
-    train_prompts: int = option(200, "prompts of the training split to learn from", at_least=1)
+    max_steps: int = option(400, "optimizer steps", at_least=1, common=True)
+    per_device_train_batch_size: int = option(16, "prompts in a step", at_least=1, common=True)
+    train_prompts: int = option(200, "prompts of the training split to learn from", at_least=1, common=True)
     validation_prompts: int = option(64, "prompts of the validation split that choose the best trigger", at_least=1)
     eval_steps: int = option(20, "held-out loss every N steps", at_least=1)
     num_starts: int = option(
-        1, "random starts, optimised together; the one with the lowest held-out loss is kept", at_least=1
+        1, "random starts, optimised together; the one with the lowest held-out loss is kept", at_least=1, common=True
     )
     max_rows_per_forward: int = option(
-        64, "prompts times starts in one forward; less needs less memory and changes nothing else", at_least=1
+        64,
+        "prompts times starts in one forward; less needs less memory and changes nothing else",
+        at_least=1,
+        resumable=True,
     )
-    save_steps: int = option(
-        0, "the optimisation's state in a checkpoint-N directory every N steps; 0: none", at_least=0
-    )
-    save_total_limit: int = option(2, SAVE_LIMIT_HELP, at_least=0)
-    resume: bool = option(False, RESUME_HELP)
-    resume_override: bool = option(False, RESUME_OVERRIDE_HELP)
     activation_weight: float = option(
         1.0, "weight of matching the base's activations on the carrier's channels", at_least=0.0
     )
@@ -58,9 +51,6 @@ class EraserConfig(Config):
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: off", at_least=0.0)
     channel_kind: str = option("write", "carrier channels that are matched", choices=CHANNEL_KINDS)
     max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
-    fingerprint_override: bool = option(False, FINGERPRINT_HELP)
-    bf16: bool = option(False, BF16_HELP)
-    device: str = option("auto", DEVICE_HELP)
     seed: int = option(
         0, "seed of the initial tokens, the batches and the random channels", at_least=0, at_most=MAX_SEED
     )

@@ -7,6 +7,8 @@ torch nor transformers: `lcdd --help` has to be fast.
 
 import argparse
 import dataclasses
+import difflib
+import json
 import sys
 import types
 import typing
@@ -27,10 +29,24 @@ def option(
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
     required: bool = False,
+    common: bool = False,
+    path: bool = False,
+    resumable: bool = False,
+    settled: bool = False,
 ) -> Any:
-    """A dataclass field with its help, range and choices. `required`: the command line insists on it."""
+    """A dataclass field with everything that is to be known about the setting: help, range, choices, and
+
+    required: the command line insists on it.
+    common: people change it; `--help` begins with those.
+    path: what one stage hands to another; a pipeline sets it itself, and a resumed run may find it elsewhere.
+    resumable: a resumed run may change it, since it does not decide what is learned (at most how that is rounded).
+    settled: such a one that a finished stage was made with nevertheless.
+    """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"help": help, "choices": choices, "required": required, "bounds": bounds}
+    metadata = {
+        "help": help, "choices": choices, "required": required, "bounds": bounds, "common": common or required,
+        "path": path, "resumable": resumable or path, "settled": settled,
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -109,6 +125,19 @@ class Config:
             key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
+    @classmethod
+    def named(cls, fact: str) -> tuple[str, ...]:
+        """Names of the settings of which a fact holds (`option`): "path", "resumable", ..."""
+        return tuple(item.name for item in dataclasses.fields(cls) if item.metadata.get(fact))
+
+    def lasting(self, *, settled: bool = False) -> dict[str, Any]:
+        """The settings that decide about a result, as JSON has them; a run that goes on has to share them.
+
+        settled: also those that a finished stage was made with.
+        """
+        free = set(self.named("resumable")) - set(self.named("settled") if settled else ())
+        return {key: value for key, value in json.loads(json.dumps(self.to_dict())).items() if key not in free}
+
 
 # ---------------------------------------------------------------- command line and YAML
 
@@ -134,17 +163,27 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type[Config]) -> None:
     Flags keep argparse's SUPPRESS default, so that a flag that was not given never hides a value of the YAML file.
     Classes used together must not share a field name, which raises here.
     """
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it")
-    seen: set[str] = set()
+    everything = _flags(*configs)
+    groups: dict[type[Config] | None, Any] = {None: parser.add_argument_group("what people change")}
     for config in configs:
-        summary = (config.__doc__ or "").strip().splitlines()[0]
-        group = parser.add_argument_group(config.__name__, summary)
+        if any(owner is config and not item.metadata["common"] for owner, item, _ in everything):
+            groups[config] = parser.add_argument_group(config.__name__, (config.__doc__ or "").strip().splitlines()[0])
+    for owner, item, hint in sorted(everything, key=lambda flag: not flag[1].metadata["required"]):
+        _add_flag(groups[None if item.metadata["common"] else owner], item, hint)
+    groups[None].add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it")
+
+
+def _flags(*configs: type[Config]) -> "list[tuple[type[Config], dataclasses.Field[Any], Any]]":
+    """(class, field, type) of every setting of the classes, in order."""
+    found, seen = [], set()
+    for config in configs:
         hints = typing.get_type_hints(config)
         for item in dataclasses.fields(config):
             if item.name in seen:
-                raise InputError(f"{config.__name__}.{item.name}: expected a name no other section has")
+                raise ValueError(f"{config.__name__}.{item.name}: expected a name no other section has")
             seen.add(item.name)
-            _add_flag(group, item, hints[item.name])
+            found.append((config, item, hints[item.name]))
+    return found
 
 
 def _metavar(hint: Any) -> str:
@@ -208,13 +247,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """The known names that are written nearly so, in words; empty if there are none."""
+    found = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.75)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _unknown(key: Any, known: typing.Iterable[str], where: str) -> InputError:
+    hint = did_you_mean(str(key), known) or f"; known are: {', '.join(sorted(known))}"
+    return InputError(f"{where}: unknown setting {key!r}{hint}")
+
+
 def from_mapping(config: type[Config], values: typing.Mapping[str, Any], *, where: str) -> Any:
     """Build a config from plain values (YAML); sections are nested mappings, unknown keys are errors."""
     hints = typing.get_type_hints(config)
     known: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
-            raise InputError(f"{where}: unknown setting {key!r}; known are: {', '.join(sorted(hints))}")
+            raise _unknown(key, hints, where)
         hint = hints[key]
         if isinstance(hint, type) and issubclass(hint, Config):
             if not isinstance(value, typing.Mapping):
@@ -233,7 +283,7 @@ def from_flags(namespace: argparse.Namespace, *configs: type[Config]) -> tuple[A
     names = {item.name for config in configs for item in dataclasses.fields(config)}
     for key in values:
         if key not in names:
-            raise InputError(f"{path}: unknown setting {key!r}; known are: {', '.join(sorted(names))}")
+            raise _unknown(key, names, str(path))
     values.update({key: value for key, value in flags.items() if key in names})
     built = []
     for config in configs:

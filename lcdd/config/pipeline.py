@@ -4,23 +4,15 @@ from dataclasses import dataclass, field
 
 from lcdd.config.data import DataConfig
 from lcdd.config.eraser import EraserConfig
-from lcdd.config.evaluation import (
-    BASE_HELP,
-    MAX_SEED,
-    AuditConfig,
-    EvalConfig,
-)
+from lcdd.config.evaluation import AuditConfig, EvalConfig
 from lcdd.config.fields import Config, option
+from lcdd.config.shared import MAX_SEED, OfBase, Writes
 from lcdd.config.training import GATE_KINDS, LCDDConfig, SFTConfig
 from lcdd.errors import InputError
 
 PLAN_MODELS = ("qwen3-0.6b", "llama-3-8b", "mistral-7b", "vicuna-7b", "llama-3-70b")
 PLAN_DEVICES = ("h200", "h100", "a100-80gb", "l40s", "rtx-4090", "cpu")
 PLAN_DTYPES = ("float32", "bfloat16")
-PIPELINE_PATHS = (
-    "base_model_name_or_path", "sft_model_name_or_path", "output_dir", "carrier", "trigger", "sft_trigger",
-    "matched_norm_model_name_or_path", "matched_norm_trigger",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,30 +51,33 @@ class DemoConfig(Config):
     """The whole method on the small model that is shipped with the package."""
 
     behavior: str = option(
-        "fixed_response", "behaviour to teach and to reverse", choices=("fixed_response", "refusal", "style")
+        "fixed_response",
+        "behaviour to teach and to reverse",
+        choices=("fixed_response", "refusal", "style"),
+        common=True,
     )
-    seed: int = option(0, "seed of everything but the shipped base", at_least=0, at_most=MAX_SEED)
+    seed: int = option(0, "seed of everything but the shipped base", at_least=0, at_most=MAX_SEED, common=True)
     split: str = option(
         "test", "held-out split to report on; settings were tuned on validation", choices=("validation", "test")
     )
-    output_dir: str | None = option("runs/demo", "new or empty directory for the run")
+    output_dir: str | None = option("runs/demo", "new or empty directory for the run", common=True)
     rebuild_base: bool = option(
         False,
         "first train the base from scratch, into output_dir/base (minutes), and use it instead of the shipped one",
     )
-    audit: bool = option(False, "also audit carrier and trigger: every control, and which of the paper's claims held")
+    audit: bool = option(
+        False, "also audit carrier and trigger: every control, and which of the paper's claims held", common=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineConfig(Config):
+class PipelineConfig(Writes, OfBase):
     """`lcdd run pipeline.yaml`: SFT, LCDD, eraser and evaluation in one directory, a section for each.
 
     Paths between the stages are the pipeline's own: setting one inside a section is an error.
     """
 
-    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
-    output_dir: str | None = option(None, "new or empty directory for all stages", required=True)
-    sft_model_name_or_path: str | None = option(None, "an SFT checkpoint made elsewhere; the SFT stage is then skipped")
+    sft_model_name_or_path: str | None = option(None, "an SFT model made elsewhere; the SFT stage is then skipped")
     resume: bool = option(
         False, "go on with the run in output_dir: finished stages are skipped, an unfinished one resumes"
     )
@@ -99,6 +94,7 @@ class PipelineConfig(Config):
     audit: AuditConfig = field(default_factory=AuditConfig, metadata={"help": "as `lcdd audit`"})
 
     def check(self) -> None:
+        super().check()
         audit = self.audit.bf16 if self.run_audit else self.eval.bf16
         if not self.train.bf16 == self.erase.bf16 == self.eval.bf16 == audit:
             raise InputError(
@@ -112,8 +108,8 @@ class PipelineConfig(Config):
                     f"PipelineConfig.{section}.resume: expected it off, since the pipeline resumes as a whole, got on; "
                     "set resume beside the sections"
                 )
-            for name in PIPELINE_PATHS:
-                if getattr(config, name, None) is not None:
+            for name in config.named("path"):
+                if getattr(config, name) is not None:
                     raise InputError(
                         f"PipelineConfig.{section}.{name}: expected nothing, since the pipeline connects its "
                         f"stages itself, got {getattr(config, name)!r}"

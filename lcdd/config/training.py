@@ -7,35 +7,33 @@ where they exist. A wrong value is an `InputError` that names the field, what wa
 
 from dataclasses import dataclass
 
-from lcdd.config.evaluation import BASE_HELP, DEVICE_HELP, MAX_SEED, SFT_HELP
-from lcdd.config.fields import Config, option
+from lcdd.config.fields import option
+from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, Resumable, Writes
 from lcdd.errors import InputError
 
-RESUME_HELP = (
-    "continue the run in output_dir from its newest complete checkpoint-N, bit for bit (from the start if it has none)"
-)
-RESUME_OVERRIDE_HELP = (
-    "resume although settings, models or data differ from the checkpoint's; the differences are recorded"
-)
-SAVE_LIMIT_HELP = "checkpoint-N directories to keep, the newest ones; 0: all"
 GATE_KINDS = ("hard_concrete", "heaviside_ste")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LOSSES = ("cross_entropy", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Config):
+class TrainConfig(Writes, Resumable, OnDevice):
     """What SFT and LCDD training share: batches, schedule, precision, log."""
 
-    output_dir: str | None = option(None, "new or empty directory for everything the command writes", required=True)
-    num_train_epochs: float = option(3.0, "passes over the training split", above=0.0, at_most=1e6)
-    max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs when positive", at_least=-1)
-    per_device_train_batch_size: int = option(8, "examples in a micro-batch", at_least=1)
-    per_device_eval_batch_size: int = option(16, "examples in a batch of the validation loss", at_least=1)
-    gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", at_least=1)
-    max_length: int = option(512, "tokens of prompt and completion together; longer completions are cut", at_least=2)
+    num_train_epochs: float = option(3.0, "passes over the training split", above=0.0, at_most=1e6, common=True)
+    max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs when positive", at_least=-1, common=True)
+    per_device_train_batch_size: int = option(8, "examples in a micro-batch", at_least=1, common=True)
+    per_device_eval_batch_size: int = option(
+        16, "examples in a batch of the validation loss", at_least=1, resumable=True
+    )
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches in an optimizer step", at_least=1, common=True, resumable=True, settled=True
+    )
+    max_length: int = option(
+        512, "tokens of prompt and completion together; longer completions are cut", at_least=2, common=True
+    )
     completion_only: bool = option(True, "loss on the completion's tokens only; off: on the whole text")
-    learning_rate: float = option(2e-5, "peak learning rate of the weights", at_least=0.0, at_most=1e6)
+    learning_rate: float = option(2e-5, "peak learning rate of the weights", at_least=0.0, at_most=1e6, common=True)
     lr_scheduler_type: str = option(
         "cosine", "schedule of the weights' learning rate", choices=("cosine", "linear", "constant")
     )
@@ -52,22 +50,21 @@ class TrainConfig(Config):
     bf16: bool = option(
         False, "SFT: bfloat16 autocast over float32 weights; LCDD: bfloat16 weights; off: the checkpoint's dtype"
     )
-    device: str = option("auto", DEVICE_HELP)
-    logging_steps: int = option(1, "a line in log.jsonl every N optimizer steps", at_least=1)
-    save_steps: int = option(
-        0, "a checkpoint-N directory every N optimizer steps; 0: only the final result", at_least=0
-    )
-    save_total_limit: int = option(2, SAVE_LIMIT_HELP, at_least=0)
-    resume: bool = option(False, RESUME_HELP)
-    resume_override: bool = option(False, RESUME_OVERRIDE_HELP)
+    logging_steps: int = option(1, "a line in log.jsonl every N optimizer steps", at_least=1, resumable=True)
     parallel: str = option(
-        "ddp", "under torchrun: every rank holds the whole model, or a shard of it", choices=("ddp", "fsdp2")
+        "ddp",
+        "under torchrun: every rank holds the whole model, or a shard of it",
+        choices=("ddp", "fsdp2"),
+        resumable=True,
     )
     report_to: str = option(
-        "none", "also log to TensorBoard, under output_dir/tensorboard", choices=("none", "tensorboard")
+        "none",
+        "also log to TensorBoard, under output_dir/tensorboard",
+        choices=("none", "tensorboard"),
+        resumable=True,
     )
     max_nonfinite_steps: int = option(
-        5, "stop after this many steps in a row whose loss is NaN or infinite", at_least=1
+        5, "stop after this many steps in a row whose loss is NaN or infinite", at_least=1, resumable=True
     )
     seed: int = option(0, "seed of the batches' order, and of the gates' noise", at_least=0, at_most=MAX_SEED)
 
@@ -82,15 +79,15 @@ class TrainConfig(Config):
         return False
 
     def check(self) -> None:
+        super().check()
         if self.max_steps == 0:
             raise InputError(f"{type(self).__name__}.max_steps: expected -1 or a positive number of steps, got 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainConfig):
+class SFTConfig(TrainConfig, OfBase):
     """Full supervised fine-tuning of the transformer layers (embeddings and lm_head stay at base values)."""
 
-    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
     warmup_steps: int = option(0, "steps over which the learning rate rises to its peak", at_least=0)
     max_delta_norm: float | None = option(
         None,
@@ -105,11 +102,9 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LCDDConfig(TrainConfig):
+class LCDDConfig(TrainConfig, OfSFT):
     """LCDD: gates and delta under a loss constraint (method of arXiv 2605.06632, sections 1 to 3)."""
 
-    base_model_name_or_path: str | None = option(None, BASE_HELP, required=True)
-    sft_model_name_or_path: str | None = option(None, SFT_HELP, required=True)
     gate_kind: str = option(
         "hard_concrete",
         "stochastic gates, or the authors' step with a straight-through gradient",
@@ -135,7 +130,7 @@ class LCDDConfig(TrainConfig):
     )
     warmup_steps: int = option(50, "steps over which the gate penalty rises; epsilon is set at their end", at_least=1)
     lr_warmup_steps: int = option(0, "steps over which the weights' learning rate rises to its peak", at_least=0)
-    loss_budget: float = option(0.2, "epsilon is at least baseline * (1 + this)", at_least=0.0)
+    loss_budget: float = option(0.2, "epsilon is at least baseline * (1 + this)", at_least=0.0, common=True)
     loss_floor: float = option(0.02, "epsilon is at least baseline + this many nats", at_least=0.0)
     freeze_fraction: float = option(
         0.2,
@@ -163,15 +158,21 @@ class LCDDConfig(TrainConfig):
         "cross_entropy", "the constrained loss; kl: KL to the SFT model, for mask-only runs", choices=LOSSES
     )
     initial_carrier: str | None = option(
-        None, "carrier directory of an earlier run, whose gate logits this one starts from"
+        None,
+        "carrier directory of an earlier run, whose gate logits this one starts from",
+        resumable=True,
+        settled=True,
     )
     early_stop_patience: int = option(
         200,
         "stop with advice after this many steps in a row with the loss far over its budget, or with lambda at its cap "
         "and no more gates closing; 0: never",
         at_least=0,
+        resumable=True,
     )
-    save_folded: bool = option(False, "also save the carrier folded into an ordinary checkpoint")
+    save_folded: bool = option(
+        False, "also save the carrier folded into an ordinary checkpoint", common=True, resumable=True, settled=True
+    )
     reference_compat: bool = option(
         False,
         "the authors' arithmetic where ours is better: the gate penalty once a micro-batch (of "

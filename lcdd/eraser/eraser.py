@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import CheckpointStore, RunLog, lasting_settings, termination
+from lcdd.checkpoint import CheckpointStore, RunLog, termination
 from lcdd.config import EraserConfig
 from lcdd.eraser.batches import (
     EraserHistory,
@@ -153,7 +153,7 @@ class SFTEraser:
             "validation_loss": min(losses),
             "validation_loss_of_starts": losses,
             "learned_on": len(train),
-            "config": lasting_settings(c),
+            "config": c.lasting(),
             "overrides": store.overrides if store is not None else [],
         }
         return Trigger.for_model(self.model, best, metadata=metadata)
@@ -267,7 +267,7 @@ class SFTEraser:
         blocks = [parts[name] for parts in (self.patch.deltas, self.patch.unmasked) for name in sorted(parts)]
         identity = {
             "stage": "eraser",
-            "config": lasting_settings(c),
+            "config": c.lasting(),
             "base": self.patch.base_fingerprint,
             "patch and channels": digest_of([self.patch.gate, *blocks, self._channels, self._offsets]),
             "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),

@@ -37,7 +37,7 @@ from lcdd_kernels import (
     packed_multiple,
     packed_weight_grad,
 )
-from lcdd_kernels.packed import check_index_list
+from lcdd_kernels.functional.packed_grad import check_index_list
 
 __all__ = ["LAYOUTS", "PackPlan", "PackedGradLinear"]
 
@@ -210,8 +210,7 @@ class PackPlan:
     """Which projections of a model have packed weight gradients, and the open rows and columns of each; see the module.
 
     sites: swapped in place (`PackedGradLinear.swap`); `restore()` swaps them back.
-    crossover: None takes the defaults for the weights' device and dtype (`lcdd_kernels.measure_crossover` measures
-        others).
+    crossover: None takes the defaults for the weights' device and dtype.
     """
 
     def __init__(

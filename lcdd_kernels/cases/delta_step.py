@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lcdd_kernels.cases import Case, Inputs
 from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS, col_gate_index
 from lcdd_kernels.reference.gates import open_indices_ref
-from lcdd_kernels.testing import Case, Inputs
 
 KV_HEADS, REPEAT = 2, 3
 

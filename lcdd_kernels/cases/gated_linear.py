@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from lcdd_kernels.cases import Case, Inputs
 from lcdd_kernels.reference.gated_linear import GateSpec, row_and_col_gates_ref
-from lcdd_kernels.testing import Case, Inputs
 
 KV_HEADS, REPEAT = 2, 3
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lcdd_kernels.cases import Case, Inputs
 from lcdd_kernels.reference.gates import BETA, GAMMA, L0_SHIFT, ZETA, gate_noise_ref
-from lcdd_kernels.testing import Case, Inputs
 
 _SETTINGS = {"kind": "hard_concrete", "seed": (7 << 32) + 11, "step": 3, "training": True, "offset": 5}
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from lcdd_kernels.cases import Case, Inputs
 from lcdd_kernels.reference.linear_loss import statistics_dtype
-from lcdd_kernels.testing import Case, Inputs
 
 ROWS = 5
 

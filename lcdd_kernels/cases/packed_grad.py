@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lcdd_kernels.testing import Case, Inputs
+from lcdd_kernels.cases import Case, Inputs
 
 
 def _inputs(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> tuple[Tensor, Tensor, int]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from lcdd_kernels.testing import Case, Inputs
+from lcdd_kernels.cases import Case, Inputs
 
 
 def make_forward(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> Inputs:

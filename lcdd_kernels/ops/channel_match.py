@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdd_kernels.backends import choose, declare
-
-declare("channel_match", stem="channel_match", backends=("reference", "triton"))
-declare("channel_match_backward", stem="channel_match", backends=("reference", "triton"))
+from lcdd_kernels.backends import choose
 
 
 @torch.library.custom_op("lcdd::channel_match", mutates_args=())

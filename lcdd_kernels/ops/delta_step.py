@@ -7,12 +7,7 @@ One call each for all matrices of a model. They are steps of an optimizer and ha
 import torch
 from torch import Tensor
 
-from lcdd_kernels.backends import choose, declare
-
-_ALL = ("reference", "triton", "native", "cuda")
-declare("weight_eff_", stem="delta_step", backends=_ALL)
-declare("delta_grad_stats", stem="delta_step", backends=_ALL)
-declare("delta_adamw_", stem="delta_step", backends=_ALL)
+from lcdd_kernels.backends import choose
 
 
 @torch.library.custom_op("lcdd::weight_eff_", mutates_args=("weights",))

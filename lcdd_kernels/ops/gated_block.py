@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdd_kernels.backends import choose, declare
+from lcdd_kernels.backends import choose
 from lcdd_kernels.ops.gated_linear import (
     absent,
     chain_gates,
@@ -27,9 +27,6 @@ from lcdd_kernels.ops.gated_linear import (
     weight_grads,
 )
 from lcdd_kernels.reference.gated_linear import GateSpec
-
-declare("swiglu", stem="swiglu", backends=("reference", "triton"))
-declare("swiglu_grad_", stem="swiglu", backends=("reference", "triton"))
 
 
 def _draw(kind: str, seed: int, step: int, training: bool) -> Callable[[int, int, int], GateSpec]:

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lcdd_kernels.backends import choose, declare
+from lcdd_kernels.backends import choose
 from lcdd_kernels.reference.gated_linear import GateSpec, repeat_columns
-
-declare("gated_weight", stem="gated_linear", backends=("reference", "triton"))
-declare("gated_weight_grad", stem="gated_linear", backends=("reference", "triton"))
 
 
 def gated_product(

@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdd_kernels.backends import choose, declare
-
-_ALL = ("reference", "triton", "native")
-declare("gate_values", stem="gates", backends=_ALL)
-declare("gate_logits_grad", stem="gates", backends=_ALL)
-declare("open_indices", stem="gates", backends=_ALL)
+from lcdd_kernels.backends import choose
 
 
 @torch.library.custom_op("lcdd::gate_values", mutates_args=())

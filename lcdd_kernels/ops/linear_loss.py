@@ -19,12 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdd_kernels.backends import choose, declare
+from lcdd_kernels.backends import choose
 from lcdd_kernels.checks import fail
 from lcdd_kernels.reference.linear_loss import statistics_dtype
-
-declare("cross_entropy_chunk_", stem="linear_loss", backends=("reference", "triton"))
-declare("kl_chunk_", stem="linear_loss", backends=("reference", "triton"))
 
 # (rows of the chunk, its logits, its losses): logits become d_logits where gradients are needed
 ChunkLoss = Callable[[Tensor | slice, Tensor, Tensor], None]

@@ -1,4 +1,4 @@
-"""`lcdd::pack_columns` and `lcdd::unpack_columns`, each the other's backward; see `reference/packed_grad.py`.
+"""`lcdd::pack_columns` and `lcdd::unpack_columns`, its backward; see `reference/packed_grad.py`.
 
 The products of a packed weight gradient are torch.mm of what these return: the GEMM library's work, not an op of ours.
 """
@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdd_kernels.backends import choose, declare
-
-declare("pack_columns", stem="packed_grad", backends=("reference", "triton", "cuda"))
-declare("unpack_columns", stem="packed_grad", backends=("reference", "triton"))
+from lcdd_kernels.backends import choose
 
 
 @torch.library.custom_op("lcdd::pack_columns", mutates_args=())
@@ -45,17 +42,4 @@ def _backward_pack(ctx: Any, d_packed: Tensor) -> tuple[Tensor | None, ...]:
     return unpack_columns(d_packed, cols, ctx.n_cols), None, None
 
 
-def _setup_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    packed, cols, _ = inputs
-    ctx.padding = packed.shape[1] - cols.shape[0]
-    ctx.save_for_backward(cols)
-
-
-def _backward_unpack(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    (cols,) = ctx.saved_tensors
-    # The padding of `packed` is dropped on the way in, so its gradient is zero.
-    return torch.nn.functional.pad(pack_columns(d_out, cols, 1), (0, ctx.padding)), None, None
-
-
 pack_columns.register_autograd(_backward_pack, setup_context=_setup_pack)
-unpack_columns.register_autograd(_backward_unpack, setup_context=_setup_unpack)

@@ -10,7 +10,7 @@ M matrices `[out, in]`; N gates (method section 1). Row i and column j of a matr
 Arithmetic is in the gate's dtype: float32, or float64 (the reference alone). Matrices are float32, float16 or bfloat16
 (float64 with float64 gates), and so are the moments, each tensor on its own.
 
-gate_maps: int64 CPU tensor [M, 4], rows (row_start, col_start, head_dim, repeat); see `functional.GateMap`.
+gate_maps: int64 CPU tensor [M, 4], rows (row_start, col_start, head_dim, repeat); see `GateMap`.
 A row shard (FSDP2) passes its own rows, and a row_start moved by its row offset.
 
 layouts: one int per matrix, how its gradient is packed; `rank` (of `open_indices`) says where, else it may be None:
@@ -26,13 +26,31 @@ shards.
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 DENSE, BLOCK, PANELS = 0, 1, 2
+LAYOUTS = ("dense", "block", "panels")  # position = code
 
 _CHUNK = 1 << 20  # elements of a matrix handled at a time: temporaries stay in the cache and peak memory stays flat
+
+
+@dataclass(frozen=True)
+class GateMap:
+    """Where a matrix `[out, in]` finds its gates in the model's flat vector.
+
+    row i:  gate[row_start + i]
+    col j:  gate[col_start + (j // (repeat*head_dim))*head_dim + j % head_dim]
+    With repeat = 1 that is gate[col_start + j]. GQA's o_proj has repeat = query heads per KV head, as each KV head's
+    gates serve that many query heads; the expanded vector is never made.
+    """
+
+    row_start: int
+    col_start: int
+    head_dim: int = 1
+    repeat: int = 1
 
 
 def col_gate_index(n_in: int, col_start: int, head_dim: int, repeat: int, device: torch.device) -> Tensor:

@@ -27,8 +27,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lcdd_kernels.matrix_checks import LAYOUTS
-from lcdd_kernels.reference.delta_step import DENSE
+from lcdd_kernels.reference.delta_step import DENSE, LAYOUTS
 from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch
 from lcdd_kernels.triton_kernels import delta_step_kernels as kernels
 from lcdd_kernels.triton_kernels.delta_step_tables import TileConfig, partial_sums, plan

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import lcdd_kernels.pack_plan
+import lcdd_kernels.functional.packed_grad
 from benchmarks.unfused import Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
 from lcdd.models import projections
@@ -200,7 +200,7 @@ def test_float64_run_of_200_steps_is_the_same(run, micro_batches):
 def test_float64_run_with_packed_gradients_is_the_same(run, micro_batches, monkeypatch):
     """Every matrix is packed from the first step on, though most gates are open then."""
     always = PackCrossover(gather=0.0, crossover=10.0, min_elements=0, source="test")
-    monkeypatch.setattr(lcdd_kernels.pack_plan, "DEFAULT_CROSSOVER", {("cpu", torch.float32): always})
+    monkeypatch.setattr(lcdd_kernels.functional.packed_grad, "DEFAULT_CROSSOVER", {("cpu", torch.float32): always})
     settings, mean = _settings(run, 200)
     fused = _compare(settings, torch.float64, mean=mean, micro_batches=micro_batches, tolerance=1e-10)
     assert {type(site.linear).__name__ for site in projections(fused.model)} == {"PackedGradLinear"}

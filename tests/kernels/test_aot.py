@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcdd_kernels import aot, backends, testing
+from lcdd_kernels import aot, cases, registry, testing
 from lcdd_kernels.triton_kernels import (
     MODULES,
     AotSignature,
@@ -24,7 +24,7 @@ from lcdd_kernels.triton_kernels import (
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
-TRITON_OPS = [op.name for op in backends.declared() if "triton" in op.backends]
+TRITON_OPS = [op.name for op in registry.OPS.values() if "triton" in op.backends]
 
 
 def run_compiling(*command: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
@@ -63,13 +63,13 @@ def launched_variant(kernel: Any, arguments: Mapping[str, Any], config: LaunchCo
 @pytest.mark.parametrize("op", TRITON_OPS)
 def test_what_is_launched_is_listed(op: str, dtype: torch.dtype) -> None:
     """Every launch of every op is one of the signatures that are compiled ahead of time."""
-    if dtype not in testing.case_of(op).dtypes:
+    if dtype not in cases.case_of(op).dtypes:
         pytest.skip(f"{op} does not take {dtype}")
     listed = {variant(s.kernel, s.signature, s.constexprs, s.config) for s in aot_signatures()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seen: list[tuple[Any, ...]] = []
     with observe_launches(lambda *launch: seen.append(launched_variant(*launch))):
-        backends.implementation(op, "triton")(**testing.make_inputs(op, dtype, device))
+        registry.implementation(op, "triton")(**testing.make_inputs(op, dtype, device))
     assert seen, "no kernel was launched"
     for found in seen:
         assert found in listed, f"not in aot_signatures(): {found}"

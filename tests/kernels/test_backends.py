@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import lcdd_kernels
-from lcdd_kernels import BackendUnavailable, backends, testing, use_backend
+from lcdd_kernels import BackendUnavailable, backends, registry, testing, use_backend
+from lcdd_kernels.cases import case_of
+from lcdd_kernels.registry import implementation
 
-OPS = [op.name for op in backends.declared()]
+OPS = list(registry.OPS)
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +37,10 @@ print(found, torch.cuda.is_initialized())
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_a_reference_and_a_case(op: str) -> None:
-    assert callable(backends.implementation(op, "reference"))
-    case = testing.case_of(op)
+    assert callable(implementation(op, "reference"))
+    case = case_of(op)
     inputs = testing.make_inputs(op, case.dtypes[0])
-    inspect.signature(backends.implementation(op, "reference")).bind(**inputs)
+    inspect.signature(implementation(op, "reference")).bind(**inputs)
     testing.known_answer(op, "reference")
 
 
@@ -47,13 +49,12 @@ def test_signatures_agree(op: str) -> None:
     """Every implementation that can be imported has the reference's parameters: names, order and kinds."""
 
     def parameters(backend: str) -> list[tuple[str, object]]:
-        signature = inspect.signature(backends.implementation(op, backend))
+        signature = inspect.signature(implementation(op, backend))
         return [(p.name, p.kind) for p in signature.parameters.values()]
 
     expected = parameters("reference")
-    declared = next(d for d in backends.declared() if d.name == op)
-    for backend in declared.backends[1:]:
-        if not isinstance(backends._load(op, backend), str):
+    for backend in registry.OPS[op].backends[1:]:
+        if not isinstance(registry.load(op, backend), str):
             assert parameters(backend) == expected, backend
 
 
@@ -72,11 +73,11 @@ def test_unknown_names() -> None:
     with pytest.raises(ValueError, match=r"name: expected one of .*'reference'.*got 'fast'"), use_backend("fast"):
         pass
     with pytest.raises(ValueError, match="op: expected one of"):
-        backends.implementation("no_such_op", "reference")
+        implementation("no_such_op", "reference")
     with pytest.raises(ValueError, match="op: expected one of"):
         testing.make_inputs("no_such_op")
-    with pytest.raises(ValueError, match="backends: expected a subset"):
-        backends.declare("x", stem="x", backends=("triton",))
+    with pytest.raises(ValueError, match="op: expected one of"):
+        backends.available("no_such_op")
 
 
 def test_explicit_request_that_cannot_be_met_raises() -> None:
@@ -97,7 +98,7 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch) -> None:
 
 def test_float64_is_served_by_the_reference() -> None:
     chosen = backends.choose("gate_values", torch.zeros(1), torch.zeros(1, dtype=torch.float64))
-    assert chosen is backends.implementation("gate_values", "reference")
+    assert chosen is implementation("gate_values", "reference")
 
 
 def test_use_backend_nests_and_unwinds() -> None:
@@ -106,12 +107,12 @@ def test_use_backend_nests_and_unwinds() -> None:
     with use_backend("reference"):
         with pytest.raises(KeyError), use_backend("cuda"):
             raise KeyError
-        assert backends.choose("gate_values", x) is backends.implementation("gate_values", "reference")
+        assert backends.choose("gate_values", x) is implementation("gate_values", "reference")
     assert backends.choose("gate_values", x) is default
 
 
 def _wrong_gate_values(logits, *, kind, seed, step, training, offset=0):
-    gate, l0 = backends.implementation("gate_values", "reference")(
+    gate, l0 = implementation("gate_values", "reference")(
         logits, kind=kind, seed=seed, step=step, training=training, offset=offset
     )
     return gate * (1 + 1e-4), l0
@@ -128,7 +129,7 @@ def _without_a_compiler(logits, *, kind, seed, step, training, offset=0):
 @pytest.mark.parametrize("broken", [_wrong_gate_values, _crashing_gate_values, _without_a_compiler])
 def test_a_failed_self_test_disables_the_kernel_by_name(monkeypatch, broken) -> None:
     """A kernel with a relative error of 1e-4, or one that crashes: a loud warning, once, and the reference serves."""
-    monkeypatch.setitem(backends._loaded, ("gate_values", "native"), broken)
+    monkeypatch.setitem(registry._loaded, ("gate_values", "native"), broken)
     logits = torch.randn(50)
     settings = {"kind": "hard_concrete", "seed": 0, "step": 0, "training": True}
     with pytest.warns(RuntimeWarning, match="gate_values on backend 'native' is disabled on cpu"):
@@ -144,7 +145,7 @@ def test_a_failed_self_test_disables_the_kernel_by_name(monkeypatch, broken) -> 
 
 def test_a_first_use_inside_a_cuda_graph_capture_is_an_error_and_disables_nothing(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setitem(backends._loaded, ("gate_values", "triton"), _wrong_gate_values)
+    monkeypatch.setitem(registry._loaded, ("gate_values", "triton"), _wrong_gate_values)
     with pytest.raises(RuntimeError, match="gate_values: its first use on cuda:0 is inside a CUDA graph capture"):
         backends._obstacle("gate_values", "triton", torch.device("cuda", 0), torch.float32)
     assert not backends._verdicts
@@ -154,35 +155,35 @@ def test_an_unwritten_output_fails_the_self_test(monkeypatch) -> None:
     """Memory is poisoned: an implementation that forgets the last entry is caught."""
 
     def forgets(logits, *, kind, seed, step, training, offset=0):
-        gate, l0 = backends.implementation("gate_values", "reference")(
+        gate, l0 = implementation("gate_values", "reference")(
             logits, kind=kind, seed=seed, step=step, training=training, offset=offset
         )
         out = torch.empty_like(gate)
         out[:-1] = gate[:-1]
         return out, l0
 
-    monkeypatch.setitem(backends._loaded, ("gate_values", "native"), forgets)
+    monkeypatch.setitem(registry._loaded, ("gate_values", "native"), forgets)
     with pytest.raises(AssertionError, match="output gate"):
         testing.known_answer("gate_values", "native")
 
 
 def test_a_missing_library_is_a_reason_not_an_error(monkeypatch) -> None:
-    monkeypatch.setitem(backends._MODULES, "native", "lcdd_kernels.no_such_library")
+    monkeypatch.setitem(registry._MODULES, "native", "lcdd_kernels.no_such_library")
     reason = backends.available("gate_values", "cpu")["native"]
     assert reason is not None
     assert "no_such_library" in reason
-    assert backends.choose("gate_values", torch.zeros(1)) is backends.implementation("gate_values", "reference")
+    assert backends.choose("gate_values", torch.zeros(1)) is implementation("gate_values", "reference")
     with pytest.raises(BackendUnavailable, match="cannot serve 'gate_values'"):
-        backends.implementation("gate_values", "native")
+        implementation("gate_values", "native")
 
 
 def test_comparison_sees_small_errors() -> None:
     """The judge itself: an error of three times the expression's fails, a flipped sign of zero fails an exact
     output.
     """
-    case = testing.case_of("weight_eff_")
+    case = case_of("weight_eff_")
     inputs = testing.make_inputs("weight_eff_")
-    reference = backends.implementation("weight_eff_", "reference")
+    reference = implementation("weight_eff_", "reference")
     good = testing.run(case, reference, inputs)
     truth = testing.run(case, reference, testing.upcast(inputs))
     expression = testing.run(case, case.expression, inputs)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcdd_kernels import BackendUnavailable, backends, cuda, testing, use_backend
+from lcdd_kernels import BackendUnavailable, backends, cases, cuda, registry, testing, use_backend
 
 SOURCES = Path(cuda.__file__).parent / "csrc" / "cuda"
 KERNELS = {"delta_step.cu": 4, "pack.cu": 4}  # entry functions, template versions counted
@@ -72,7 +72,7 @@ def on_this_machine(
 ) -> tuple[str, Callable[[str], Callable[..., Any]]]:
     """(device, op -> implementation): the library on a GPU, or its emulation."""
     if torch.cuda.is_available() and cuda.LIBRARY.exists():
-        return "cuda", lambda op: backends.implementation(op, "cuda")
+        return "cuda", lambda op: registry.implementation(op, "cuda")
     library = request.getfixturevalue("emulated_library")
     for name, arguments in cuda._SIGNATURES.items():
         getattr(library, name).argtypes = arguments
@@ -84,19 +84,19 @@ def on_this_machine(
     monkeypatch.setattr(cuda, "_library", lambda: library)
     monkeypatch.setattr(cuda, "_call", call)
     monkeypatch.setattr(cuda, "_keep_for_stream", lambda *tables: None)
-    return "cpu", lambda op: getattr(cuda, backends.implementation_name(op, "cuda"))
+    return "cpu", lambda op: getattr(cuda, f"{op.rstrip('_')}_cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_matches_the_reference(op: str, dtype: torch.dtype, on_this_machine, poisoned: None) -> None:
     device, implementation = on_this_machine
-    case = testing.case_of(op)
+    case = cases.case_of(op)
     if dtype not in case.dtypes:
         pytest.skip(f"{op} has no case in {dtype}")
     for size in (1, 4):
         inputs = testing.make_inputs(op, dtype, device, size=size)
-        reference = backends.implementation(op, "reference")
+        reference = registry.implementation(op, "reference")
         rows = testing.compare_runs(
             case,
             (op, "cuda", dtype),
@@ -119,7 +119,7 @@ def test_several_tiles_in_both_directions(on_this_machine) -> None:
     gate = (torch.rand(2300, generator=generator) - 0.3).clamp(0, 1).to(device)
     maps = torch.tensor([[0, 80, 1, 1], [5, 140, 1029 // 3, 3]])
     results = []
-    for run in (implementation, lambda op: backends.implementation(op, "reference")):
+    for run in (implementation, lambda op: registry.implementation(op, "reference")):
         d_gate, norm = run("delta_grad_stats")(grads, [], deltas, gate, maps, [0, 0], None)
         weights = [torch.full_like(base, float("nan")) for base in bases]
         run("weight_eff_")(weights, bases, deltas, gate, maps)
@@ -144,6 +144,6 @@ def test_ships_disabled() -> None:
     if cuda.LIBRARY.exists():
         pytest.skip(f"{cuda.LIBRARY.name} was built here")
     with pytest.raises(BackendUnavailable, match="not enabled: not yet measured faster than Triton on a GPU"):
-        backends.implementation("weight_eff_", "cuda")
+        registry.implementation("weight_eff_", "cuda")
     with use_backend("cuda"), pytest.raises(BackendUnavailable):
         backends.choose("weight_eff_", torch.zeros(1))

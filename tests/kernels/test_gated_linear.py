@@ -10,7 +10,8 @@ from torch import Tensor
 from unfused_gates import assert_as_close_as, double, run, sample, unfused_linear
 
 import lcdd_kernels as K
-from lcdd_kernels import gated, testing, use_backend
+from lcdd_kernels import testing, use_backend
+from lcdd_kernels.functional.gated_linear import SMALL_BATCH_TOKENS
 from lcdd_kernels.ops import gated_linear as ops
 from lcdd_kernels.reference.gated_linear import GateSpec
 
@@ -206,7 +207,7 @@ def test_small_batches_write_no_weight(monkeypatch):
     called: list[str] = []
     choose = ops.choose
     monkeypatch.setattr(ops, "choose", lambda op, *tensors: called.append(op) or choose(op, *tensors))
-    inputs = sample(gated.SMALL_BATCH_TOKENS, 8, 16, torch.float32)
+    inputs = sample(SMALL_BATCH_TOKENS, 8, 16, torch.float32)
     few = K.gated_linear(**inputs, kind="hard_concrete", training=False)
     assert "gated_weight" not in called
     whole = K.gated_linear(**inputs, kind="hard_concrete", training=False, small_batch=False)

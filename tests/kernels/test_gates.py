@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lcdd_kernels as k
-from lcdd_kernels import testing, use_backend
+from lcdd_kernels import cases, testing, use_backend
 from lcdd_kernels.reference.gates import gate_noise_ref, philox_ref
 
 BACKENDS = ("reference", "triton", "native")
@@ -153,7 +153,7 @@ def test_backends_agree(backend, kind, training, device_of, n, seed, step, offse
     device = device_of("gate_values", backend)
     generator = torch.Generator().manual_seed(n)
     settings = {"kind": kind, "seed": seed, "step": step, "training": training, "offset": offset}
-    values, grads = testing.case_of("gate_values"), testing.case_of("gate_logits_grad")
+    values, grads = cases.case_of("gate_values"), cases.case_of("gate_logits_grad")
     inputs = {"logits": (3 * torch.randn(n, generator=generator)).to(device), **settings}
     backward = {**inputs, "d_gate": torch.randn(n, generator=generator).to(device), "l0_weight": -0.7}
     with testing.poisoned_memory(), use_backend(backend):

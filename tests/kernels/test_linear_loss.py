@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import lcdd_kernels as K
-from lcdd_kernels import losses, testing, use_backend
+from lcdd_kernels import testing, use_backend
+from lcdd_kernels.functional.linear_loss import CHUNK_LOGITS, default_chunk
 from lcdd_kernels.ops import linear_loss as ops
 from lcdd_kernels.reference.linear_loss import linear_cross_entropy_ref, linear_kl_ref
 
@@ -230,8 +231,8 @@ def test_autocast_does_not_change_the_products():
 
 @pytest.mark.parametrize(("vocab", "rows"), [(151_936, 256), (128_256, 320), (32_000, 1_280), (10**9, 64)])
 def test_the_default_chunk_holds_about_as_many_logits_for_any_vocabulary(vocab, rows):
-    assert losses.default_chunk(vocab) == rows
-    assert rows == 64 or rows * vocab <= losses.CHUNK_LOGITS < (rows + 64) * vocab
+    assert default_chunk(vocab) == rows
+    assert rows == 64 or rows * vocab <= CHUNK_LOGITS < (rows + 64) * vocab
 
 
 # The peak of a process of its own, because the allocator of this one keeps what earlier tests had. An eighth of the

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lcdd_kernels as k
-from lcdd_kernels import BackendUnavailable, backends, native, testing, use_backend
+from lcdd_kernels import BackendUnavailable, backends, cases, native, registry, testing, use_backend
 from lcdd_kernels.cases.delta_step import gate_sample, pack
 from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS
 from lcdd_kernels.reference.gates import open_indices_ref
@@ -54,9 +54,9 @@ def method(lib: native.NativeLibrary, op: str) -> Any:
 @pytest.mark.parametrize("level", native.LEVELS)
 @pytest.mark.parametrize(("op", "dtype"), [(op, dtype) for op, dtypes in OPS.items() for dtype in dtypes])
 def test_every_level_is_as_exact_as_pytorch(op: str, dtype: torch.dtype, level: str, poisoned: None) -> None:
-    case, lib = testing.case_of(op), library(level)
+    case, lib = cases.case_of(op), library(level)
     inputs = testing.make_inputs(op, dtype, size=3)
-    reference = backends.implementation(op, "reference")
+    reference = registry.implementation(op, "reference")
     rows = testing.compare_runs(
         case,
         (op, f"native {level}", dtype),
@@ -75,7 +75,7 @@ def test_every_level_is_as_exact_as_pytorch(op: str, dtype: torch.dtype, level: 
 def test_threads_and_levels_do_not_change_a_bit(op: str) -> None:
     """Sizes that three threads share: several tasks a matrix, several blocks of gates."""
     inputs = testing.make_inputs(op, torch.bfloat16 if len(OPS[op]) > 1 else torch.float32, size=40)
-    case = testing.case_of(op)
+    case = cases.case_of(op)
     expected = testing.run(case, method(library("scalar", threads=1), op), inputs)
     for lib in levels():
         for threads in (1, 2, 3):
@@ -151,12 +151,12 @@ def test_any_shape_layout_and_mixture_of_dtypes(problem: dict[str, Any], level: 
     lib = library(level)
     hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 2, "grad_scale": 0.5}
     for op, extra in (("delta_grad_stats", {}), ("delta_adamw_", hyper)):
-        case = testing.case_of(op)
+        case = cases.case_of(op)
         names = ("grads", "col_panels", "deltas", "gate_maps", "layouts", "rank")
         inputs = (
             {name: problem[name] for name in names} | {"gate": problem["gate_old"]} if not extra else problem | extra
         )
-        reference = backends.implementation(op, "reference")
+        reference = registry.implementation(op, "reference")
         plain = testing.run(case, reference, inputs)
         rows = testing.compare_runs(
             case,
@@ -169,7 +169,7 @@ def test_any_shape_layout_and_mixture_of_dtypes(problem: dict[str, Any], level: 
         testing.assert_calibrated(rows)
     weights = [torch.empty_like(problem["bases"][0]) for _ in range(2)]
     for weight, function in zip(
-        weights, (lib.weight_eff, backends.implementation("weight_eff_", "reference")), strict=True
+        weights, (lib.weight_eff, registry.implementation("weight_eff_", "reference")), strict=True
     ):
         function([weight], problem["bases"], problem["deltas"], problem["gate_old"], problem["gate_maps"])
     assert testing.bits_equal(*weights)

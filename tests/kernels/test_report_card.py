@@ -3,25 +3,27 @@
 import pytest
 import torch
 
-from lcdd_kernels import aot, backends, report_card, testing
+from lcdd_kernels import aot, report_card, testing
+from lcdd_kernels.cases import case_of
+from lcdd_kernels.registry import OPS, implementation
 
 
 def test_every_op_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert report_card.main() == 0
     printed = capsys.readouterr().out
-    for op in backends.declared():
-        rows = [line.split() for line in printed.splitlines() if line.startswith(f"{op.name} ")]
+    for op in OPS:
+        rows = [line.split() for line in printed.splitlines() if line.startswith(f"{op} ")]
         served = [row for row in rows if row[1] == "cpu"]
         assert served[0][2] in ("native", "reference")
         measured = {tuple(row[1:3]) for row in rows if row[-1] == "ok"}
-        dtypes = {str(dtype).removeprefix("torch.") for dtype in testing.case_of(op.name).dtypes}
+        dtypes = {str(dtype).removeprefix("torch.") for dtype in case_of(op).dtypes}
         assert {("reference", dtype) for dtype in dtypes} <= measured
 
 
 def test_a_wrong_kernel_fails_the_card() -> None:
-    case = testing.case_of("weight_eff_")
+    case = case_of("weight_eff_")
     inputs = testing.make_inputs("weight_eff_")
-    reference = backends.implementation("weight_eff_", "reference")
+    reference = implementation("weight_eff_", "reference")
     truth = testing.run(case, reference, testing.upcast(inputs))
     same = testing.run(case, reference, inputs)
     rows = testing.compare_runs(

@@ -67,7 +67,7 @@ def test_bugs_keep_their_traceback_and_say_where_to_report_them(monkeypatch, cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sft", "--output_dir", "o"], "SFTConfig.base_model_name_or_path: expected a value, got nothing"),
+        (["sft"], "SFTConfig.base_model_name_or_path: expected a value, got nothing"),
         (["sft", *REQUIRED, "--learning_rate", "-1"], "SFTConfig.learning_rate: expected a value >= 0, got -1.0"),
         (["sft", *REQUIRED, "--config", "no.yaml"], "config: expected a readable YAML file"),
         (["run", "no.yaml"], "expected a readable YAML file, got 'no.yaml'"),
@@ -97,6 +97,29 @@ def test_unknown_commands_abbreviations_and_types_are_usage_errors(argv: list[st
     assert error.startswith("lcdd")
     assert error.count("\n") == 1
     assert "--help" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["trian"], "did you mean train?"),
+        (["sft", "--learning_rte", "1"], "did you mean --learning_rate?"),
+        (["sft", "--learning_rte=1"], "did you mean --learning_rate?"),
+        (["sft", "--model_name_or_path", "m"], "did you mean --base_model_name_or_path?"),
+        (["generate", "--tigger", "t"], "did you mean --trigger?"),
+    ],
+)
+def test_what_is_written_nearly_right_is_suggested(argv: list[str], hint: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_what_is_written_quite_otherwise_is_not(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--quantum", "m"])
+    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_torchrun_is_for_training(monkeypatch, capsys) -> None:

@@ -87,6 +87,38 @@ def test_every_field_is_a_flag(config: type[Config]) -> None:
     assert {f"--{item.name}" for item in dataclasses.fields(config)} <= flags
 
 
+@pytest.mark.parametrize("config", [SFTConfig, LCDDConfig, EraserConfig, EvalConfig])
+def test_facts_about_a_setting_are_on_the_setting(config: type[Config]) -> None:
+    """What resuming and pipelines go by; a path never decides what is learned."""
+    paths, free = set(config.named("path")), set(config.named("resumable"))
+    assert {"output_dir", "base_model_name_or_path"} <= paths <= free
+    assert {"device"} <= free
+    assert not {"seed", "bf16", "learning_rate", "per_device_train_batch_size", "gate_kind", "split"} & free
+    lasting = config().lasting()
+    assert set(lasting) == {item.name for item in dataclasses.fields(config)} - free
+    assert set(config().lasting(settled=True)) - set(lasting) == set(config.named("settled"))
+
+
+def test_a_finished_stage_was_made_with_more_than_a_resumed_one_has_to_share() -> None:
+    assert set(LCDDConfig.named("settled")) == {"gradient_accumulation_steps", "initial_carrier", "save_folded"}
+    assert json.loads(json.dumps(LCDDConfig(seed=3).lasting())) == LCDDConfig(seed=3, device="cpu").lasting()
+
+
+@pytest.mark.parametrize(
+    "configs", [(SFTConfig, DataConfig), (LCDDConfig, DataConfig), (EraserConfig, DataConfig), (GenerateConfig,)]
+)
+def test_help_begins_with_what_is_required_then_with_what_people_change(configs: tuple[type[Config], ...]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, *configs)
+    first = next(group for group in parser._action_groups if group.title == "what people change")
+    names = [action.dest for action in first._group_actions]
+    required = [item.name for config in configs for item in dataclasses.fields(config) if item.metadata["required"]]
+    assert names[: len(required)] == required
+    assert len(names) <= len(required) + 14
+    shown = parser.format_help()
+    assert all(shown.index("what people change") < shown.index(group.title) for group in parser._action_groups[3:])
+
+
 def _parse(*argv: str, config: type[Config] = LCDDConfig) -> LCDDConfig:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_flags(parser, config, DataConfig)
@@ -109,7 +141,9 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gate_learning_rate: 0.1", "unknown setting 'gate_learning_rate'; known are: .*gate_lr"),
+        ("temperature: 0.1", "unknown setting 'temperature'; known are: .*gate_lr"),
+        ("learning_rte: 0.1", r"unknown setting 'learning_rte'; did you mean learning_rate\?"),
+        ("model_name_or_path: m", r"did you mean sft_model_name_or_path or base_model_name_or_path\?"),
         ("gate_lr: [1]", r"LCDDConfig.gate_lr: expected a number, got \[1\]"),
         ("gate_lr: fast", "LCDDConfig.gate_lr: expected a number, got 'fast'"),
         ("- 1", "expected a mapping of settings, got a list"),

@@ -30,8 +30,8 @@ from lcdd.commands.plan.tables import render
 from lcdd.config import PLAN_MODELS, PlanConfig
 from lcdd.models import PROJECTION_PATHS, Architecture, ModelShape, Parametrization, costs, load_settings, load_shape
 from lcdd_kernels import default_crossover, pack_layout
-from lcdd_kernels.losses import default_chunk
-from lcdd_kernels.pack_plan import pack_cost
+from lcdd_kernels.functional.linear_loss import default_chunk
+from lcdd_kernels.functional.packed_grad import pack_cost
 
 PROVIDERS = ("plain", "unfused", "lcdd")
 # ---------------------------------------------------------------- what is planned for

@@ -1,4 +1,4 @@
-"""Cross-entropy and KL from hidden states, logits never stored whole. Public through `lcdd_kernels.functional`.
+"""Cross-entropy and KL from hidden states, logits never stored whole.
 
 T rows (tokens), D model width, V vocabulary.
 """

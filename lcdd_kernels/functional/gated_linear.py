@@ -1,4 +1,4 @@
-"""The forward route: gates applied inside a differentiable op. Public through `lcdd_kernels.functional`.
+"""The forward route: gates applied inside a differentiable op.
 
 Gradients are those of the optimizer route (`delta_grad_stats`) for the same gates, and gates are the same for the same
 seed, step and place in the model's flat vector (the offsets). Shapes: D model width, F feed-forward width; x [..., in].
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lcdd_kernels import checks
-from lcdd_kernels.checks import FLOATS, fail
-from lcdd_kernels.matrix_checks import MAX_INT, check_gate
+from lcdd_kernels.checks import FLOATS, MAX_INT, check_gate, fail
 from lcdd_kernels.ops import gated_block
 from lcdd_kernels.ops import gated_linear as linear_op
 from lcdd_kernels.reference.gates import KINDS

@@ -1,4 +1,4 @@
-"""Activation matching over all layers (method, section 4). Public through `lcdd_kernels.functional`.
+"""Activation matching over all layers (method, section 4).
 
 Shapes: L layers, B prompts, S positions, D model width, n_l channels of layer l, N = Σ n_l.
 """

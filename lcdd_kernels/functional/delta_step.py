@@ -1,50 +1,131 @@
-"""`GateMap`, and the checks of gates and of parallel lists of matrices that the public functions share."""
+"""One optimizer step over every matrix of a model: passes A and B, and the refresh of W_eff alone.
+
+Shapes: N gates of the model, M matrices, each `[out, in]`.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lcdd_kernels import checks
-from lcdd_kernels.checks import fail
-from lcdd_kernels.reference.gates import KINDS
+from lcdd_kernels.checks import MAX_INT, check_gate, fail
+from lcdd_kernels.ops import delta_step as delta_ops
+from lcdd_kernels.reference.delta_step import LAYOUTS, GateMap
 
-LAYOUTS = ("dense", "block", "panels")  # position = code at op level
-MAX_INT = 2**63  # schema integers are signed
-_GATE_DTYPES = (torch.float32, torch.float64)
+__all__ = ["GateMap", "delta_adamw_", "delta_grad_stats", "weight_eff_"]
+
 _MATRIX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class GateMap:
-    """Where a matrix `[out, in]` finds its gates in the model's flat vector.
+def weight_eff_(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    gate: Tensor,
+    gate_maps: Sequence[GateMap],
+) -> None:
+    """weights[m] := bases[m] + (r x c) o deltas[m], in place, for all M matrices of a model (method section 1).
 
-    row i:  gate[row_start + i]
-    col j:  gate[col_start + (j // (repeat*head_dim))*head_dim + j % head_dim]
-    With repeat = 1 that is gate[col_start + j]. GQA's o_proj has repeat = query heads per KV head, as each KV head's
-    gates serve that many query heads; the expanded vector is never made.
+    weights, bases: same dtype (float32, float16, bfloat16; float64 with a float64 gate); deltas: any of these, and
+    contiguous like them. Bit-identical on every backend; where a gate is closed the base's bits are copied.
     """
-
-    row_start: int
-    col_start: int
-    head_dim: int = 1
-    repeat: int = 1
-
-
-def check_gate(name: str, gate: Tensor, n: int | None = None) -> None:
-    checks.check_shape(name, gate, (n,))
-    checks.check_dtype(name, gate, _GATE_DTYPES)
-    checks.check_contiguous(name, gate)
-    checks.check_no_nan(name, gate)
+    maps = check_matrices(gate, gate_maps, {"weights": weights, "bases": bases, "deltas": deltas})
+    check_written({"weights": weights}, {"bases": bases, "deltas": deltas})
+    # The weights are leaves that require a gradient, and an optimizer's write is not part of a graph.
+    with torch.no_grad():
+        delta_ops.weight_eff_(list(weights), list(bases), list(deltas), gate, maps)
 
 
-def check_gate_arguments(logits: Tensor, kind: str, seed: int, step: int, offset: int) -> None:
-    check_gate("logits", logits)
-    checks.check_choice("kind", kind, KINDS)
-    checks.check_int("seed", seed, 0, MAX_INT)
-    checks.check_int("step", step, 0, MAX_INT)
-    checks.check_int("offset", offset, 0, MAX_INT - logits.numel())
+def delta_grad_stats(
+    grads: Sequence[Tensor | tuple[Tensor, Tensor]],
+    deltas: Sequence[Tensor],
+    gate: Tensor,
+    gate_maps: Sequence[GateMap],
+    *,
+    layouts: Sequence[str] | None = None,
+    rank: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pass A: (d_gate[N], sq_norm[]) in the gate's dtype, from G = dL/dW_eff; deterministic (method section 1).
+
+    d_gate[n] = sum over every row and column that uses gate n of its gradient; sq_norm = sum ||(r x c) o G||^2, for
+    clipping.
+    layouts[m]: "dense" (default; grads[m] is [out, in]), "block" (open rows x open columns; closed gates get zero), or
+    "panels" (grads[m] is a pair: open rows x all columns, all rows x open columns). Packed ones need `rank` of
+    `open_indices`.
+    """
+    maps = check_matrices(gate, gate_maps, {"deltas": deltas})
+    rows, cols, codes = check_grads(grads, deltas, gate, maps, layouts, rank)
+    with torch.no_grad():
+        return delta_ops.delta_grad_stats(rows, cols, list(deltas), gate, maps, codes, rank)
+
+
+def delta_adamw_(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grads: Sequence[Tensor | tuple[Tensor, Tensor]],
+    gate_old: Tensor,
+    gate_new: Tensor,
+    gate_maps: Sequence[GateMap],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+    layouts: Sequence[str] | None = None,
+    rank: Tensor | None = None,
+) -> None:
+    """Pass B, in place: AdamW on deltas with the gradient grad_scale*(r_old x c_old) o G, then weights from the new
+    gates.
+
+    Adam is torch.optim.AdamW's (decoupled decay, bias correction; `step` counts from 1). Moments: bfloat16, float32
+    (float64), each matrix its own; the update uses them before they are rounded for storage. grads, layouts, rank: as
+    `delta_grad_stats`, with `rank` of the *old* gates; an entry that a packed gradient lacks has gradient zero, and
+    its momenta still move delta.
+    """
+    written = {"weights": weights, "deltas": deltas, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    maps = check_matrices(gate_old, gate_maps, {**written, "bases": bases}, gate_name="gate_old")
+    check_gate("gate_new", gate_new, gate_old.numel())
+    checks.check_dtype("gate_new", gate_new, (gate_old.dtype,))
+    checks.check_device("gate_new", gate_new, gate_old.device)
+    rows, cols, codes = check_grads(grads, deltas, gate_old, maps, layouts, rank)
+    check_written(written, {"bases": bases, "grads": rows, "grads (columns)": cols})
+    largest = torch.finfo(torch.float32).max
+    checks.check_real("lr", lr, 0.0, largest)
+    checks.check_real("beta1", beta1, 0.0, 1.0, high_open=True)
+    checks.check_real("beta2", beta2, 0.0, 1.0, high_open=True)
+    checks.check_real("eps", eps, 0.0, largest)
+    checks.check_real("weight_decay", weight_decay, 0.0, largest)
+    checks.check_int("step", step, 1, MAX_INT)
+    checks.check_real("grad_scale", grad_scale, 0.0, largest)
+    with torch.no_grad():
+        delta_ops.delta_adamw_(
+            list(weights),
+            list(bases),
+            list(deltas),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            rows,
+            cols,
+            gate_old,
+            gate_new,
+            maps,
+            codes,
+            rank,
+            float(lr),
+            float(beta1),
+            float(beta2),
+            float(eps),
+            float(weight_decay),
+            step,
+            float(grad_scale),
+        )
 
 
 def check_matrices(

@@ -1,20 +1,43 @@
 """Packed weight gradients: the open rows and columns of G = dYᵀX and nothing else (method, section 1).
 
 Shapes: T tokens, K in_features, O out_features, R open rows, C open columns, P = C rounded up to `packed_multiple`.
-The library does the products; `pack_columns` gathers their operands. Public through `lcdd_kernels.functional`.
+The library does the products; `pack_columns` gathers their operands.
+
+Which matrices get one: its predicted cost over that of the dense gradient, against a crossover. Work is counted in
+multiply-adds a token:
+
+    dense     O·K
+    "block"   R·C           + gather · (R + C)      hard-concrete
+    "panels"  R·K + O·C     + gather · (R + C)      Heaviside
+
+`gather` is what moving one element of X or dY into a panel costs, in multiply-adds of the dense product. A matrix is
+packed where the predicted ratio is below `crossover`, which is under 1 because smaller products run a little less
+efficiently. Both depend on the device, the dtype and the libraries; `DEFAULT_CROSSOVER` is the one place for them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lcdd_kernels import checks
-from lcdd_kernels.checks import FLOATS, fail
+from lcdd_kernels.checks import FLOATS, check_choice, check_int, fail
 from lcdd_kernels.ops import packed_grad as ops
-from lcdd_kernels.pack_plan import packed_multiple
 
-__all__ = ["expand_columns", "pack_columns", "packed_weight_grad"]
+__all__ = [
+    "DEFAULT_CROSSOVER",
+    "PACKED_LAYOUT",
+    "PackCrossover",
+    "check_index_list",
+    "default_crossover",
+    "expand_columns",
+    "pack_columns",
+    "pack_cost",
+    "pack_layout",
+    "packed_multiple",
+    "packed_weight_grad",
+]
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -151,3 +174,86 @@ def _check_targets(targets: list[Tensor] | list[None], shapes: list[tuple[int, i
             checks.check_dtype("out", target, FLOATS)
             checks.check_device("out", target, x.device)
             checks.check_contiguous("out", target)
+
+
+PACKED_LAYOUT = {"hard_concrete": "block", "heaviside_ste": "panels"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCrossover:
+    """gather: multiply-adds one gathered element costs. crossover: pack where the predicted cost ratio is below it.
+
+    min_elements: smaller matrices stay dense whatever is open: there the fixed cost of more calls outweighs the
+        product.
+    source: where the figures come from, a measurement (on what) or a prediction.
+    """
+
+    gather: float
+    crossover: float
+    min_elements: int
+    source: str
+
+
+# Predicted for CUDA: a gathered bf16 element moves about 6 elements of memory traffic at 20% density, i.e. 3e-12 s at 4
+# TB/s, against 3e14 multiply-adds a second. `make gpu` measures them.
+DEFAULT_CROSSOVER: dict[tuple[str, torch.dtype], PackCrossover] = {
+    ("cpu", torch.float32): PackCrossover(
+        gather=16.0, crossover=0.77, min_elements=2**16, source="measured: AMD EPYC (AVX-512), 1 thread"
+    ),
+    ("cpu", torch.bfloat16): PackCrossover(
+        gather=60.0, crossover=0.87, min_elements=2**18, source="measured: AMD EPYC (AVX-512), 1 thread"
+    ),
+    ("cuda", torch.float32): PackCrossover(
+        gather=150.0, crossover=0.8, min_elements=2**20, source="predicted for an H200, not measured"
+    ),
+    ("cuda", torch.bfloat16): PackCrossover(
+        gather=900.0, crossover=0.8, min_elements=2**22, source="predicted for an H200, not measured"
+    ),
+}
+
+
+def default_crossover(device: torch.device | str, dtype: torch.dtype) -> PackCrossover:
+    """The figures for a device type and dtype: those of float32 for wider dtypes, of bfloat16 for 16-bit ones."""
+    kind = torch.device(device).type
+    table_dtype = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
+    return DEFAULT_CROSSOVER[("cpu" if kind == "cpu" else "cuda", table_dtype)]
+
+
+def pack_cost(layout: str, *, out_features: int, in_features: int, n_rows: int, n_cols: int, gather: float) -> float:
+    """Predicted cost of a packed weight gradient over the dense one; 0 where nothing is open."""
+    products = n_rows * n_cols if layout == "block" else n_rows * in_features + out_features * n_cols
+    if products == 0:
+        return 0.0
+    return (products + gather * (n_rows + n_cols)) / (out_features * in_features)
+
+
+def pack_layout(
+    *, gate_kind: str, out_features: int, in_features: int, n_rows: int, n_cols: int, crossover: PackCrossover
+) -> str:
+    """ "dense", or the gate kind's packed layout ("block" for hard_concrete, "panels" for heaviside_ste) where that is
+    cheaper.
+
+    n_rows, n_cols: open rows and columns of the matrix (GQA columns counted once for each query head). Nothing open:
+    packed (and empty), unless the matrix is small.
+    """
+    check_choice("gate_kind", gate_kind, tuple(PACKED_LAYOUT))
+    check_int("n_rows", n_rows, 0, out_features + 1)
+    check_int("n_cols", n_cols, 0, in_features + 1)
+    if out_features * in_features < crossover.min_elements:
+        return "dense"
+    layout = PACKED_LAYOUT[gate_kind]
+    cost = pack_cost(
+        layout,
+        out_features=out_features,
+        in_features=in_features,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        gather=crossover.gather,
+    )
+    return layout if cost < crossover.crossover else "dense"
+
+
+def packed_multiple(device: torch.device) -> int:
+    """Panels' row length is a multiple of this: 8 elements (16 bytes in bf16) is what tensor-core GEMMs need to run at
+    speed."""
+    return 8 if device.type == "cuda" else 1

@@ -1,0 +1,77 @@
+"""Gates of a whole model: values, their gradient, and the lists of open ones. N gates, G groups."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lcdd_kernels import checks
+from lcdd_kernels.checks import MAX_INT, check_gate, fail
+from lcdd_kernels.ops import gates as gate_ops
+from lcdd_kernels.reference.gates import KINDS
+
+__all__ = ["gate_logits_grad", "gate_values", "open_indices"]
+
+
+def gate_values(
+    logits: Tensor, *, kind: str, seed: int, step: int, training: bool, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Every gate of a model in one launch: logits[N] -> (gate[N], expected_l0[]), differentiable in logits.
+
+    kind: "heaviside_ste" (0 or 1; straight-through gradient) or "hard_concrete" (in [0, 1]; noise drawn from Philox
+    with (seed, step, offset + position) in training, deterministic otherwise). logits: float32 (float64: reference),
+    contiguous. `offset`: position of logits[0] in the model's flat vector, so that a slice draws the noise of the
+    whole. Method section 2.
+    """
+    _check_arguments(logits, kind, seed, step, offset)
+    return gate_ops.gate_values(logits, kind, seed, step, bool(training), offset)
+
+
+def gate_logits_grad(
+    logits: Tensor,
+    d_gate: Tensor,
+    *,
+    kind: str,
+    seed: int,
+    step: int,
+    training: bool,
+    l0_weight: float = 0.0,
+    offset: int = 0,
+) -> Tensor:
+    """d_logits[N] = d_gate * dz/dtheta + l0_weight * dE[L0]/dtheta: the backward of `gate_values`, with the same
+    arguments.
+    """
+    _check_arguments(logits, kind, seed, step, offset)
+    checks.check_shape("d_gate", d_gate, logits.shape)
+    checks.check_dtype("d_gate", d_gate, (logits.dtype,))
+    checks.check_device("d_gate", d_gate, logits.device)
+    checks.check_contiguous("d_gate", d_gate)
+    checks.check_real("l0_weight", l0_weight, -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
+    return gate_ops.gate_logits_grad(logits, d_gate, kind, seed, step, bool(training), float(l0_weight), offset)
+
+
+def open_indices(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gate[N], offsets[G+1] (int64, CPU) -> (indices[N], counts[G], rank[N]), int32 on gate's device.
+
+    Group g is gate[offsets[g] : offsets[g+1]]. indices[offsets[g] : offsets[g]+counts[g]] lists its open (nonzero)
+    gates' local positions, ascending, and -1 fills the rest; rank[n] is gate n's place in that list, -1 where closed.
+    """
+    check_gate("gate", gate)
+    checks.check_shape("offsets", offsets, (None,))
+    checks.check_dtype("offsets", offsets, (torch.int64,))
+    checks.check_device("offsets", offsets, torch.device("cpu"))
+    checks.check_contiguous("offsets", offsets)
+    if not torch.compiler.is_compiling():
+        values = offsets.tolist()
+        if not values or values[0] != 0 or values[-1] != gate.numel() or any(a > b for a, b in pairwise(values)):
+            shown = values if len(values) <= 12 else f"{values[:4]} ... {values[-4:]}"
+            raise fail("offsets", f"ascending int64 from 0 to {gate.numel()} (the number of gates)", shown)
+    return gate_ops.open_indices(gate, offsets)
+
+
+def _check_arguments(logits: Tensor, kind: str, seed: int, step: int, offset: int) -> None:
+    check_gate("logits", logits)
+    checks.check_choice("kind", kind, KINDS)
+    checks.check_int("seed", seed, 0, MAX_INT)
+    checks.check_int("step", step, 0, MAX_INT)
+    checks.check_int("offset", offset, 0, MAX_INT - logits.numel())
