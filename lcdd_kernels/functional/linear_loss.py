@@ -27,13 +27,18 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
     chunk: int | None = None,
     reduction: str = "sum",
     ignore_index: int = -100,
     reject_nan: bool = True,
 ) -> Tensor:
-    """Cross-entropy (nats) of logits = hidden weightᵀ against labels -> loss[], float32 (float64 for float64 inputs).
+    """Cross-entropy (nats) of logits against labels -> loss[], float32 (float64 for float64 inputs).
 
+    logits = scale · (hidden weightᵀ + bias), and softcap · tanh(logits / softcap) where a softcap is given. bias: [V],
+    of hidden's dtype, frozen.
     hidden: [T, D]; weight: [V, D], of hidden's dtype; labels: [T] int64, already aligned with the rows (shifted).
     Rows labelled `ignore_index` are dropped before any product. reduction: "sum", or "mean" over the rows that count;
     0, not NaN, where none does. chunk: rows at a time; None: as many as make CHUNK_LOGITS logits.
@@ -50,9 +55,11 @@ def linear_cross_entropy(
     checks.check_device("labels", labels, hidden.device)
     checks.check_choice("reduction", reduction, _REDUCTIONS)
     checks.check_int("ignore_index", ignore_index, -(2**63), 2**63)
-    chunk = _chunk(chunk, weight)
+    chunk, shape = _chunk(chunk, weight), _shape(bias, scale, softcap, weight)
     needs = _needs(hidden, weight)
-    loss, *_ = ops.linear_cross_entropy(hidden, weight, labels, chunk, ignore_index, bool(reject_nan), *needs)
+    loss, *_ = ops.linear_cross_entropy(
+        hidden, weight, labels, bias, *shape, chunk, ignore_index, bool(reject_nan), *needs
+    )
     if reduction == "mean":
         loss = loss / (labels != ignore_index).sum().clamp(min=1)
     return loss
@@ -65,15 +72,20 @@ def linear_kl(
     ref_logprobs: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
     chunk: int | None = None,
     reduction: str = "mean",
     reject_nan: bool = True,
 ) -> Tensor:
-    """KL(reference ‖ student) (nats), exact over the vocabulary, of logits = hidden weightᵀ -> loss[], float32.
+    """KL(reference ‖ student) (nats), exact over the vocabulary -> loss[], float32 (float64 for float64 inputs).
 
     hidden: [T, D]; weight: [V, D], of hidden's dtype. The reference is either ref_logprobs [T, V] (any float dtype;
     they are normalised again in float32, so logits and rounded log-probabilities do as well; −inf is probability zero),
-    or ref_hidden [T, D'] with ref_weight [V, D'], whose logits are made chunk by chunk too. It gets no gradient.
+    or ref_hidden [T, D'] with ref_weight [V, D'] and ref_bias [V], whose logits are made chunk by chunk too, and shaped
+    by scale and softcap as the student's are. It gets no gradient.
     reduction: over the T rows; 0 where T is 0. chunk, reject_nan and the rest as in `linear_cross_entropy`.
     """
     _check_head(hidden, weight, "hidden", "weight")
@@ -92,9 +104,15 @@ def linear_kl(
         checks.check_shape("ref_weight", ref_weight, (vocab, None))
         checks.check_device("ref_hidden", ref_hidden, hidden.device)
     checks.check_choice("reduction", reduction, _REDUCTIONS)
-    chunk = _chunk(chunk, weight)
+    chunk, shape = _chunk(chunk, weight), _shape(bias, scale, softcap, weight)
+    if ref_bias is not None:
+        if ref_weight is None:
+            raise fail("ref_bias", "None without ref_hidden and ref_weight", "a tensor")
+        _check_bias("ref_bias", ref_bias, ref_weight)
     references = [None if t is None else t.detach() for t in (ref_logprobs, ref_hidden, ref_weight)]
-    loss, *_ = ops.linear_kl(hidden, weight, *references, chunk, bool(reject_nan), *_needs(hidden, weight))
+    loss, *_ = ops.linear_kl(
+        hidden, weight, *references, bias, ref_bias, *shape, chunk, bool(reject_nan), *_needs(hidden, weight)
+    )
     return loss / max(rows, 1) if reduction == "mean" else loss
 
 
@@ -106,6 +124,25 @@ def _check_head(hidden: Tensor, weight: Tensor, hidden_name: str, weight_name: s
     checks.check_device(weight_name, weight, hidden.device)
     if weight.shape[0] == 0:
         raise fail(weight_name, "a vocabulary of at least 1", f"shape {list(weight.shape)}")
+
+
+def _check_bias(name: str, bias: Tensor, weight: Tensor) -> None:
+    checks.check_shape(name, bias, (weight.shape[0],))
+    checks.check_dtype(name, bias, (weight.dtype,))
+    checks.check_device(name, bias, weight.device)
+    if bias.requires_grad:
+        raise fail(name, "a frozen one", "one that requires a gradient")
+
+
+def _shape(bias: Tensor | None, scale: float, softcap: float | None, weight: Tensor) -> tuple[float, float]:
+    """(scale, softcap) as the ops take them: 0 for no cap."""
+    if bias is not None:
+        _check_bias("bias", bias, weight)
+    largest = torch.finfo(torch.float32).max
+    checks.check_real("scale", scale, -largest, largest)
+    if softcap is not None:
+        checks.check_real("softcap", softcap, torch.finfo(torch.float32).tiny, largest)
+    return float(scale), float(softcap or 0.0)
 
 
 def default_chunk(vocab: int) -> int:

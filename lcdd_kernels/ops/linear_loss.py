@@ -35,6 +35,7 @@ def _reject_nan(name: str, value: Tensor) -> None:
 def _in_chunks(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     rows: Tensor | None,
     chunk: int,
     need_hidden: bool,
@@ -56,7 +57,7 @@ def _in_chunks(
             part = slice(start, min(start + chunk, count))
             index = part if rows is None else rows[part]
             h = hidden[index]
-            logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
+            logits = _product(h, weight, bias, buffer[: h.shape[0]])
             loss_of(index, logits, losses[part])
             if need_hidden:
                 d_hidden[index] = logits @ weight
@@ -65,11 +66,19 @@ def _in_chunks(
     return losses.sum(), d_hidden, hidden.new_empty(0) if d_weight is None else d_weight.to(weight.dtype)
 
 
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden weightᵀ + bias into `out`."""
+    return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+
+
 @torch.library.custom_op("lcdd::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
     chunk: int,
     ignore_index: int,
     reject_nan: bool,
@@ -93,10 +102,10 @@ def linear_cross_entropy(
 
     def loss_of(index: Tensor | slice, logits: Tensor, losses: Tensor) -> None:
         chunk_loss = choose("cross_entropy_chunk_", logits)
-        chunk_loss(logits, labels[index], losses, write_grad=need_hidden or need_weight)
+        chunk_loss(logits, labels[index], losses, scale=scale, softcap=softcap, write_grad=need_hidden or need_weight)
 
     everything = rows.shape[0] == labels.shape[0]
-    return _in_chunks(hidden, weight, None if everything else rows, chunk, need_hidden, need_weight, loss_of)
+    return _in_chunks(hidden, weight, bias, None if everything else rows, chunk, need_hidden, need_weight, loss_of)
 
 
 @linear_cross_entropy.register_fake
@@ -104,6 +113,9 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
     chunk: int,
     ignore_index: int,
     reject_nan: bool,
@@ -120,12 +132,17 @@ def linear_kl(
     ref_logprobs: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    scale: float,
+    softcap: float,
     chunk: int,
     reject_nan: bool,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of losses, d_hidden, d_weight), from the reference's log-probabilities, or its hidden states and head."""
+    """(sum of losses, d_hidden, d_weight), from the reference's log-probabilities, or its hidden states and head, whose
+    logits are shaped as the student's are."""
     if reject_nan:
         _reject_nan("hidden", hidden)
         if ref_hidden is not None:
@@ -139,18 +156,24 @@ def linear_kl(
         size = (min(chunk, ref_rows.shape[0]), ref_head.shape[0])
         buffer = torch.empty(size, dtype=ref_rows.dtype, device=ref_rows.device)
 
+    shaped = ref_logprobs is None
+    ref_shape = {"ref_scale": scale if shaped else 1.0, "ref_softcap": softcap if shaped else 0.0}
+
     def ref_logits_of(index: Tensor | slice) -> Tensor:
         if ref_logprobs is not None:
             return ref_logprobs[index].contiguous()
         h = ref_rows[index]
-        return torch.mm(h, ref_head.T, out=buffer[: h.shape[0]])
+        return _product(h, ref_head, ref_bias, buffer[: h.shape[0]])
 
     def loss_of(index: Tensor | slice, logits: Tensor, losses: Tensor) -> None:
         ref_logits = ref_logits_of(index)
         chunk_loss = choose("kl_chunk_", logits, ref_logits)
-        chunk_loss(logits, ref_logits, losses, write_grad=need_hidden or need_weight)
+        chunk_loss(
+            logits, ref_logits, losses, scale=scale, softcap=softcap, **ref_shape,
+            write_grad=need_hidden or need_weight,
+        )  # fmt: skip
 
-    return _in_chunks(hidden, weight, None, chunk, need_hidden, need_weight, loss_of)
+    return _in_chunks(hidden, weight, bias, None, chunk, need_hidden, need_weight, loss_of)
 
 
 @linear_kl.register_fake
@@ -160,6 +183,10 @@ def _(
     ref_logprobs: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    scale: float,
+    softcap: float,
     chunk: int,
     reject_nan: bool,
     need_hidden: bool,

@@ -7,7 +7,9 @@ With l the logits of a row, y its label and q the reference's logits:
     cross-entropy   lse(l) − l_y                         gradient  softmax(l) − onehot(y)
     KL(q ‖ l)       Σ_v p_v·(log p_v − log softmax(l)_v)  gradient  softmax(l) − p,   p = softmax(q)
 
-Statistics are in float32 (float64 for float64 logits) whatever the storage.
+l is what the model makes of its head's product z (`shaped_logits`): scale·z, or softcap·tanh(scale·z / softcap), whose
+slope scale·(1 − (l/softcap)²) the gradient by z has as a factor. Statistics are in float32 (float64 for float64
+logits) whatever the storage.
 """
 
 import torch
@@ -23,11 +25,27 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def cross_entropy_chunk_ref(logits: Tensor, labels: Tensor, losses: Tensor, *, write_grad: bool) -> None:
+def shaped_logits(raw: Tensor, scale: float, softcap: float) -> Tensor:
+    """What a model makes of its head's product: scale · raw, and softcap · tanh of that / softcap; softcap 0: none."""
+    shaped = raw if scale == 1.0 else raw * scale
+    return softcap * (shaped / softcap).tanh() if softcap else shaped
+
+
+def raw_gradient_(grad: Tensor, shaped: Tensor, scale: float, softcap: float) -> None:
+    """dL/dshaped [n, V] to dL/draw, in place."""
+    if softcap:
+        grad.mul_(1 - (shaped / softcap).square())
+    if scale != 1.0:
+        grad.mul_(scale)
+
+
+def cross_entropy_chunk_ref(
+    logits: Tensor, labels: Tensor, losses: Tensor, *, scale: float, softcap: float, write_grad: bool
+) -> None:
     """Cross-entropy of every row of a chunk; with `write_grad` the logits become their own gradient, in place.
 
     Args:
-        logits: [n, V], any float dtype.
+        logits: [n, V], any float dtype, as the head gives them; `shaped_logits` is what the loss is of.
         labels: [n] int64, every one in [0, V).
         losses: [n], written: nats, float32 (float64 for float64 logits).
     """
@@ -35,42 +53,63 @@ def cross_entropy_chunk_ref(logits: Tensor, labels: Tensor, losses: Tensor, *, w
     step = max(1, WIDENED_ELEMENTS // vocab)
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        wide = logits[rows].to(losses.dtype)
+        wide = shaped_logits(logits[rows].to(losses.dtype), scale, softcap)
         label = labels[rows, None]
         lse = wide.logsumexp(dim=1, keepdim=True)
         losses[rows] = (lse - wide.gather(1, label)).squeeze(1)
         if write_grad:
-            wide.sub_(lse).exp_()
-            wide.scatter_add_(1, label, -torch.ones_like(label, dtype=wide.dtype))
-            logits[rows] = wide
+            grad = wide.clone() if softcap else wide  # the cap's slope needs the values
+            grad.sub_(lse).exp_()
+            grad.scatter_add_(1, label, -torch.ones_like(label, dtype=wide.dtype))
+            raw_gradient_(grad, wide, scale, softcap)
+            logits[rows] = grad
 
 
-def kl_chunk_ref(logits: Tensor, ref_logits: Tensor, losses: Tensor, *, write_grad: bool) -> None:
+def kl_chunk_ref(
+    logits: Tensor,
+    ref_logits: Tensor,
+    losses: Tensor,
+    *,
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    write_grad: bool,
+) -> None:
     """KL(reference ‖ student) of every row; with `write_grad` the logits become their own gradient, in place.
 
     Args:
-        logits: student, [n, V], any float dtype.
+        logits: student, [n, V], any float dtype, as its head gives them; `shaped_logits` is what the loss is of.
         ref_logits: reference, [n, V]; log-probabilities are logits too (their log-sum-exp is zero). A −inf entry is
-            a token of probability zero and adds nothing.
+            a token of probability zero and adds nothing. They are shaped by `ref_scale` and `ref_softcap`.
         losses: [n], written: nats, float32 (float64 for float64 logits).
     """
     n, vocab = logits.shape
     step = max(1, WIDENED_ELEMENTS // vocab)
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        wide = logits[rows].to(losses.dtype)
-        log_p = ref_logits[rows].to(losses.dtype).log_softmax(dim=1)
+        wide = shaped_logits(logits[rows].to(losses.dtype), scale, softcap)
+        log_p = shaped_logits(ref_logits[rows].to(losses.dtype), ref_scale, ref_softcap).log_softmax(dim=1)
         p = log_p.exp()
         log_q = wide.log_softmax(dim=1)
         losses[rows] = torch.where(p > 0, p * (log_p - log_q), 0).sum(dim=1)
         if write_grad:
-            logits[rows] = log_q.exp_().sub_(p)
+            grad = log_q.exp_().sub_(p)
+            raw_gradient_(grad, wide, scale, softcap)
+            logits[rows] = grad
 
 
 def linear_cross_entropy_ref(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed cross-entropy of hidden @ weightᵀ, naively: all logits at once.
+    """Summed cross-entropy of `shaped_logits` of hidden @ weightᵀ + bias, naively: all logits at once.
 
     Args:
         hidden: [T, D]; weight: [V, D]; labels: [T] int64, `ignore_index` where a row does not count.
@@ -79,17 +118,25 @@ def linear_cross_entropy_ref(
         (sum of losses [], d_hidden [T, D], d_weight [V, D]).
     """
     kept = labels != ignore_index
-    grad = hidden @ weight.T
+    grad = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     logits = grad[kept]
     losses = torch.empty(logits.shape[0], dtype=statistics_dtype(logits.dtype), device=logits.device)
-    cross_entropy_chunk_ref(logits, labels[kept], losses, write_grad=True)
+    cross_entropy_chunk_ref(logits, labels[kept], losses, scale=scale, softcap=softcap, write_grad=True)
     grad = torch.zeros_like(grad)
     grad[kept] = logits
     return losses.sum(), grad @ weight, grad.T @ hidden
 
 
-def linear_kl_ref(hidden: Tensor, weight: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed KL(reference ‖ student) of the student's logits hidden @ weightᵀ, naively: all logits at once.
+def linear_kl_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed KL(reference ‖ student) of `shaped_logits` of hidden @ weightᵀ + bias, naively: all logits at once.
 
     Args:
         hidden: [T, D]; weight: [V, D]; ref_logprobs: [T, V].
@@ -97,7 +144,8 @@ def linear_kl_ref(hidden: Tensor, weight: Tensor, ref_logprobs: Tensor) -> tuple
     Returns:
         (sum of losses [], d_hidden [T, D], d_weight [V, D]).
     """
-    grad = hidden @ weight.T
+    grad = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     losses = torch.empty(grad.shape[0], dtype=statistics_dtype(grad.dtype), device=grad.device)
-    kl_chunk_ref(grad, ref_logprobs, losses, write_grad=True)
+    plain = {"ref_scale": 1.0, "ref_softcap": 0.0}
+    kl_chunk_ref(grad, ref_logprobs, losses, scale=scale, softcap=softcap, **plain, write_grad=True)
     return losses.sum(), grad @ weight, grad.T @ hidden

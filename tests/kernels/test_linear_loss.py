@@ -57,9 +57,10 @@ def naive_kl(hidden: Tensor, weight: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", [0, 1], ids=["plain", "scaled and capped"])
 @pytest.mark.parametrize("op", ["cross_entropy_chunk_", "kl_chunk_"])
-def test_backend_matches_the_reference(op, backend, dtype, device_of, poisoned):
-    testing.assert_calibrated(testing.compare(op, backend, dtype, device=device_of(op, backend, dtype)))
+def test_backend_matches_the_reference(op, seed, backend, dtype, device_of, poisoned):
+    testing.assert_calibrated(testing.compare(op, backend, dtype, device=device_of(op, backend, dtype), seed=seed))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -113,6 +114,62 @@ def test_written_out_references_are_their_own_gradients():
     torch.testing.assert_close(linear_kl_ref(hidden, weight, logprobs), (loss, *grads), rtol=1e-12, atol=1e-12)
 
 
+SHAPES = {
+    "scaled": {"scale": 0.0625},
+    "divided": {"scale": 1 / 3},
+    "capped": {"softcap": 5.0},
+    "biased, scaled, capped": {"scale": 1.7, "softcap": 3.0},
+}
+
+
+def shaped(logits: Tensor, *, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """What Gemma 2, Granite and Cohere do to their logits, as transformers writes it."""
+    logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shaped_logits_match_float64(backend, name, device_of):
+    """Loss and gradients of the losses of scaled and capped logits; capped values and slopes are not small here."""
+    device, shape = device_of("cross_entropy_chunk_", backend), SHAPES[name]
+    hidden, weight, labels = sample(13, 16, 301, torch.float32, device=device)
+    ref_hidden, ref_weight, _ = sample(13, 24, 301, torch.float32, device=device, seed=1)
+    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
+    bias, ref_bias = torch.randn(2, 301, generator=torch.Generator().manual_seed(2)).to(device) * ("biased" in name)
+    with use_backend(backend), testing.poisoned_memory():
+        ce = gradients(lambda h, w: K.linear_cross_entropy(h, w, labels, chunk=5, bias=bias, **shape), hidden, weight)
+        kl = gradients(
+            lambda h, w: K.linear_kl(h, w, **reference, chunk=5, bias=bias, ref_bias=ref_bias, **shape), hidden, weight
+        )
+    bias, ref_bias, ref_hidden, ref_weight = _double(bias, ref_bias, ref_hidden, ref_weight)
+    log_p = shaped(ref_hidden @ ref_weight.T + ref_bias, **shape).log_softmax(-1)
+
+    def exact_ce(h: Tensor, w: Tensor) -> Tensor:
+        return cross_entropy(shaped(h @ w.T + bias, **shape), labels.cpu(), reduction="sum")
+
+    def exact_kl(h: Tensor, w: Tensor) -> Tensor:
+        return (log_p.exp() * (log_p - shaped(h @ w.T + bias, **shape).log_softmax(-1))).sum(-1).mean()
+
+    for got, exact in ((ce, exact_ce), (kl, exact_kl)):
+        for value, wanted in zip(got, gradients(exact, *_double(hidden, weight)), strict=True):
+            torch.testing.assert_close(value.cpu().double(), wanted, rtol=3e-5, atol=3e-5 * float(wanted.abs().max()))
+
+
+def test_a_cap_holds_however_large_the_logits_are(device_of):
+    for backend in BACKENDS:
+        device = device_of("cross_entropy_chunk_", backend)
+        hidden = torch.full((2, 1), 1e20, device=device, requires_grad=True)
+        weight = torch.tensor([[1.0], [-1.0], [0.0]], device=device)
+        with use_backend(backend):
+            loss = K.linear_cross_entropy(hidden, weight, torch.tensor([1, 0], device=device), softcap=2.0)
+        loss.backward()
+        logits = torch.tensor([[2.0, -2.0, 0.0]] * 2, dtype=torch.float64)
+        expected = cross_entropy(logits, torch.tensor([1, 0]), reduction="sum")
+        assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
+        assert torch.count_nonzero(hidden.grad) == 0
+
+
 @given(
     rows=st.integers(0, 12),
     width=st.sampled_from([1, 3, 16]),
@@ -147,8 +204,8 @@ def test_gradcheck(op):
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
         if op == "kl":
-            return K.linear_kl(h, w, ref_logprobs=logprobs, chunk=2)
-        return K.linear_cross_entropy(h, w, labels, chunk=2, reduction="mean")
+            return K.linear_kl(h, w, ref_logprobs=logprobs, chunk=2, scale=0.7, softcap=1.5)
+        return K.linear_cross_entropy(h, w, labels, chunk=2, reduction="mean", scale=0.7, softcap=1.5)
 
     torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
 
@@ -158,11 +215,12 @@ def test_opcheck(needs):
     hidden, weight, labels = sample(5, 4, 7, torch.float32)
     hidden.requires_grad_(needs[0])
     weight.requires_grad_(needs[1])
-    torch.library.opcheck(ops.linear_cross_entropy, (hidden, weight, labels, 2, -100, True, *needs))
+    bias = torch.randn(7)
+    torch.library.opcheck(ops.linear_cross_entropy, (hidden, weight, labels, bias, 0.5, 3.0, 2, -100, True, *needs))
     logprobs = torch.randn(5, 7).log_softmax(-1)
-    torch.library.opcheck(ops.linear_kl, (hidden, weight, logprobs, None, None, 2, True, *needs))
+    torch.library.opcheck(ops.linear_kl, (hidden, weight, logprobs, None, None, bias, None, 0.5, 3.0, 2, True, *needs))
     reference = (None, torch.randn(5, 3), torch.randn(7, 3))
-    torch.library.opcheck(ops.linear_kl, (hidden, weight, *reference, 2, True, *needs))
+    torch.library.opcheck(ops.linear_kl, (hidden, weight, *reference, None, bias, 1.0, 0.0, 2, True, *needs))
 
 
 def test_ignored_rows_are_never_multiplied_and_a_frozen_head_gets_no_gradient(monkeypatch):
@@ -279,6 +337,10 @@ def test_peak_memory_is_a_small_fraction_of_the_logits(dtype):
         ({"weight": torch.zeros(0, 5)}, "weight: expected a vocabulary"),
         ({"chunk": 0}, "chunk: expected an int"),
         ({"reduction": "none"}, "reduction: expected one of"),
+        ({"bias": torch.zeros(6)}, "bias: expected shape"),
+        ({"bias": torch.zeros(7, requires_grad=True)}, "bias: expected a frozen one"),
+        ({"softcap": 0.0}, "softcap: expected"),
+        ({"scale": float("nan")}, "scale: expected"),
     ],
 )
 def test_bad_input_of_cross_entropy_is_named(change, message, monkeypatch):
@@ -298,6 +360,7 @@ def test_bad_input_of_cross_entropy_is_named(change, message, monkeypatch):
         ({"ref_hidden": torch.zeros(4, 3), "ref_weight": torch.zeros(6, 3)}, "ref_weight: expected shape"),
         ({"ref_hidden": torch.zeros(3, 3), "ref_weight": torch.zeros(7, 3)}, "ref_hidden: expected shape"),
         ({"ref_logprobs": torch.zeros(4, 7), "ref_hidden": torch.zeros(4, 3)}, "reference: expected either"),
+        ({"ref_logprobs": torch.zeros(4, 7), "ref_bias": torch.zeros(7)}, "ref_bias: expected None without"),
     ],
 )
 def test_bad_input_of_kl_is_named(change, message, monkeypatch):
