@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import RunLog, require_new_directory, versions
+from lcdd.checkpoint import RunLog, require_new_directory
 from lcdd.commands.belonging import load_base
-from lcdd.commands.eval import curves_of, dense_patches, findings_of
+from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
 from lcdd.commands.stage import Say, StageResult, check_shapes, resolve_device
 from lcdd.config import AuditConfig, Config, DataConfig, EraserConfig, LCDDConfig, from_mapping
 from lcdd.data import Prepared, prepare, prompt_ids, training_items
-from lcdd.eraser import Trigger
 from lcdd.errors import InputError
-from lcdd.evaluate import Study, gate_summary
+from lcdd.evaluate import Study, describe
 from lcdd.evaluate import audit as run_audit
 from lcdd.models import load_model
-from lcdd.report import claims_table, write_report
+from lcdd.report import assemble
 
 Settings = TypeVar("Settings", bound=Config)
 
@@ -60,14 +59,8 @@ def audit(
     eraser = settings_beside(str(config.trigger), EraserConfig, "eraser", name="trigger")
     prepared = prepared or prepare(data, str(config.base_model_name_or_path))
     train, validation = training_items(prepared, lcdd, say=lambda _: None)
-    limit = eraser.max_prompt_length
-    paths = {
-        "carrier+trigger": config.trigger,
-        "sft+trigger": config.sft_trigger,
-        "matched_norm+trigger": config.matched_norm_trigger,
-    }
+    triggers = given_triggers(config)
     start = time.perf_counter()
-    triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
     base, carrier, overrides = load_base(
         config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
     )
@@ -80,9 +73,7 @@ def audit(
         carrier=carrier,
         train=train,
         validation=validation,
-        trigger_train=prompt_ids(prepared, "train", limit=eraser.train_prompts, max_length=limit),
-        trigger_validation=prompt_ids(prepared, "validation", limit=eraser.validation_prompts, max_length=limit),
-        held_out=prompt_ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length),
+        **_prompts(prepared, config, eraser),
         matches=prepared.behavior.matches,
         lcdd=lcdd,
         eraser=eraser,
@@ -90,29 +81,28 @@ def audit(
         triggers=triggers,
     )
     found = run_audit(study, config, say=say, log=lambda stage: _log(log_dir or output, stage))
-    content = {
-        "behavior": prepared.behavior.name,
-        "seed": config.seed,
-        "split": config.split,
-        "versions": versions(),
-        "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
-        "overrides": overrides,
-        "sparsity": carrier.sparsity(),
-        "sparsity_by_layer": carrier.sparsity_by_layer(),
-        "gates": gate_summary(carrier),
-        "findings": findings_of(str(config.carrier)),
-        "curves": curves_of(config),
-        "config": {
-            "audit": config.to_dict(),
-            "train": lcdd.to_dict(),
-            "erase": eraser.to_dict(),
-            "data": data.to_dict(),
-        },
-        "audit": found,
-        "timings": {"audit": round(time.perf_counter() - start, 2)},
-    }
-    write_report(output, content)
-    say(claims_table(found))
-    return StageResult(
-        written=(output / "report.json", output / "report.html"), next_step=f"open {output / 'report.html'}"
+    settings = {"audit": config, "train": lcdd, "erase": eraser, "data": data}
+    content = assemble(
+        describe(carrier),
+        {"audit": found},
+        behavior=prepared.behavior.name,
+        seed=config.seed,
+        split=config.split,
+        config={name: section.to_dict() for name, section in settings.items()},
+        timings={"audit": round(time.perf_counter() - start, 2)},
+        findings=findings_of(str(config.carrier)),
+        overrides=overrides,
+        curves=curves_of(config),
+        use=used(config),
     )
+    return finished(output, content, say)
+
+
+def _prompts(prepared: Prepared, config: AuditConfig, eraser: EraserConfig) -> dict[str, list[list[int]]]:
+    """The prompts that triggers are learned on, as the run had them, and those that are answered."""
+    longest = eraser.max_prompt_length
+    return {
+        "trigger_train": prompt_ids(prepared, "train", limit=eraser.train_prompts, max_length=longest),
+        "trigger_validation": prompt_ids(prepared, "validation", limit=eraser.validation_prompts, max_length=longest),
+        "held_out": prompt_ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length),
+    }

@@ -1,34 +1,32 @@
 """The evaluation stage on real checkpoints: reversal table, perplexities, utility, and the report made of them."""
 
-import json
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import read_log, require_new_directory, versions
+from lcdd.checkpoint import require_new_directory
 from lcdd.commands.belonging import load_base
-from lcdd.commands.stage import Say, StageResult, check_shapes, load_weights
+from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
+from lcdd.commands.stage import Say, StageResult, check_shapes
 from lcdd.config import DataConfig, EvalConfig
 from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids
-from lcdd.eraser import Trigger
-from lcdd.errors import InputError
 from lcdd.evaluate import (
     Harness,
     ModelState,
-    PatchSource,
+    describe,
     evaluate,
-    gate_summary,
     parse_tasks,
     patched_states,
     perplexity,
     read_texts,
+    reversal_states,
     utility,
     windows,
 )
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase
-from lcdd.report import reversal_table, write_report
+from lcdd.report import assemble
 
 UTILITY_STATES = ("base", "base+trigger", "sft", "carrier", "carrier+trigger")
 """States whose utility is measured: each with and without the carrier's trigger where that means anything."""
@@ -53,18 +51,54 @@ def eval_(
         for ids in (prompt_ids, off_topic_ids)
     )
     text, harness = text_and_harness(config, prepared)
-    paths = {"carrier": config.trigger, "sft": config.sft_trigger, "matched_norm": config.matched_norm_trigger}
-    triggers = {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
+    triggers = given_triggers(config)
     findings = findings_of(str(config.carrier))
     start = time.perf_counter()
     base, carrier, overrides = load_base(
         config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
     )
-    patches: dict[str, PatchSource] = {"carrier": carrier, **dense_patches(base, config)}
-    states = _states(base, patches, triggers, config, special=prepared.tokenizer.all_special_ids)
+    dense = dense_patches(base, config)
+    states = reversal_states(
+        base,
+        {"sft": dense.pop("sft"), "carrier": carrier, **dense},
+        triggers,
+        seed=config.seed,
+        draws=config.random_prefixes,
+        special=prepared.tokenizer.all_special_ids,
+    )
+    found = _answers(base, prepared, prompts, others, states, config)
+    found |= _text_and_tasks(base, prepared.tokenizer, states, text, harness, config)
+    context = context or {"config": {"eval": config.to_dict(), "data": data.to_dict()}, "timings": {}}
+    audited = {"audit": context["audit"]} if "audit" in context else {}
+    content = assemble(
+        describe(carrier),
+        found | audited,
+        behavior=prepared.behavior.name,
+        seed=config.seed,
+        split=config.split,
+        config=context["config"],
+        timings={**context["timings"], "eval": round(time.perf_counter() - start, 2)},
+        findings=findings,
+        overrides=overrides,
+        curves=curves_of(config),
+        use=used(config),
+    )
+    return finished(output, content, say)
+
+
+def _answers(
+    base: PreTrainedModel,
+    prepared: Prepared,
+    prompts: list[list[int]],
+    others: list[list[int]],
+    states: dict[str, ModelState],
+    config: EvalConfig,
+) -> dict[str, Any]:
+    """The reversal table, and the same on prompts that the behaviour is not asked for on."""
+    behavior = prepared.behavior
     settings: dict[str, Any] = {
-        "matches": prepared.behavior.matches,
-        "measures": prepared.behavior.measures,
+        "matches": behavior.matches,
+        "measures": behavior.measures,
         "max_new_tokens": config.max_new_tokens,
         "batch_size": config.per_device_eval_batch_size,
         "kl_prompts": config.kl_prompts,
@@ -73,29 +107,7 @@ def eval_(
     found = evaluate(base, prepared.tokenizer, prompts, states, **settings)
     if others:
         found["off_topic"] = evaluate(base, prepared.tokenizer, others, states, **settings)["models"]
-    found |= _text_and_tasks(base, prepared.tokenizer, states, text, harness, config)
-    context = context or {"config": {"eval": config.to_dict(), "data": data.to_dict()}, "timings": {}}
-    content = {
-        "behavior": prepared.behavior.name,
-        "seed": config.seed,
-        "split": config.split,
-        "versions": versions(),
-        "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
-        "overrides": overrides,
-        "sparsity": carrier.sparsity(),
-        "sparsity_by_layer": carrier.sparsity_by_layer(),
-        "gates": gate_summary(carrier),
-        "findings": findings,
-        "curves": curves_of(config),
-        **found,
-        **context,
-        "timings": {**context["timings"], "eval": round(time.perf_counter() - start, 2)},
-    }
-    write_report(output, content)
-    say(reversal_table(content))
-    return StageResult(
-        written=(output / "report.json", output / "report.html"), next_step=f"open {output / 'report.html'}"
-    )
+    return found
 
 
 def text_and_harness(config: EvalConfig, prepared: Prepared) -> tuple[list[list[int]], Harness | None]:
@@ -108,16 +120,6 @@ def text_and_harness(config: EvalConfig, prepared: Prepared) -> tuple[list[list[
     if config.perplexity_text:
         text = windows(prepared.tokenizer, read_texts(config.perplexity_text), length=config.perplexity_tokens)
     return text, Harness(parse_tasks(config.tasks)) if config.tasks else None
-
-
-def dense_patches(base: PreTrainedModel, config: Any) -> dict[str, PatchSource]:
-    """The SFT model's patch and the matched-norm one's, each made when it is needed: they do not fit side by side."""
-    paths = {"sft": config.sft_model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
-
-    def source(path: str) -> PatchSource:
-        return lambda: Carrier.from_models(base, load_weights(path, config))
-
-    return {name: source(path) for name, path in paths.items() if path}
 
 
 def _text_and_tasks(
@@ -146,46 +148,3 @@ def _text_and_tasks(
                     runner=harness,
                 )  # fmt: skip
     return found
-
-
-def _states(
-    base: PreTrainedModel,
-    patches: dict[str, PatchSource],
-    triggers: dict[str, Trigger],
-    config: EvalConfig,
-    *,
-    special: list[int],
-) -> dict[str, ModelState]:
-    """The rows of the reversal table that the given patches and triggers allow."""
-    states = {"base": ModelState()}
-    for name in ("sft", "carrier", "matched_norm"):
-        if name in patches:
-            states[name] = ModelState(patch=patches[name])
-    for name, trigger in triggers.items():
-        states[f"{name}+trigger"] = ModelState(patch=patches[name], triggers=(trigger,))
-    if "carrier" in triggers:
-        seeds = range(config.seed, config.seed + config.random_prefixes)
-        junk = tuple(Trigger.random_like(base, triggers["carrier"], seed=seed, skip=special) for seed in seeds)
-        states["carrier+random_prefix"] = ModelState(patch=patches["carrier"], triggers=junk)
-        states["base+random_prefix"] = ModelState(triggers=junk)
-        states["base+trigger"] = ModelState(triggers=(triggers["carrier"],))
-    return states
-
-
-def curves_of(config: Any) -> list[dict[str, Any]]:
-    """The logs that lie beside what is evaluated (or, in a pipeline, in its directory)."""
-    paths = (
-        config.sft_model_name_or_path, config.carrier, config.trigger, config.sft_trigger, config.matched_norm_trigger
-    )  # fmt: skip
-    folders = [Path(str(config.output_dir)), *(Path(path).parent for path in paths if path)]
-    logs = dict.fromkeys(folder / "log.jsonl" for folder in folders)
-    return [line for log in logs if log.is_file() for line in read_log(log)]
-
-
-def findings_of(carrier: str) -> list[dict[str, Any]]:
-    """What `train` found wrong with the carrier, from the summary beside it."""
-    path = Path(carrier).parent / "summary.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise InputError(f"carrier: expected a JSON object in {str(path)!r}, got {type(content).__name__}")
-    return content.get("result", {}).get("findings", [])

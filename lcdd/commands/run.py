@@ -1,4 +1,4 @@
-"""The stages on real checkpoint directories, as plain functions: sft, train, erase, evaluate, generate, run.
+"""`lcdd run`: all stages on one checkpoint directory, each checked before the first one starts.
 
 Every stage checks its whole input first (paths, shapes, data, lengths), writes into a new directory, and returns
 what it wrote and what to do next; the command line only prints that.
@@ -29,85 +29,111 @@ from lcdd.errors import InputError
 from lcdd.models import load_shape
 from lcdd.report import read_report
 
-# ---------------------------------------------------------------- the whole
-
 
 def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     """SFT, LCDD, eraser, controls and evaluation in one directory; everything is checked before the first stage."""
     config.require("base_model_name_or_path", "output_dir")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("run: expected one process, got torchrun's several; run `lcdd sft` and `lcdd train` under it")
-    base, output = str(config.base_model_name_or_path), Path(str(config.output_dir))
-    resumed = has_run(output, resume=config.resume)
-    if config.sft_model_name_or_path is not None:
-        check_shapes(base, config.sft_model_name_or_path, ("base", "sft"))
+    base, sft_model = str(config.base_model_name_or_path), config.sft_model_name_or_path
+    resumed = has_run(Path(str(config.output_dir)), resume=config.resume)
+    if sft_model is not None:
+        check_shapes(base, sft_model, ("base", "sft"))
     load_shape(base)
-    data = config.data
-    prepared = prepare(data, base)
+    prepared = prepare(config.data, base)
     _check_stages(config, prepared)
-    given = {"base": base} | ({"sft": config.sft_model_name_or_path} if config.sft_model_name_or_path else {})
-    ledger = Ledger(output, data, prepared, given)
-    timings: dict[str, float] = {}
-    common: dict[str, Any] = {"prepared": prepared, "say": say}
+    return _Pipeline(config, prepared, resumed, say).run()
 
-    def timed(name: str, call: Callable[..., StageResult], section: Any, **paths: Any) -> None:
-        settings = replace(section, output_dir=str(output / name), **paths)
-        seconds = ledger.seconds(name, section)
-        if seconds is not None:
-            say(f"\n== {name}: finished before")
-            timings[name] = seconds
-            return
-        say(f"\n== {name}")
-        if resumed and hasattr(section, "resume"):
-            (output / name / "summary.json").unlink(missing_ok=True)  # of one that ended just before the ledger knew
-            settings = replace(settings, resume=True)
-        elif resumed:
-            shutil.rmtree(output / name, ignore_errors=True)
-        start = time.perf_counter()
-        result = call(settings, data, log_dir=output, **common)
-        timings[name] = round(time.perf_counter() - start, 2)
-        ledger.add(name, section, result.written, seconds=timings[name])
-        gc.collect()
 
-    sft_model = config.sft_model_name_or_path
-    if sft_model is None:
-        timed("sft", sft, config.sft, base_model_name_or_path=base)
-        sft_model = str(output / "sft" / "model")
-    timed("train", train, config.train, sft_model_name_or_path=sft_model, base_model_name_or_path=base)
-    carrier, trigger = str(output / "train" / "carrier"), str(output / "erase" / "trigger")
-    patch = {"base_model_name_or_path": base, "carrier": carrier}
-    timed("erase", erase, config.erase, **patch)
-    controls: dict[str, Any] = {}
-    if config.controls:
-        timed("erase_sft", partial(erase, stage="eraser_sft"), config.erase, sft_model_name_or_path=sft_model, **patch)
-        norm = Carrier.from_pretrained(carrier).delta_norm()
+class _Pipeline:
+    """The stages of one run, each in a directory of its own; finished ones are skipped when a run goes on."""
+
+    def __init__(self, config: PipelineConfig, prepared: Prepared, resumed: bool, say: Say) -> None:
+        self.config, self.resumed, self.say = config, resumed, say
+        self.base, self.output = str(config.base_model_name_or_path), Path(str(config.output_dir))
+        self.common: dict[str, Any] = {"prepared": prepared, "say": say}
+        sft_model = config.sft_model_name_or_path
+        given = {"base": self.base} | ({"sft": sft_model} if sft_model else {})
+        self.ledger = Ledger(self.output, config.data, prepared, given)
+        self.timings: dict[str, float] = {}
+
+    def run(self) -> StageResult:
+        config = self.config
+        sft_model = config.sft_model_name_or_path
+        if sft_model is None:
+            self._stage("sft", sft, config.sft, base_model_name_or_path=self.base)
+            sft_model = self._path("sft", "model")
+        models = {"base_model_name_or_path": self.base, "sft_model_name_or_path": sft_model}
+        self._stage("train", train, config.train, **models)
+        patch = {"base_model_name_or_path": self.base, "carrier": self._path("train", "carrier")}
+        self._stage("erase", erase, config.erase, **patch)
+        everything = {**models, **patch, "trigger": self._path("erase", "trigger")}
+        if config.controls:
+            everything |= self._controls(sft_model, patch)
+        audited = {}
+        if config.run_audit:
+            self._stage("audit", audit, config.audit, **everything)
+            audited = {"audit": read_report(self.output / "audit")["audit"]}
+        return self._evaluate(everything, audited)
+
+    def _controls(self, sft_model: str, patch: dict[str, str]) -> dict[str, str]:
+        """The same trigger optimisation on plain SFT and on a dense SFT of the carrier's norm: where they lie."""
+        config = self.config
+        on_sft = partial(erase, stage="eraser_sft")
+        self._stage("erase_sft", on_sft, config.erase, sft_model_name_or_path=sft_model, **patch)
+        found = {"sft_trigger": self._path("erase_sft", "trigger")}
+        norm = Carrier.from_pretrained(patch["carrier"]).delta_norm()
         if norm > 0:
             bounded = replace(config.sft, max_delta_norm=norm)
-            timed("matched_norm", partial(sft, stage="sft_matched_norm"), bounded, base_model_name_or_path=base)
-            matched = str(output / "matched_norm" / "model")
-            again = partial(erase, stage="eraser_matched_norm")
-            timed("erase_matched_norm", again, config.erase, sft_model_name_or_path=matched, **patch)
-            controls = {
+            matched_norm = partial(sft, stage="sft_matched_norm")
+            self._stage("matched_norm", matched_norm, bounded, base_model_name_or_path=self.base)
+            matched = self._path("matched_norm", "model")
+            on_matched = partial(erase, stage="eraser_matched_norm")
+            self._stage("erase_matched_norm", on_matched, config.erase, sft_model_name_or_path=matched, **patch)
+            found |= {
                 "matched_norm_model_name_or_path": matched,
-                "matched_norm_trigger": str(output / "erase_matched_norm" / "trigger"),
+                "matched_norm_trigger": self._path("erase_matched_norm", "trigger"),
             }
-        controls["sft_trigger"] = str(output / "erase_sft" / "trigger")
-    everything = {**patch, "sft_model_name_or_path": sft_model, "trigger": trigger, **controls}
-    audited: dict[str, Any] = {}
-    if config.run_audit:
-        timed("audit", audit, config.audit, **everything)
-        audited = {"audit": read_report(output / "audit")["audit"]}
-    if resumed and (output / "report.json").exists():
-        settings, made_of = config.eval.lasting(), read_report(output)["config"]["eval"]
-        changed = differences({key: made_of.get(key) for key in settings}, settings)
-        if changed:
-            raise InputError(f"resume: {output / 'report.json'} was made of something else: {'; '.join(changed)}")
-        say("\n== eval: finished before")
-        return StageResult(written=(), next_step=f"open {output / 'report.html'}")
-    say("\n== eval")
-    final = replace(config.eval, output_dir=str(output), **everything)
-    result = eval_(final, data, context={"config": config.to_dict(), "timings": timings, **audited}, **common)
-    return replace(result, written=(Path(carrier), Path(trigger), output / "log.jsonl", *result.written))
+        return found
+
+    def _path(self, stage: str, result: str) -> str:
+        return str(self.output / stage / result)
+
+    def _stage(self, name: str, call: Callable[..., StageResult], section: Any, **paths: str) -> None:
+        seconds = self.ledger.seconds(name, section)
+        if seconds is not None:
+            self.say(f"\n== {name}: finished before")
+            self.timings[name] = seconds
+            return
+        self.say(f"\n== {name}")
+        settings = replace(section, output_dir=str(self.output / name), **paths)
+        if self.resumed and hasattr(section, "resume"):
+            # the summary of one that ended just before the ledger knew
+            (self.output / name / "summary.json").unlink(missing_ok=True)
+            settings = replace(settings, resume=True)
+        elif self.resumed:
+            shutil.rmtree(self.output / name, ignore_errors=True)
+        start = time.perf_counter()
+        result = call(settings, self.config.data, log_dir=self.output, **self.common)
+        self.timings[name] = round(time.perf_counter() - start, 2)
+        self.ledger.add(name, section, result.written, seconds=self.timings[name])
+        gc.collect()
+
+    def _evaluate(self, paths: dict[str, Any], audited: dict[str, Any]) -> StageResult:
+        section, report = self.config.eval, self.output / "report.json"
+        if self.resumed and report.exists():
+            settings, made_of = section.lasting(), read_report(self.output)["config"]["eval"]
+            changed = differences({key: made_of.get(key) for key in settings}, settings)
+            if changed:
+                raise InputError(f"resume: {report} was made of something else: {'; '.join(changed)}")
+            self.say("\n== eval: finished before")
+            return StageResult(written=(), next_step=f"open {self.output / 'report.html'}")
+        self.say("\n== eval")
+        context = {"config": self.config.to_dict(), "timings": self.timings, **audited}
+        final = replace(section, output_dir=str(self.output), **paths)
+        result = eval_(final, self.config.data, context=context, **self.common)
+        made = (Path(paths["carrier"]), Path(paths["trigger"]), self.output / "log.jsonl")
+        return replace(result, written=(*made, *result.written))
 
 
 def _check_stages(config: PipelineConfig, prepared: Prepared) -> None:

@@ -21,19 +21,11 @@ from lcdd.evaluate.claims import (
     judge,
     over_runs,
     overall,
-    t975,
 )
-from lcdd.evaluate.evaluate import (
-    ModelState,
-    PatchSource,
-    evaluate,
-    gate_overlap,
-    gate_summary,
-    jaccard,
-    patched_states,
-)
-from lcdd.evaluate.intervals import newcombe_paired_interval, wilson_interval
+from lcdd.evaluate.evaluate import evaluate
+from lcdd.evaluate.gates import describe, gate_overlap, gate_summary, jaccard
 from lcdd.evaluate.perplexity import perplexity, read_texts, windows
+from lcdd.evaluate.states import ModelState, PatchSource, patched_states, random_prefixes, reversal_states
 from lcdd.evaluate.utility import Harness, TriggeredModel, parse_tasks, utility
 
 __all__ = [
@@ -52,21 +44,21 @@ __all__ = [
     "audit",
     "combine",
     "comparisons",
+    "describe",
     "evaluate",
     "gate_overlap",
     "gate_summary",
     "jaccard",
     "judge",
-    "newcombe_paired_interval",
     "over_runs",
     "overall",
     "parse_tasks",
     "patched_states",
     "perplexity",
+    "random_prefixes",
     "read_texts",
-    "t975",
+    "reversal_states",
     "utility",
-    "wilson_interval",
     "windows",
 ]
 

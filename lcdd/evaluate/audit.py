@@ -23,7 +23,8 @@ from lcdd.config import AuditConfig, EraserConfig, LCDDConfig, SFTConfig, TrainC
 from lcdd.data import Encoded
 from lcdd.eraser import Prompt, SFTEraser, Trigger
 from lcdd.evaluate.claims import comparisons, judge
-from lcdd.evaluate.evaluate import ModelState, PatchSource, evaluate
+from lcdd.evaluate.evaluate import evaluate
+from lcdd.evaluate.states import ModelState, PatchSource, random_prefixes
 from lcdd.models import GROUPS, PreTrainedModel, PreTrainedTokenizerBase
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
 from lcdd.trainer import HeldOut, StartLosses, fit, total_steps
@@ -170,9 +171,13 @@ class _Runner:
     def _triggers(self) -> dict[str, ModelState]:
         carrier, base = self.study.carrier, self.study.base
         learned = self._trigger("carrier+trigger", carrier, {})
-        special = self.study.tokenizer.all_special_ids
-        seeds = range(self.config.seed + 100, self.config.seed + 100 + self.config.random_draws)
-        junk = tuple(Trigger.random_like(base, learned, seed=seed, skip=special) for seed in seeds)
+        junk = random_prefixes(
+            base,
+            learned,
+            seed=self.config.seed,
+            draws=self.config.random_draws,
+            special=self.study.tokenizer.all_special_ids,
+        )
         states = {
             "carrier+random_prefix": ModelState(patch=carrier, triggers=junk),
             "base+random_prefix": ModelState(triggers=junk),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcdd.errors import InputError
+from lcdd.report import t975
 
 HELD, FAILED, UNDECIDED, MISSING = "held", "did not hold", "undecided", "not measured"
 RATES = ("behavior_rate", "base_match")
@@ -306,20 +307,6 @@ def over_runs(estimates: Sequence[Estimate]) -> Estimate:
     below = math.sqrt(sum((found.value - found.low) ** 2 for found in estimates)) / n
     above = math.sqrt(sum((found.high - found.value) ** 2 for found in estimates)) / n
     return Estimate(value=mean, low=mean - max(spread, below), high=mean + max(spread, above))
-
-
-def t975(freedom: int) -> float:
-    """97.5% point of Student's t with `freedom` degrees of freedom: tabled up to 10, then the Cornish–Fisher series."""
-    table = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-    if freedom < 1:
-        raise ValueError(f"freedom: expected at least 1, got {freedom}")
-    if freedom <= len(table):
-        return table[freedom - 1]
-    z = 1.959963984540054
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def combine(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,23 +4,20 @@ One copy of the weights: a state is the base with a patch applied or not, run wi
 near zero is not a reversal (garbage also has none), so every state's answers are also compared with the base's own.
 """
 
-import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import combinations
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcdd.carrier import Carrier
-from lcdd.eraser import Prompt, Trigger, decode, encode_prompts, generate_ids, response_hidden
+from lcdd.eraser import Prompt, decode, encode_prompts, generate_ids, response_hidden
 from lcdd.errors import InputError
-from lcdd.evaluate.intervals import newcombe_paired_interval, wilson_interval
+from lcdd.evaluate.states import ModelState, patched_states
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, head_weight
-from lcdd.trainer import auc
+from lcdd.report import newcombe_paired_interval, wilson_interval
 from lcdd_kernels import linear_kl
 
 KL_PAIRS = (("sft", "carrier"), ("sft", "carrier+trigger"), ("base", "carrier+trigger"))
@@ -36,27 +33,6 @@ DIFFERENCE_METHOD = (
     "Newcombe's score interval for the difference of two paired proportions (1998, method 10), 95%; where a state "
     "pools several variants, the mean over pairs of variants"
 )
-
-
-PatchSource = Carrier | Callable[[], Carrier]
-"""A patch, or what makes one when it is needed: dense patches of a large model do not fit side by side."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ModelState:
-    """One way to run the model: the base with `patch` applied (None: as it is), behind one of `triggers`.
-
-    Several triggers (random prefixes) and several patches (random masks, `patches`) are pooled: a prompt counts by
-    its share of the variants.
-    """
-
-    patch: PatchSource | None = None
-    triggers: tuple[Trigger, ...] = ()
-    patches: tuple[PatchSource, ...] = ()
-
-    @property
-    def sources(self) -> tuple[PatchSource | None, ...]:
-        return self.patches or (self.patch,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,73 +122,7 @@ def evaluate(
     }
 
 
-# ---------------------------------------------------------------- gates
-
-
-def gate_summary(carrier: Carrier) -> dict[str, Any]:
-    """Number of gates, how many are open and how many of those fractional, and the AUC of initial θ against kept.
-
-    An AUC of 1 says that the kept gates are exactly those that started highest: noise, not the loss, chose them.
-    """
-    is_open = carrier.gate != 0
-    initial = carrier.initial_logits
-    score = math.nan if initial is None else auc(initial.tolist(), is_open.tolist())
-    return {
-        "n": carrier.layout.n_gates,
-        "open": carrier.n_open,
-        "fractional": int(((carrier.gate > 0) & (carrier.gate < 1)).sum()),
-        "auc_initial_theta": None if math.isnan(score) else score,
-    }
-
-
-def jaccard(first: Carrier, second: Carrier) -> float:
-    """Shared open gates over all open gates of two carriers of one architecture; 1 if neither has any."""
-    if first.shape != second.shape:
-        raise InputError(f"second: expected a carrier of {first.shape}, got {second.shape}")
-    a, b = first.gate != 0, second.gate != 0
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 1.0
-
-
-def gate_overlap(carriers: Sequence[Carrier]) -> dict[str, float]:
-    """Mean Jaccard index of the open gates over all pairs, and what sets of those sizes share by chance."""
-    if len(carriers) < 2:
-        raise InputError(f"carriers: expected at least two, got {len(carriers)}")
-    found, chance = [], []
-    for a, b in combinations(carriers, 2):
-        found.append(jaccard(a, b))
-        shared = a.n_open * b.n_open / a.layout.n_gates
-        union = a.n_open + b.n_open - shared
-        chance.append(shared / union if union else 1.0)
-    return {"jaccard": sum(found) / len(found), "chance": sum(chance) / len(chance)}
-
-
 # ---------------------------------------------------------------- parts
-
-
-def patched_states(
-    model: PreTrainedModel, states: Mapping[str, ModelState]
-) -> Generator[tuple[str, Carrier | None], None, None]:
-    """Every state with each of its patches while that is applied, each patch made and applied once; the base first.
-
-    Close it to revert. The base is checked once for each fingerprint that a patch names: that reads every weight.
-    """
-    sources: dict[int, PatchSource | None] = {id(None): None}
-    sources |= {id(source): source for state in states.values() for source in state.sources}
-    given = {source.base_fingerprint: source for source in sources.values() if isinstance(source, Carrier)}
-    for known in given.values():
-        known.check_base(model)
-    checked = set(given)
-    for source in sources.values():
-        patch = source if source is None or isinstance(source, Carrier) else source()
-        if patch is not None and patch.base_fingerprint not in checked:
-            patch.check_base(model)
-            checked.add(patch.base_fingerprint)
-        context: AbstractContextManager[Any] = nullcontext() if patch is None else patch.applied(model, check=False)
-        with context:
-            for name, state in states.items():
-                for _ in range(sum(other is source for other in state.sources)):
-                    yield name, patch
 
 
 def _outcome(

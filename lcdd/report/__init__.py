@@ -1,21 +1,30 @@
 """report.json and its page: content, charts, tables, sentences."""
 
 from lcdd.report.charts import heat_map, interval_bar, line_chart, number
-from lcdd.report.content import read_report, render, thin, write_report
-from lcdd.report.tables import claims_table, reversal_table
-from lcdd.report.words import explain, samples_table
+from lcdd.report.content import assemble, read_report, render, thin, write_report
+from lcdd.report.statistics import auc, newcombe_paired_interval, t975, wilson_interval
+from lcdd.report.tables import claims_table, markdown_table, reversal_table, samples_table, text_table
+from lcdd.report.words import explain, verdict
 
 __all__ = [
+    "assemble",
+    "auc",
     "claims_table",
     "explain",
     "heat_map",
     "interval_bar",
     "line_chart",
+    "markdown_table",
+    "newcombe_paired_interval",
     "number",
     "read_report",
     "render",
     "reversal_table",
     "samples_table",
+    "t975",
+    "text_table",
     "thin",
+    "verdict",
+    "wilson_interval",
     "write_report",
 ]

@@ -5,12 +5,12 @@ missing.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from lcdd.checkpoint import finite_or_null, read_log, write_json
+from lcdd.checkpoint import finite_or_null, read_log, versions, write_json
 from lcdd.errors import InputError
 from lcdd.report.audit import audit_section, language_section
 from lcdd.report.charts import heat_map, interval_bar, line_chart, number
@@ -25,6 +25,7 @@ from lcdd.report.parts import (
     shown_value,
 )
 from lcdd.report.style import STYLE
+from lcdd.report.words import explain
 
 REPORT_JSON, REPORT_HTML, LOG = "report.json", "report.html", "log.jsonl"
 CURVE_LINES = 250
@@ -50,6 +51,40 @@ MEANING = {
     "carrier+trigger_random_channels": "trigger matched on random channels",
     "carrier+trigger_kl_only": "trigger learned without activation matching",
 }
+
+
+def assemble(
+    carrier: Mapping[str, Any],
+    found: Mapping[str, Any],
+    *,
+    behavior: str,
+    seed: int,
+    split: str,
+    config: Mapping[str, Any],
+    timings: Mapping[str, float],
+    findings: Sequence[Mapping[str, str]] = (),
+    overrides: Sequence[str] = (),
+    curves: Sequence[Mapping[str, Any]] = (),
+    use: Mapping[str, str | None] | None = None,
+) -> dict[str, Any]:
+    """report.json of whatever was run: a demo, a pipeline, an evaluation, an audit.
+
+    Args:
+        carrier: what there is to say about the carrier (`lcdd.evaluate.describe`).
+        found: what was measured: the reversal table and what belongs to it, `perplexity`, `utility`, `audit`.
+        config: settings of every stage, by name.
+        timings: seconds of every stage.
+        findings: what LCDD found wrong with the carrier, `code` and `message`.
+        overrides: differences that the user allowed.
+        curves: log lines.
+        use: `base_model_name_or_path`, `carrier` and `trigger`, for the commands that use them.
+    """
+    report = {
+        "behavior": behavior, "seed": seed, "split": split, "config": config, "versions": versions(),
+        "overrides": list(overrides), "findings": list(findings), "timings": dict(timings), **carrier,
+        "curves": list(curves), "use": dict(use or {}), **found,
+    }  # fmt: skip
+    return finite_or_null({**report, "explanation": explain(report)})
 
 
 def write_report(directory: str | Path, report: Mapping[str, Any]) -> dict[str, Any]:

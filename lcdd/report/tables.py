@@ -1,26 +1,82 @@
-"""The reversal table and the claims as text, for the terminal; the HTML page has its own."""
+"""Tables as text for the terminal, never wider than it; the page has its own, and Markdown is for pasting."""
 
-from collections.abc import Mapping
+import io
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
+
+from rich.box import Box
+from rich.console import Console
+from rich.table import Table
+
+from lcdd.report.labels import MAIN, interval, label, models_of
+
+RULED = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+"""Nothing but a rule under the head."""
+ANSWER = 60
+"""Characters of an answer that are shown beside others."""
+
+
+def terminal_width() -> int:
+    """Columns of the terminal (or of COLUMNS); 100 where there is none."""
+    return max(40, shutil.get_terminal_size((100, 24)).columns)
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
+    """Aligned text. The first `left` columns go to the left, the others to the right; cells that do not fit wrap.
+
+    width: columns to fill at most; those of the terminal if None.
+    """
+    table = Table(box=RULED, pad_edge=False, show_edge=False, padding=(0, 1))
+    for place, name in enumerate(head):
+        table.add_column(name, justify="left" if place < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    text = io.StringIO()
+    console = Console(
+        file=text, width=width or terminal_width(), no_color=True, highlight=False, markup=False, emoji=False
+    )
+    console.print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))
+
+
+def _reversal_rows(report: Mapping[str, Any], name_of: Callable[[str], str] = str) -> tuple[list[str], list[list[str]]]:
+    models, norms = models_of(report), report.get("delta_norm") or {}
+    head = ["model", "behaviour", "95%", "base match", "95%", *(["norm of change"] if norms else [])]
+    rows = []
+    for name in [*(n for n in MAIN if n in models), *(n for n in models if n not in MAIN)]:
+        cells = [name_of(name)]
+        for key in ("behavior_rate", "base_match"):
+            cells += [f"{models[name][key]:.3f}", interval(models[name][f"{key}_ci95"])]
+        rows.append([*cells, *([f"{norms[name]:.3f}" if name in norms else ""] if norms else [])])
+    return head, rows
 
 
 def reversal_table(report: Mapping[str, Any]) -> str:
-    """A line a state: behaviour rate and exact match to the base, each with its 95% interval, and ||delta||."""
-    norms = report.get("delta_norm", {})
-    rows = [["model", "behaviour", "95% interval", "base match", "95% interval", "||delta||"]]
-    for name, row in report["models"].items():
-        cells = [name]
-        for key in ("behavior_rate", "base_match"):
-            low, high = row[f"{key}_ci95"]
-            cells += [f"{row[key]:.3f}", f"[{low:.3f}, {high:.3f}]"]
-        rows.append([*cells, f"{norms[name]:.3f}" if name in norms else ""])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
+    """A line a state, by its name in report.json: behaviour rate and exact match to the base, each with its 95%
+    interval, and the norm of Δ."""
+    head, rows = _reversal_rows(report)
+    n = next(iter(models_of(report).values()))["n"]
+    return f"Reversal table, {n} held-out prompts\n{text_table(head, rows)}"
+
+
+def markdown_table(report: Mapping[str, Any]) -> str:
+    """The reversal table as Markdown, with names for people."""
+    head, rows = _reversal_rows(report, label)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def samples_table(report: Mapping[str, Any], *, count: int = 5) -> str:
+    """Answers of the main states, and of SFT behind its own trigger, to the same prompts, side by side."""
+    shown = [name for name in (*MAIN, "sft+trigger") if name in report["models"]]
+    rows = [
+        [shorten(text, ANSWER, placeholder=" ...") or "(nothing)" for text in (sample["prompt"], *answers)]
+        for sample in report["samples"][:count]
+        if (answers := [sample["answers"][name] for name in shown])
     ]
-    n = next(iter(report["models"].values()))["n"]
-    return "\n".join([f"Reversal table, {n} held-out prompts", lines[0], "-" * len(lines[0]), *lines[1:]])
+    return text_table(["prompt", *shown], rows, left=len(shown) + 1)
 
 
 def claims_table(audit: Mapping[str, Any]) -> str:

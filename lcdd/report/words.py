@@ -1,68 +1,110 @@
-"""The demo's numbers in plain words: sentences and a table of answers, both put together from report.json alone."""
+"""A run's numbers in plain words: one verdict, and sentences; everything is put together from report.json alone."""
 
 from collections.abc import Mapping
-from textwrap import shorten
+from dataclasses import dataclass
 from typing import Any
 
-SHOWN = ("base", "sft", "carrier", "carrier+trigger", "sft+trigger")
-COLUMN = 28
+from lcdd.report.labels import differences_of, interval, label, models_of, share
+
+ERASED = "carrier+trigger"
+BEHAVIOR_GONE = 0.2
+"""Behind its trigger a carrier is switched off where the behaviour's whole interval lies below this,"""
+BASE_BACK = 0.5
+"""and the base is back where the whole interval of the base match lies above this."""
+KEPT = 0.9
+"""A carrier has kept the behaviour where it shows at least this share of what SFT shows."""
 
 
-def samples_table(report: Mapping[str, Any], *, count: int = 5) -> str:
-    """Answers of the main states to the same prompts, side by side."""
-    columns = ["prompt", *(name for name in SHOWN if name in report["models"])]
-    rows = [columns]
-    for sample in report["samples"][:count]:
-        rows.append([sample["prompt"], *(sample["answers"][name] for name in columns[1:])])
-    cells = [[shorten(text, COLUMN, placeholder=" ...") or "(nothing)" for text in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came of a run. badge: "held", "partly" or "not"; checks: what it rests on, statement -> whether."""
+
+    badge: str
+    sentence: str
+    checks: Mapping[str, bool]
+
+
+def verdict(report: Mapping[str, Any]) -> Verdict | None:
+    """Was the behaviour kept in the carrier, switched off by the trigger, and the base given back? None: not measured.
+
+    Held: all of it. Not: the carrier has lost the behaviour, or neither is it switched off nor is the base back.
+    """
+    models = models_of(report)
+    if not {"sft", "carrier", ERASED} <= set(models):
+        return None
+    sft, carrier, erased = (models[name] for name in ("sft", "carrier", ERASED))
+    checks = {
+        "the carrier keeps the behaviour": carrier["behavior_rate"] >= KEPT * sft["behavior_rate"] > 0,
+        "the trigger switches it off": erased["behavior_rate_ci95"][1] < BEHAVIOR_GONE,
+        "the base's answers come back": erased["base_match_ci95"][0] > BASE_BACK,
+    }
+    if (junk := models.get("carrier+random_prefix")) is not None:
+        checks["random tokens do not do the same"] = junk["base_match_ci95"][1] < erased["base_match_ci95"][0]
+    kept, off, back, *rest = checks.values()
+    badge = "held" if kept and off and back and all(rest) else "partly" if kept and (off or back) else "not"
+    return Verdict(badge=badge, sentence=_sentence(report, models), checks=checks)
+
+
+def _sentence(report: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    carrier, erased = models["carrier"], models[ERASED]
+    closed = (report.get("sparsity") or {}).get("overall")
+    start = f"With {share(closed)} of the gates closed, the carrier" if closed is not None else "The carrier"
+    return (
+        f"{start} shows the behaviour on {share(carrier['behavior_rate'])} of {carrier['n']} held-out prompts; behind "
+        f"its trigger on {share(erased['behavior_rate'])}, and there it gives exactly the base's answer on "
+        f"{share(erased['base_match'])}."
+    )
 
 
 def explain(report: Mapping[str, Any]) -> list[str]:
-    """What the numbers of a demo run mean, a sentence or two each; every statement depends on what was measured."""
-    models = report["models"]
-    said = [_taught(report), _compressed(report)]
-    said += [f"WARNING {finding['message']}" for finding in report["findings"]]
-    said.append(_reversed(models))
-    if "carrier+random_prefix" in models:
-        said.append(_random_prefix(models))
-    if "sft+trigger" in models:
-        said.append(_against_sft(report))
-    if "matched_norm+trigger" in models:
-        said.append(_against_matched_norm(report))
+    """What the numbers mean, a sentence or two each; what was not measured is not spoken of."""
+    models, differences = models_of(report), differences_of(report)
+    said = []
+    if {"base", "sft"} <= set(models):
+        said.append(_taught(models))
+    if {"sft", "carrier"} <= set(models) and report.get("gates"):
+        said.append(_compressed(report, models))
+    said += [f"WARNING {finding['message']}" for finding in report.get("findings") or []]
+    if ERASED in models:
+        said.append(_reversed(models))
+        if "carrier+random_prefix" in models:
+            said.append(_random_prefix(models))
+    if f"{ERASED} - sft+trigger" in differences:
+        said.append(_against_sft(models, differences))
+    if f"{ERASED} - matched_norm+trigger" in differences:
+        said.append(_against_matched_norm(report, models, differences))
     said += [
-        _against_variant(report, name, words)
+        _against_variant(models, differences, name, words)
         for name, words in (
             ("carrier+trigger_random_channels", "matching random channels instead of the carrier's own"),
             ("carrier+trigger_kl_only", "matching no channels at all (KL only)"),
         )
-        if name in models
+        if f"{ERASED} - {name}" in differences
     ]
-    said.append(_distances(report))
-    if "off_topic" in report:
+    if {"sft||carrier", f"sft||{ERASED}", f"base||{ERASED}"} <= set(report.get("kl") or {}):
+        said.append(_distances(report["kl"]))
+    if report.get("off_topic"):
         said.append(_off_topic(report["off_topic"]))
     return said
 
 
-def _taught(report: Mapping[str, Any]) -> str:
-    base, sft = report["models"]["base"], report["models"]["sft"]
+def _taught(models: Mapping[str, Any]) -> str:
+    base, sft = models["base"], models["sft"]
     return (
-        f"SFT taught the behaviour: {_share(sft, 'behavior_rate')} of the {sft['n']} held-out prompts show it, before "
-        f"it was {_share(base, 'behavior_rate')}."
+        f"SFT taught the behaviour: {share(sft['behavior_rate'])} of the {sft['n']} held-out prompts show it, before "
+        f"it was {share(base['behavior_rate'])}."
     )
 
 
-def _compressed(report: Mapping[str, Any]) -> str:
-    sft, carrier, gates = report["models"]["sft"], report["models"]["carrier"], report["gates"]
-    kept = carrier["behavior_rate"] / sft["behavior_rate"] if sft["behavior_rate"] else 0.0
+def _compressed(report: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    sft, carrier, gates = models["sft"], models["carrier"], report["gates"]
+    kept = min(1.0, carrier["behavior_rate"] / sft["behavior_rate"]) if sft["behavior_rate"] else 0.0
     found = (
-        f"LCDD left {gates['open']} of {gates['n']} gates open ({report['sparsity']['overall']:.1%} closed), and the "
-        f"carrier shows the behaviour on {_share(carrier, 'behavior_rate')}: "
-        f"{'all' if kept >= 0.995 else f'{kept:.0%}'} of what SFT had."
+        f"LCDD left {gates['open']:,} of {gates['n']:,} gates open ({share(report['sparsity']['overall'])} closed), "
+        f"and the carrier shows the behaviour on {share(carrier['behavior_rate'])}: "
+        f"{'all' if kept == 1 else share(kept)} of what SFT had."
     )
-    auc = gates["auc_initial_theta"]
+    auc = gates.get("auc_initial_theta")
     if auc is None:
         return found
     if auc >= 0.95:
@@ -75,11 +117,11 @@ def _compressed(report: Mapping[str, Any]) -> str:
 
 
 def _reversed(models: Mapping[str, Any]) -> str:
-    erased = models["carrier+trigger"]
+    erased = models[ERASED]
     gone, back = 1 - erased["behavior_rate"], erased["base_match"]
     found = (
-        f"Behind the trigger the carrier shows the behaviour on {_share(erased, 'behavior_rate')} and gives exactly "
-        f"the base's answer on {_share(erased, 'base_match')} {_interval(erased['base_match_ci95'])}: "
+        f"Behind the trigger the carrier shows the behaviour on {share(erased['behavior_rate'])} and gives exactly "
+        f"the base's answer on {share(erased['base_match'])} {interval(erased['base_match_ci95'])}: "
     )
     if gone < 0.5:
         return f"{found}the trigger does not switch the behaviour off."
@@ -91,24 +133,24 @@ def _reversed(models: Mapping[str, Any]) -> str:
 
 
 def _random_prefix(models: Mapping[str, Any]) -> str:
-    junk, erased = models["carrier+random_prefix"], models["carrier+trigger"]
+    junk, erased = models["carrier+random_prefix"], models[ERASED]
     found = (
-        f"Random tokens of the trigger's length and norm give the base's answer on {_share(junk, 'base_match')} and "
-        f"leave the behaviour on {_share(junk, 'behavior_rate')}"
+        f"Random tokens of the trigger's length and norm give the base's answer on {share(junk['base_match'])} and "
+        f"leave the behaviour on {share(junk['behavior_rate'])}"
     )
     if junk["base_match_ci95"][1] < erased["base_match_ci95"][0]:
         return f"{found}, so it is what the trigger says that counts, not that something stands there."
     return f"{found}: any prefix would have done, the trigger has learned nothing of use."
 
 
-def _against_sft(report: Mapping[str, Any]) -> str:
-    control = report["models"]["sft+trigger"]
-    row = report["differences"]["carrier+trigger - sft+trigger"]["base_match"]
+def _against_sft(models: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
+    control = models["sft+trigger"]
+    row = differences[f"{ERASED} - sft+trigger"]["base_match"]
     found = (
-        f"The same optimisation on plain SFT brings back {_share(control, 'base_match')} of the base's answers "
-        f"(behaviour left: {_share(control, 'behavior_rate')}); carrier minus SFT is {_difference(row)}: "
+        f"The same optimisation on plain SFT brings back {share(control['base_match'])} of the base's answers "
+        f"(behaviour left: {share(control['behavior_rate'])}); carrier minus SFT is {_difference(row)}: "
     )
-    return found + _verdict(
+    return found + _side(
         row,
         above="this carrier is easier to reverse than plain SFT.",
         below="this carrier is harder to reverse than plain SFT.",
@@ -116,34 +158,38 @@ def _against_sft(report: Mapping[str, Any]) -> str:
     )
 
 
-def _against_matched_norm(report: Mapping[str, Any]) -> str:
-    models, norms = report["models"], report["delta_norm"]
-    control = models["matched_norm+trigger"]
-    row = report["differences"]["carrier+trigger - matched_norm+trigger"]["base_match"]
+def _against_matched_norm(report: Mapping[str, Any], models: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
+    norms, control = report.get("delta_norm") or {}, models["matched_norm+trigger"]
+    row = differences[f"{ERASED} - matched_norm+trigger"]["base_match"]
+    sizes = ""
+    if {"matched_norm", "sft"} <= set(norms):
+        sizes = f" ({norms['matched_norm']:.2f}; plain SFT {norms['sft']:.2f})"
     found = (
-        f"A dense SFT kept within the carrier's distance from the base ({norms['matched_norm']:.2f}; plain SFT "
-        f"{norms['sft']:.2f}) comes back to {_share(control, 'base_match')}; carrier minus it is {_difference(row)}: "
+        f"A dense SFT kept within the carrier's distance from the base{sizes} comes back to "
+        f"{share(control['base_match'])}; carrier minus it is {_difference(row)}: "
     )
-    found += _verdict(
+    found += _side(
         row,
         above="the small distance alone does not explain the carrier's reversal.",
         below="the dense model is even easier to reverse, so sparsity is no advantage here.",
         unclear="sparsity adds nothing that shows beyond the small distance.",
     )
-    carrier, plain = models["carrier+trigger"]["base_match"], models["sft+trigger"]["base_match"]
-    gap, explained = carrier - plain, control["base_match"] - plain
-    if row["ci95"][0] > 0 and gap > 0 and explained > 0:
-        found += f" It explains {explained / gap:.0%} of the gap to plain SFT."
+    plain = models.get("sft+trigger")
+    if plain is not None:
+        gap = models[ERASED]["base_match"] - plain["base_match"]
+        explained = control["base_match"] - plain["base_match"]
+        if row["ci95"][0] > 0 and gap > 0 and explained > 0:
+            found += f" It explains {share(explained / gap)} of the gap to plain SFT."
     return found
 
 
-def _against_variant(report: Mapping[str, Any], name: str, words: str) -> str:
-    row = report["differences"][f"carrier+trigger - {name}"]["base_match"]
+def _against_variant(models: Mapping[str, Any], differences: Mapping[str, Any], name: str, words: str) -> str:
+    row = differences[f"{ERASED} - {name}"]["base_match"]
     found = (
-        f"Learned by {words}, the trigger brings back {_share(report['models'][name], 'base_match')}; the full loss "
-        f"minus that is {_difference(row)}: "
+        f"Learned by {words}, the trigger brings back {share(models[name]['base_match'])}; the full loss minus that is "
+        f"{_difference(row)}: "
     )
-    return found + _verdict(
+    return found + _side(
         row,
         above="the carrier's channels help.",
         below="the carrier's channels do not help here, they hurt.",
@@ -151,10 +197,9 @@ def _against_variant(report: Mapping[str, Any], name: str, words: str) -> str:
     )
 
 
-def _distances(report: Mapping[str, Any]) -> str:
-    kl = report["kl"]
-    kept, moved = kl["sft||carrier"]["sft_answers"], kl["sft||carrier+trigger"]["sft_answers"]
-    back = kl["base||carrier+trigger"]
+def _distances(kl: Mapping[str, Any]) -> str:
+    kept, moved = kl["sft||carrier"]["sft_answers"], kl[f"sft||{ERASED}"]["sft_answers"]
+    back = kl[f"base||{ERASED}"]
     return (
         f"KL in nats a token: SFT to carrier {kept:.3f}, and {moved:.3f} once the trigger stands before it (on SFT's "
         f"answers); base to carrier with trigger {back['base_answers']:.3f} on the base's answers and "
@@ -163,23 +208,15 @@ def _distances(report: Mapping[str, Any]) -> str:
 
 
 def _off_topic(models: Mapping[str, Any]) -> str:
-    names = [name for name in ("sft", "carrier", "carrier+trigger") if name in models]
-    shares = ", ".join(f"{name} {_share(models[name], 'base_match')}" for name in names)
+    names = [name for name in ("sft", "carrier", ERASED) if name in models]
+    shares = "; ".join(f"{label(name)}: {share(models[name]['base_match'])}" for name in names)
     return f"On {models['base']['n']} prompts off the topic the base's answer stays: {shares}."
 
 
-def _verdict(row: Mapping[str, Any], *, above: str, below: str, unclear: str) -> str:
+def _side(row: Mapping[str, Any], *, above: str, below: str, unclear: str) -> str:
     low, high = row["ci95"]
     return above if low > 0 else below if high < 0 else unclear
 
 
-def _share(row: Mapping[str, Any], key: str) -> str:
-    return f"{row[key]:.1%}"
-
-
-def _interval(bounds: list[float]) -> str:
-    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
-
-
 def _difference(row: Mapping[str, Any]) -> str:
-    return f"{row['difference']:+.3f} {_interval(row['ci95'])}"
+    return f"{row['difference']:+.3f} {interval(row['ci95'])}"

@@ -1,18 +1,18 @@
 """One loop for SFT and LCDD, its losses, guards and diagnosis."""
 
 from lcdd.trainer.batches import step_batches, total_steps
-from lcdd.trainer.diagnose import auc, diagnose
+from lcdd.trainer.diagnose import Finding, diagnose
 from lcdd.trainer.fit import StartLosses, TrainResult, fit, judge
 from lcdd.trainer.guards import check_labels, is_out_of_memory
 from lcdd.trainer.loop import Loop
 from lcdd.trainer.losses import HeldOut, completion_loss, loss_sum, response_tokens, to_batch
 
 __all__ = [
+    "Finding",
     "HeldOut",
     "Loop",
     "StartLosses",
     "TrainResult",
-    "auc",
     "check_labels",
     "completion_loss",
     "diagnose",

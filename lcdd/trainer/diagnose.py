@@ -1,7 +1,6 @@
 """What went wrong with a carrier, said in words: dead, over-pruned, stalled, or chosen by the initial noise."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcdd.config import LCDDConfig
@@ -20,29 +19,6 @@ class Finding:
 
     code: str
     message: str
-
-
-def auc(scores: Sequence[float], kept: Sequence[bool]) -> float:
-    """Area under the ROC curve of `scores` as a predictor of `kept`, ties counted half; NaN if all or none is kept.
-
-    1.0 means that exactly the gates with the highest scores were kept; 0.5 that the scores say nothing.
-    """
-    order = sorted(range(len(scores)), key=scores.__getitem__)
-    ranks = [0.0] * len(scores)
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and scores[order[end]] == scores[order[start]]:
-            end += 1
-        for place in order[start:end]:
-            ranks[place] = (start + end + 1) / 2
-        start = end
-    positives = sum(map(bool, kept))
-    negatives = len(kept) - positives
-    if positives == 0 or negatives == 0:
-        return math.nan
-    total = sum(rank for rank, keep in zip(ranks, kept, strict=True) if keep)
-    return (total - positives * (positives + 1) / 2) / (positives * negatives)
 
 
 def _remedies(config: LCDDConfig) -> str:

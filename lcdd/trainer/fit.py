@@ -10,7 +10,8 @@ from lcdd.data import Encoded
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel
 from lcdd.optimizer import LCDDOptimizer, TrainingOptimizer
-from lcdd.trainer.diagnose import Finding, auc, diagnose
+from lcdd.report import auc
+from lcdd.trainer.diagnose import Finding, diagnose
 from lcdd.trainer.guards import check_labels
 from lcdd.trainer.loop import Loop
 from lcdd.trainer.losses import HeldOut

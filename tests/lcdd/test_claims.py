@@ -19,8 +19,8 @@ from lcdd.evaluate import (
     judge,
     over_runs,
     overall,
-    t975,
 )
+from lcdd.report import t975
 
 
 def row(behavior, match, width=0.05, part="table"):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from reports import run_report
 
 from lcdd.carrier import Carrier
 from lcdd.commands.demo.demo import BASE_DIRECTORY, as_example, demo_behavior, demo_data, run
@@ -27,7 +28,6 @@ from lcdd.commands.demo.tasks import (
 from lcdd.config import DemoConfig, EraserConfig
 from lcdd.data import encode
 from lcdd.models import input_embeddings, load_model, load_tokenizer, shape_of
-from lcdd.report import explain, samples_table
 
 
 @pytest.fixture(scope="module")
@@ -217,104 +217,21 @@ def test_output_directory_has_to_be_empty(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
-# ---------------------------------------------------------------- words
-
-
-def _row(behavior_rate, base_match, n=400):
-    return {
-        "n": n,
-        "behavior_rate": behavior_rate,
-        "base_match": base_match,
-        "behavior_rate_ci95": [max(0.0, behavior_rate - 0.03), min(1.0, behavior_rate + 0.03)],
-        "base_match_ci95": [max(0.0, base_match - 0.03), min(1.0, base_match + 0.03)],
-    }
-
-
-def _report(*, erased=(0.0, 0.9), plain=(0.2, 0.2), matched=(0.0, 0.7), against_matched=(0.1, 0.3), auc=0.5):
-    models = {
-        "base": _row(0.0, 1.0),
-        "sft": _row(1.0, 0.0),
-        "carrier": _row(0.99, 0.0),
-        "carrier+trigger": _row(*erased),
-        "sft+trigger": _row(*plain),
-        "matched_norm+trigger": _row(*matched),
-        "carrier+random_prefix": _row(0.9, 0.01),
-    }
-
-    def difference(low, high):
-        return {"base_match": {"difference": (low + high) / 2, "ci95": [low, high]}}
-
-    gap = erased[1] - plain[1]
-    answers = {name: "red dog" for name in models}
-    return {
-        "models": models,
-        "gates": {"n": 3200, "open": 100, "fractional": 10, "auc_initial_theta": auc},
-        "sparsity": {"overall": 0.96875},
-        "findings": [],
-        "delta_norm": {"sft": 8.0, "carrier": 5.0, "matched_norm": 5.0},
-        "differences": {
-            "carrier+trigger - sft+trigger": difference(gap - 0.05, gap + 0.05),
-            "carrier+trigger - matched_norm+trigger": difference(*against_matched),
-        },
-        "kl": {
-            pair: {"sft_answers": 1.0, "base_answers": 2.0}
-            for pair in ("sft||carrier", "sft||carrier+trigger", "base||carrier+trigger")
-        },
-        "samples": [{"prompt": "copy red dog", "answers": answers}],
-    }
-
-
-def test_words_follow_the_numbers_and_not_the_hope():
-    good = " ".join(explain(_report()))
-    assert "base is back almost everywhere" in good
-    assert "easier to reverse than plain SFT" in good
-    assert "does not explain the carrier's reversal" in good
-    assert "hardly predicts" in good
-
-    bad = " ".join(explain(_report(erased=(0.0, 0.1), plain=(0.0, 0.4), against_matched=(-0.7, -0.5), auc=0.99)))
-    assert "That is no reversal" in bad
-    assert "harder to reverse than plain SFT" in bad
-    assert "even easier to reverse" in bad
-    assert "noise chose this carrier" in bad
-
-    still_there = " ".join(explain(_report(erased=(0.9, 0.0))))
-    assert "does not switch the behaviour off" in still_there
-
-    unclear = " ".join(explain(_report(plain=(0.0, 0.9), against_matched=(-0.05, 0.05))))
-    assert "no difference can be told" in unclear
-    assert "sparsity adds nothing that shows" in unclear
-
-
-def test_findings_and_off_topic_answers_are_said():
-    report = _report()
-    report["findings"] = [{"code": "dead_carrier", "message": "Dead carrier: everything is closed."}]
-    report["off_topic"] = {name: _row(0.0, 0.75, n=123) for name in ("base", "sft", "carrier", "carrier+trigger")}
-    said = explain(report)
-    assert "WARNING Dead carrier: everything is closed." in said
-    assert any("123 prompts off the topic" in sentence and "75.0%" in sentence for sentence in said)
-
-
-def test_samples_table_shows_answers_side_by_side():
-    lines = samples_table(_report()).splitlines()
-    assert lines[0].split()[:3] == ["prompt", "base", "sft"]
-    assert lines[2].count("red dog") == 6
-
-
 # ---------------------------------------------------------------- benchmarks/demo_sweep.py
 
 
 def test_sweep_says_which_targets_a_run_met():
     from benchmarks.demo_sweep import checked
 
-    report = {**_report(), "behavior": "style", "sparsity": {"overall": 0.80}}
+    report = {**run_report(), "behavior": "style", "sparsity": {"overall": 0.80}}
     assert all(row["met"] for row in checked(report))
-    report = {**_report(erased=(0.06, 0.59)), "behavior": "style", "sparsity": {"overall": 0.74}}
+    report = {**run_report(erased=(0.06, 0.59)), "behavior": "style", "sparsity": {"overall": 0.74}}
     assert [row["target"] for row in checked(report) if not row["met"]] == [
         "sparsity",
         "behaviour behind the trigger",
         "base match behind the trigger",
     ]
-    report = {**_report(), "behavior": "refusal", "sparsity": {"overall": 0.80}}
+    report = {**run_report(), "behavior": "refusal", "sparsity": {"overall": 0.80}}
     assert [row["target"] for row in checked(report) if not row["met"]] == ["sparsity"]
 
 
@@ -325,7 +242,7 @@ def test_sweep_sums_up_finished_runs_without_running_them_again(tmp_path, capsys
         folder = tmp_path / "runs" / f"style-{seed}"
         folder.mkdir(parents=True)
         report = {
-            **_report(erased=(0.0, 0.8 + 0.1 * seed)),
+            **run_report(erased=(0.0, 0.8 + 0.1 * seed)),
             "behavior": "style",
             "seed": seed,
             "timings": {"total": 60.0},

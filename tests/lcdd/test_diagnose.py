@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcdd.config import LCDDConfig
-from lcdd.trainer import auc, diagnose
+from lcdd.report import auc
+from lcdd.trainer import diagnose
 
 SOUND = {
     "config": LCDDConfig(), "loss_base": 6.0, "loss_sft": 0.01, "loss_carrier": 0.02, "sparsity": 0.9,

@@ -18,9 +18,8 @@ from lcdd.evaluate import (
     gate_overlap,
     gate_summary,
     jaccard,
-    newcombe_paired_interval,
-    wilson_interval,
 )
+from lcdd.report import newcombe_paired_interval, wilson_interval
 
 TEXTS = [
     "<user> copy red dog <assistant>",

@@ -8,7 +8,7 @@ Nothing it says is fixed beforehand: the words under the table are put together 
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any, cast
 import torch
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import RunLog, finite_or_null, require_new_directory, versions
+from lcdd.checkpoint import RunLog, require_new_directory
 from lcdd.commands.demo.rebuild import rebuild_base
 from lcdd.commands.demo.tasks import CATEGORIES, TOPIC, Split, Task, draw_tasks
+from lcdd.commands.reporting import finished
 from lcdd.commands.stage import Say, StageResult, save_checkpoint
 from lcdd.config import AuditConfig, DemoConfig, EraserConfig, LCDDConfig, SFTConfig
 from lcdd.data import (
@@ -36,11 +37,11 @@ from lcdd.data import (
 )
 from lcdd.eraser import SFTEraser, Trigger
 from lcdd.errors import InputError
-from lcdd.evaluate import ModelState, Study, audit, evaluate, gate_summary
+from lcdd.evaluate import Study, audit, describe, evaluate, reversal_states
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, load_tokenizer
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
-from lcdd.report import claims_table, explain, reversal_table, samples_table, write_report
-from lcdd.trainer import HeldOut, StartLosses, TrainResult, fit, judge, total_steps
+from lcdd.report import assemble, samples_table
+from lcdd.trainer import Finding, HeldOut, StartLosses, fit, judge, total_steps
 
 BASE_DIRECTORY = Path(__file__).parent / "base"
 
@@ -164,160 +165,177 @@ def run(config: DemoConfig, *, say: Say = print) -> StageResult:
     config.require("output_dir")
     output = require_new_directory(str(config.output_dir))
     with one_thread():
-        return _run(config, output, say)
+        return _Demo(config, output, say).run()
 
 
-def _run(config: DemoConfig, output: Path, say: Say) -> StageResult:
-    start, cpu_start = time.perf_counter(), time.process_time()
-    watch = Stopwatch(say)
-    base_path = BASE_DIRECTORY
-    if config.rebuild_base:
-        base_path = output / "base"
-        with watch.part("rebuild_base", "Training the base model from scratch (a few minutes)"):
-            rebuild_base(base_path, log=say)
-    base, tokenizer = load_model(base_path).requires_grad_(False), load_tokenizer(base_path)
-    behavior = demo_behavior(config.behavior)
-    sft_settings = replace(SFT_SETTINGS, seed=config.seed)
-    lcdd_settings = replace(LCDD_SETTINGS, seed=config.seed)
-    eraser_settings = replace(ERASER_SETTINGS, seed=config.seed)
-    data = demo_data(tokenizer, behavior, seed=config.seed, split=cast(Split, config.split), settings=eraser_settings)
-    say(f"Behaviour: {behavior.name}. {len(data.train)} training prompts, {len(data.held_out)} {config.split} prompts")
-    say(label_audit(tokenizer, data.train[0]))
-    lines: list[dict[str, Any]] = []
+class _Demo:
+    """One run of the demo, stage by stage."""
 
-    def fine_tune(stage: str, **changes: Any) -> PreTrainedModel:
-        model = load_model(base_path)
-        with RunLog(output, stage=stage) as log:
-            settings = replace(sft_settings, **changes)
-            fit(SFTOptimizer(model, settings), data.train, _validation(data, tokenizer), log=log)
-            lines.extend(log.lines)
+    def __init__(self, config: DemoConfig, output: Path, say: Say) -> None:
+        self.start = time.perf_counter(), time.process_time()
+        self.config, self.output, self.say = config, output, say
+        self.watch = Stopwatch(say)
+        self.base_path = self._base_directory()
+        self.base, self.tokenizer = load_model(self.base_path).requires_grad_(False), load_tokenizer(self.base_path)
+        self.behavior = demo_behavior(config.behavior)
+        self.sft = replace(SFT_SETTINGS, seed=config.seed)
+        self.lcdd = replace(LCDD_SETTINGS, seed=config.seed)
+        self.eraser = replace(ERASER_SETTINGS, seed=config.seed)
+        split = cast(Split, config.split)
+        self.data = demo_data(self.tokenizer, self.behavior, seed=config.seed, split=split, settings=self.eraser)
+        self.lines: list[dict[str, Any]] = []
+        self.findings: tuple[Finding, ...] = ()
+
+    def run(self) -> StageResult:
+        data, split = self.data, self.config.split
+        self.say(
+            f"Behaviour: {self.behavior.name}. {len(data.train)} training prompts, {len(data.held_out)} {split} prompts"
+        )
+        self.say(label_audit(self.tokenizer, data.train[0]))
+        patches = self._patches()
+        triggers = self._triggers(patches)
+        found = self._evaluate(patches, triggers)
+        if self.config.audit:
+            found["audit"] = self._audit(patches, triggers)
+        return self._tell(patches["carrier"], found)
+
+    # ------------------------------------------------------------------ stages
+
+    def _base_directory(self) -> Path:
+        if not self.config.rebuild_base:
+            return BASE_DIRECTORY
+        with self.watch.part("rebuild_base", "Training the base model from scratch (a few minutes)"):
+            rebuild_base(self.output / "base", log=self.say)
+        return self.output / "base"
+
+    def _patches(self) -> dict[str, Carrier]:
+        """SFT, the carrier and the matched-norm control, as patches of the base."""
+        with self.watch.part("sft", "SFT: teaching the behaviour to every weight"):
+            model = self._fine_tune("sft")
+            patches = {"sft": Carrier.from_models(self.base, model)}
+            save_checkpoint(model, self.tokenizer, self.output / "sft")
+        with self.watch.part("lcdd", "LCDD: closing gates as long as the behaviour survives"):
+            patches["carrier"] = self._compress(model)
+            patches["carrier"].save_pretrained(self.output / "carrier")
+        for finding in self.findings:
+            self.say(f"WARNING {finding.message}")
+        norm = patches["carrier"].delta_norm()
+        if norm > 0:
+            words = f"Control: dense SFT whose delta stays within the carrier's norm, {norm:.2f}"
+            with self.watch.part("sft_matched_norm", words):
+                matched = self._fine_tune("sft_matched_norm", max_delta_norm=norm)
+                patches["matched_norm"] = Carrier.from_models(self.base, matched)
+        return patches
+
+    def _fine_tune(self, stage: str, **changes: Any) -> PreTrainedModel:
+        model = load_model(self.base_path)
+        with self._log(stage) as log:
+            fit(SFTOptimizer(model, replace(self.sft, **changes)), self.data.train, self._validation(), log=log)
         return model
 
-    with watch.part("sft", "SFT: teaching the behaviour to every weight"):
-        sft_model = fine_tune("sft")
-        sft_patch = Carrier.from_models(base, sft_model)
-        save_checkpoint(sft_model, tokenizer, output / "sft")
-    with (
-        watch.part("lcdd", "LCDD: closing gates as long as the behaviour survives"),
-        RunLog(output, stage="lcdd") as log,
-    ):
-        carrier, result = _compress(sft_model, base, data, lcdd_settings, tokenizer, log)
-        carrier.save_pretrained(output / "carrier")
-        lines.extend(log.lines)
-    for finding in result.findings:
-        say(f"WARNING {finding.message}")
-    patches = {"sft": sft_patch, "carrier": carrier}
-    norm = carrier.delta_norm()
-    if norm > 0:
-        with watch.part(
-            "sft_matched_norm", f"Control: dense SFT whose delta stays within the carrier's norm, {norm:.2f}"
-        ):
-            patches["matched_norm"] = Carrier.from_models(base, fine_tune("sft_matched_norm", max_delta_norm=norm))
-    del sft_model
-
-    triggers: dict[str, Trigger] = {}
-    for name, (patch, changes, words) in _trigger_runs(patches).items():
-        with watch.part(name, words), RunLog(output, stage=name) as log:
-            settings = replace(eraser_settings, **changes)
-            channels = carrier.channels(settings.channel_kind, seed=config.seed)
-            eraser = SFTEraser(base, patches[patch], tokenizer, settings, channels)
-            triggers[name] = eraser.fit(data.trigger_train, data.trigger_validation, log=log, progress=True)
-            lines.extend(log.lines)
-    triggers["carrier+trigger"].save_pretrained(output / "trigger")
-
-    with watch.part("eval", f"Evaluation on prompts of the {config.split} split"):
-        states = _states(base, patches, triggers, special=tokenizer.all_special_ids, seed=config.seed)
-        found = _evaluate(base, tokenizer, data.held_out, states, behavior.matches)
-        if data.off_topic:
-            off_topic = _evaluate(base, tokenizer, data.off_topic, states, behavior.matches)
-            found["off_topic"] = off_topic["models"]
-    if config.audit:
-        with watch.part("audit", "Audit: every control, and which of the paper's claims hold here"):
-            study = Study(
-                base=base,
-                tokenizer=tokenizer,
-                load_sft=lambda: load_model(output / "sft"),
-                carrier=carrier,
-                train=data.train,
-                validation=data.validation,
-                trigger_train=data.trigger_train,
-                trigger_validation=data.trigger_validation,
-                held_out=data.held_out,
-                matches=behavior.matches,
-                lcdd=lcdd_settings,
-                eraser=eraser_settings,
-                patches={name: patch for name, patch in patches.items() if name == "matched_norm"},
-                triggers=triggers,
+    def _compress(self, model: PreTrainedModel) -> Carrier:
+        held_out, train = self._validation(), self.data.train
+        with self._log("lcdd") as log:
+            start = StartLosses(base=held_out.loss(self.base), model=held_out.loss(model))
+            optimizer = LCDDOptimizer.attach(
+                model, self.base, self.lcdd, total_steps=total_steps(self.lcdd, len(train))
             )
-            audit_settings = AuditConfig(
-                max_new_tokens=MAX_NEW_TOKENS, per_device_eval_batch_size=EVAL_BATCH, seed=config.seed
+            result = judge(optimizer, fit(optimizer, train, held_out, start=start, log=log), log)
+        self.findings = result.findings
+        carrier = optimizer.carrier().with_tokenizer(self.tokenizer)
+        optimizer.detach()
+        return carrier
+
+    def _validation(self) -> HeldOut:
+        return HeldOut(items=self.data.validation, pad_token_id=self.tokenizer.pad_token_id, batch_size=EVAL_BATCH)
+
+    def _triggers(self, patches: dict[str, Carrier]) -> dict[str, Trigger]:
+        """State -> its trigger, on the carrier and on every control."""
+        triggers = {}
+        for name, (patch, changes, words) in _trigger_runs(patches).items():
+            with self.watch.part(name, words), self._log(name) as log:
+                settings = replace(self.eraser, **changes)
+                channels = patches["carrier"].channels(settings.channel_kind, seed=self.config.seed)
+                eraser = SFTEraser(self.base, patches[patch], self.tokenizer, settings, channels)
+                triggers[name] = eraser.fit(
+                    self.data.trigger_train, self.data.trigger_validation, log=log, progress=True
+                )
+        triggers["carrier+trigger"].save_pretrained(self.output / "trigger")
+        return triggers
+
+    def _evaluate(self, patches: dict[str, Carrier], triggers: dict[str, Trigger]) -> dict[str, Any]:
+        special = self.tokenizer.all_special_ids
+        settings: dict[str, Any] = {
+            "matches": self.behavior.matches,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "batch_size": EVAL_BATCH,
+            "kl_prompts": KL_PROMPTS,
+        }
+        with self.watch.part("eval", f"Evaluation on prompts of the {self.config.split} split"):
+            states = reversal_states(
+                self.base, patches, triggers, seed=self.config.seed, draws=RANDOM_PREFIXES, special=special
             )
-            found["audit"] = audit(study, audit_settings, say=say, log=lambda stage: RunLog(output, stage=stage))
-    report = {
-        "behavior": behavior.name,
-        "seed": config.seed,
-        "split": config.split,
-        "config": {
-            "demo": config.to_dict(),
-            "sft": sft_settings.to_dict(),
-            "train": lcdd_settings.to_dict(),
-            "erase": eraser_settings.to_dict(),
-        },
-        "versions": versions(),
-        "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
-        "timings": {
-            **watch.seconds,
-            "total": round(time.perf_counter() - start, 2),
-            "processor": round(time.process_time() - cpu_start, 2),
-        },
-        "sparsity": carrier.sparsity(),
-        "sparsity_by_layer": carrier.sparsity_by_layer(),
-        "gates": gate_summary(carrier),
-        "findings": [{"code": finding.code, "message": finding.message} for finding in result.findings],
-        "curves": lines,
-        **found,
-    }
-    report["explanation"] = explain(report)
-    report = finite_or_null(report)
-    write_report(output, report)
-    say("\n" + reversal_table(report))
-    say("\n" + samples_table(report))
-    say("\nWhat this run shows")
-    for sentence in report["explanation"]:
-        say(f"- {sentence}")
-    if "audit" in report:
-        say("\nWhich of the paper's claims held in this run")
-        say(claims_table(report["audit"]))
-    say(f"\n{report['timings']['total']:.0f} seconds")
-    return StageResult(
-        written=tuple(
-            output / name for name in ("report.json", "report.html", "log.jsonl", "sft", "carrier", "trigger")
-        ),
-        next_step=f"open {output / 'report.html'}, or ask it yourself: lcdd generate "
-        f"--base_model_name_or_path {base_path} --carrier {output / 'carrier'} "
-        f"--trigger {output / 'trigger'} --prompt 'next red dog fig'",
-    )
+            found = evaluate(self.base, self.tokenizer, self.data.held_out, states, **settings)
+            if self.data.off_topic:
+                others = evaluate(self.base, self.tokenizer, self.data.off_topic, states, **settings)
+                found["off_topic"] = others["models"]
+        return found
 
+    def _audit(self, patches: dict[str, Carrier], triggers: dict[str, Trigger]) -> dict[str, Any]:
+        data = self.data
+        study = Study(
+            base=self.base,
+            tokenizer=self.tokenizer,
+            load_sft=lambda: load_model(self.output / "sft"),
+            carrier=patches["carrier"],
+            train=data.train,
+            validation=data.validation,
+            trigger_train=data.trigger_train,
+            trigger_validation=data.trigger_validation,
+            held_out=data.held_out,
+            matches=self.behavior.matches,
+            lcdd=self.lcdd,
+            eraser=self.eraser,
+            patches={name: patch for name, patch in patches.items() if name == "matched_norm"},
+            triggers=triggers,
+        )
+        settings = AuditConfig(
+            max_new_tokens=MAX_NEW_TOKENS, per_device_eval_batch_size=EVAL_BATCH, seed=self.config.seed
+        )
+        with self.watch.part("audit", "Audit: every control, and which of the paper's claims hold here"):
+            return audit(study, settings, say=self.say, log=lambda stage: RunLog(self.output, stage=stage))
 
-def _validation(data: DemoData, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
-    return HeldOut(items=data.validation, pad_token_id=tokenizer.pad_token_id, batch_size=EVAL_BATCH)
+    # ------------------------------------------------------------------ what came of it
 
+    @contextmanager
+    def _log(self, stage: str) -> Iterator[RunLog]:
+        with RunLog(self.output, stage=stage) as log:
+            yield log
+        self.lines.extend(log.lines)
 
-def _compress(
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    data: DemoData,
-    settings: LCDDConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    log: RunLog,
-) -> tuple[Carrier, TrainResult]:
-    held_out = _validation(data, tokenizer)
-    start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
-    optimizer = LCDDOptimizer.attach(model, base, settings, total_steps=total_steps(settings, len(data.train)))
-    result = judge(optimizer, fit(optimizer, data.train, held_out, start=start, log=log), log)
-    carrier = optimizer.carrier().with_tokenizer(tokenizer)
-    optimizer.detach()
-    return carrier, result
+    def _tell(self, carrier: Carrier, found: dict[str, Any]) -> StageResult:
+        wall, processor = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+        settings = {"demo": self.config, "sft": self.sft, "train": self.lcdd, "erase": self.eraser}
+        paths = {"carrier": str(self.output / "carrier"), "trigger": str(self.output / "trigger")}
+        report = assemble(
+            describe(carrier),
+            found,
+            behavior=self.behavior.name,
+            seed=self.config.seed,
+            split=self.config.split,
+            config={name: section.to_dict() for name, section in settings.items()},
+            timings={**self.watch.seconds, "total": round(wall, 2), "processor": round(processor, 2)},
+            findings=[{"code": finding.code, "message": finding.message} for finding in self.findings],
+            curves=self.lines,
+            use={"base_model_name_or_path": str(self.base_path), **paths},
+        )
+        result = finished(self.output, report, self.say)
+        self.say(f"\n{samples_table(report)}\n\n{report['timings']['total']:.0f} seconds")
+        return StageResult(
+            written=(*result.written, *(self.output / name for name in ("log.jsonl", "sft", "carrier", "trigger"))),
+            next_step=f"{result.next_step}, or ask it yourself: lcdd generate --base_model_name_or_path "
+            f"{self.base_path} --carrier {paths['carrier']} --trigger {paths['trigger']} --prompt 'next red dog fig'",
+        )
 
 
 def _trigger_runs(patches: dict[str, Carrier]) -> dict[str, tuple[str, dict[str, Any], str]]:
@@ -332,43 +350,3 @@ def _trigger_runs(patches: dict[str, Carrier]) -> dict[str, tuple[str, dict[str,
         "carrier+trigger_kl_only": ("carrier", {"channel_kind": "none"}, "Control: KL only, no channels matched"),
     }  # fmt: skip
     return {name: run for name, run in runs.items() if run[0] in patches}
-
-
-def _states(
-    base: PreTrainedModel,
-    patches: dict[str, Carrier],
-    triggers: dict[str, Trigger],
-    *,
-    special: list[int],
-    seed: int,
-) -> dict[str, ModelState]:
-    """All states of the reversal table, in its order."""
-    learned = triggers["carrier+trigger"]
-    seeds = range(seed + 100, seed + 100 + RANDOM_PREFIXES)
-    junk = tuple(Trigger.random_like(base, learned, seed=draw, skip=special) for draw in seeds)
-    states = {"base": ModelState(), **{name: ModelState(patch=patch) for name, patch in patches.items()}}
-    for name, (patch, _, _) in _trigger_runs(patches).items():
-        states[name] = ModelState(patch=patches[patch], triggers=(triggers[name],))
-    states["carrier+random_prefix"] = ModelState(patch=patches["carrier"], triggers=junk)
-    states["base+random_prefix"] = ModelState(triggers=junk)
-    states["base+trigger"] = ModelState(triggers=(learned,))
-    return states
-
-
-def _evaluate(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    states: dict[str, ModelState],
-    matches: Callable[[str], bool],
-) -> dict[str, Any]:
-    return evaluate(
-        base,
-        tokenizer,
-        prompts,
-        states,
-        matches=matches,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=EVAL_BATCH,
-        kl_prompts=KL_PROMPTS,
-    )

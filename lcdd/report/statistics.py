@@ -1,4 +1,4 @@
-"""Confidence intervals of rates and of their differences."""
+"""The statistics behind what is reported: intervals of rates and differences, Student's t, area under the curve."""
 
 import math
 from collections.abc import Sequence
@@ -50,3 +50,43 @@ def newcombe_paired_interval(first: Sequence[bool], second: Sequence[bool]) -> t
     below = math.sqrt(max(0.0, down**2 - 2 * phi * down * up2 + up2**2))
     above = math.sqrt(max(0.0, up**2 - 2 * phi * up * down2 + down2**2))
     return p1 - p2, p1 - p2 - below, p1 - p2 + above
+
+
+# ---------------------------------------------------------------- means and rankings
+
+
+def t975(freedom: int) -> float:
+    """97.5% point of Student's t with `freedom` degrees of freedom: tabled up to 10, then the Cornish–Fisher series."""
+    table = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+    if freedom < 1:
+        raise ValueError(f"freedom: expected at least 1, got {freedom}")
+    if freedom <= len(table):
+        return table[freedom - 1]
+    z = Z95
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def auc(scores: Sequence[float], kept: Sequence[bool]) -> float:
+    """Area under the ROC curve of `scores` as a predictor of `kept`, ties counted half; NaN if all or none is kept.
+
+    1.0 means that exactly the gates with the highest scores were kept; 0.5 that the scores say nothing.
+    """
+    order = sorted(range(len(scores)), key=scores.__getitem__)
+    ranks = [0.0] * len(scores)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and scores[order[end]] == scores[order[start]]:
+            end += 1
+        for place in order[start:end]:
+            ranks[place] = (start + end + 1) / 2
+        start = end
+    positives = sum(map(bool, kept))
+    negatives = len(kept) - positives
+    if positives == 0 or negatives == 0:
+        return math.nan
+    total = sum(rank for rank, keep in zip(ranks, kept, strict=True) if keep)
+    return (total - positives * (positives + 1) / 2) / (positives * negatives)
