@@ -68,7 +68,7 @@ def accumulation() -> dict[str, Any]:
         for start in range(0, 8, size):
             batch = to_batch(items[start : start + size], optimizer.model, work.PAD)
             (loss_sum(optimizer.model, batch) / tokens).backward()
-        d_gate, _ = optimizer._pass_a(*optimizer._gradients())
+        d_gate, _ = optimizer._masked.pass_a(optimizer._masked.grads(), optimizer.gates)
         grads[parts] = optimizer.gates.logits_grad(d_gate, l0_weight=optimizer.dual.penalty)
     scale = float(grads[1].abs().max())
     return {str(parts): float((grad - grads[1]).abs().max()) / scale for parts, grad in grads.items()}
@@ -96,7 +96,7 @@ def nan() -> dict[str, Any]:
                 if step in chosen and where == "loss":
                     value = chosen[step]
                 if step in chosen and where == "gradient":
-                    optimizer._weights[step % 7].grad[0, step % 16] = chosen[step]
+                    optimizer.param_groups[0]["params"][step % 7].grad[0, step % 16] = chosen[step]
                 if step in chosen and where == "theta":
                     optimizer.gates.logits[step] = chosen[step]
             optimizer.step(value)

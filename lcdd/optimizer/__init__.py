@@ -1,5 +1,6 @@
 """LCDD is an optimizer: gates, dual controller, packed gradients; and plain SFT beside it."""
 
+from lcdd.optimizer.controller import DualDescent, GateController
 from lcdd.optimizer.dual import DualController
 from lcdd.optimizer.forward import ForwardGates, GatedLinear, GatedMLP
 from lcdd.optimizer.gates import Gates
@@ -11,7 +12,9 @@ from lcdd.optimizer.sft import SFTOptimizer
 
 __all__ = [
     "DualController",
+    "DualDescent",
     "ForwardGates",
+    "GateController",
     "GatedLinear",
     "GatedMLP",
     "Gates",

@@ -1,7 +1,7 @@
 """The constraint CE ≤ ε, kept by multiplicative dual ascent on its price λ (method, section 3). Plain Python."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from lcdd.errors import InputError
 
@@ -84,10 +84,6 @@ class DualController:
             raise InputError(f"state: expected the keys {_STATE}, got {tuple(state)}")
         for key, value in state.items():
             setattr(self, key, value)
-
-    def settings(self) -> dict:
-        """The constructor's arguments."""
-        return asdict(self)
 
 
 _STATE = ("dual_lambda", "step", "violation", "baseline", "_biased_ema")

@@ -14,7 +14,7 @@ arrives in `weight.grad` like any gradient, and all of LCDD happens in `step`:
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,18 +23,35 @@ from torch import Tensor, nn
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
-from lcdd.models import GateLayout, PreTrainedModel, check_same_architecture, local, projections, shape_of, shards
-from lcdd.optimizer import attach
+from lcdd.models import GateLayout, PreTrainedModel, shape_of, shards
 from lcdd.optimizer import compat as reference_compat
-from lcdd.optimizer.early_stop import EarlyStop
+from lcdd.optimizer.controller import DualDescent, GateController
+from lcdd.optimizer.dual import DualController
 from lcdd.optimizer.forward import ForwardGates
 from lcdd.optimizer.gates import Gates
-from lcdd.optimizer.packed import PackedGradLinear, PackPlan
-from lcdd_kernels import delta_adamw_, delta_grad_stats, weight_eff_
+from lcdd.optimizer.packed import PackPlan
+from lcdd.optimizer.unmasked import UnmaskedParameters
+from lcdd.optimizer.weights import Grads, MaskedWeights
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = ("completed_steps", "skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
+_COUNTERS = ("skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What a step knows before it moves anything; of all ranks together. sums: of gate gradients and of θ."""
+
+    loss: float
+    norm: float
+    sums: list[float]
+    d_gate: Tensor
+
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.loss, self.norm, *self.sums)))
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:g}, gradient norm {self.norm:g}, sums of gate gradients and θ {self.sums}"
 
 
 class LCDDOptimizer(torch.optim.Optimizer):
@@ -49,8 +66,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
     the deterministic gates, `train()` goes back; running the model in evaluation mode, or taking its state dict, on
     sampled gates is an error.
 
-    `param_groups[0]` are the masked weights (their `lr` is Δ's), `param_groups[1]` is θ, and with
-    `config.train_unmasked` `param_groups[2]` are norms and biases.
+    `param_groups[0]` are the masked weights (their `lr` is Δ's), `param_groups[1]` is θ, whose rate is always
+    `config.gate_lr`, and with `config.train_unmasked` `param_groups[2]` are norms and biases.
 
     Attributes:
         gates: θ and the gates in force.
@@ -91,63 +108,46 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """
         return cls(model, base, config, total_steps=total_steps, initial_logits=initial_logits)
 
-    def __init__(self, model, base, config, *, total_steps, initial_logits=None):
-        if total_steps < 1:
-            raise InputError(f"total_steps: expected at least 1, got {total_steps}")
-        shards.reshard(model)
-        shards.reshard(base)
-        check_same_architecture(base, model)
-        self.model, self.base, self.config, self.total_steps = model, base, config, total_steps
-        sites, base_sites = projections(model), projections(base)
-        layout = GateLayout(shape_of(model.config))
-        self.names = [site.name for site in sites]
-        self._sites = sites
-        self._weights = [site.linear.weight for site in sites]
-        self._bases = [site.linear.weight.detach() for site in base_sites]
-        self._maps = [layout.gate_map(site.kind, site.layer) for site in sites]
-        for name, weight, fixed in zip(self.names, self._weights, self._bases, strict=True):
-            attach.check_pair(name, weight, fixed)
-        self._sharded = shards.is_sharded(self._weights[0])
-        # a shard's rows are gated from its first row's gate on; kernels see no matrix without rows
-        self._row_maps = [
-            replace(gate_map, row_start=gate_map.row_start + shards.row_offset(weight))
-            for gate_map, weight in zip(self._maps, self._weights, strict=True)
-        ]
-        self._here = [index for index, weight in enumerate(self._weights) if len(local(weight))]
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        base: PreTrainedModel,
+        config: LCDDConfig,
+        *,
+        total_steps: int,
+        initial_logits: Tensor | None = None,
+    ) -> None:
+        self.penalties = reference_compat.penalties_in_step(config)
         if config.gating == "forward" and shards.world_size() > 1:
             raise InputError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
-        self.penalties = reference_compat.penalties_in_step(config)
-        self.gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=self._start(layout, initial_logits))
-        self.dual = attach.dual_controller(config)
-        unmasked = attach.fix_unmasked(model, base, config, masked=self._weights)
+        layout = GateLayout(shape_of(model.config))
+        self.model, self.base, self.config = model, base, config
+        self._masked = MaskedWeights(model, base, layout, config)
+        self.names = [item.name for item in self._masked]
+        weights = [item.weight for item in self._masked]
+        logits = _start(layout, config, like=weights[0], given=initial_logits)
+        gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=logits)
+        self._controller: GateController = DualDescent(gates, config, total_steps=total_steps)
+        self._unmasked = UnmaskedParameters(model, base, config, masked=weights)
         groups: list[dict[str, Any]] = [
-            {"params": self._weights, "lr": config.learning_rate},
-            {"params": [self.gates.logits], "lr": config.gate_lr},
+            {"params": weights, "lr": config.learning_rate},
+            {"params": [gates.logits], "lr": config.gate_lr},
         ]
-        if unmasked:
-            groups.append({"params": unmasked, "lr": config.learning_rate})
+        if self._unmasked.parameters:
+            groups.append({"params": self._unmasked.parameters, "lr": config.learning_rate})
         super().__init__(groups, {})
-        self._inner = attach.inner_optimizers(config, self.gates.logits, unmasked)
-        for weight, fixed in zip(self._weights, self._bases, strict=True):
-            self.state[weight] = attach.masked_state(config, weight, fixed)
-        self.completed_steps = 0
+        self._share_state()
         self.skipped_steps = self.skipped_in_a_row = 0
         self.last_loss = self.grad_norm = math.nan
-        self._early_stop = EarlyStop(config)
-        self._good_logits = self.gates.logits.detach().clone()
         self._observed: tuple[Any, float] | None = None
         self._in_eval = False
         self._forward = self._forward_route() if config.gating == "forward" else None
-        packs = config.pack == "auto" and self._forward is None
-        if packs and shards.world_size() > 1:
-            packs = False
-            logger.info("weight gradients are not packed on several ranks: engines average weight.grad alone")
-        self._plan = PackPlan.for_sites(sites, layout, config) if packs else None
+        self._plan = self._pack_plan(layout)
         self._handles = [
             model.register_forward_pre_hook(self._refuse_sampled_evaluation),
             model.register_state_dict_pre_hook(self._refuse_sampled_state),
         ]
-        self._write_weights(training=not self.gates_frozen)
+        self._write_weights(evaluation=False)
 
     # ------------------------------------------------------------------ one step
 
@@ -182,108 +182,94 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """
         if self._in_eval:
             raise RuntimeError("step: the optimizer is in evaluation mode; call optimizer.train() first")
-        value, tokens = self._take_loss(loss, tokens)
-        grads, layouts = self._gradients()
-        deltas, old = self._state_of("delta"), self.gates.values
-        if self._forward is None:
-            chained = None
-            d_gate, sq_norm = self._pass_a(grads, layouts)
-        else:  # autograd has been through the gates: nothing is left to chain or to mask
-            chained = self.gates.logits.grad
-            d_gate, old = torch.zeros_like(old), torch.ones_like(old)
-            sq_norm = sum((grad.float().square().sum() for grad in grads), old.new_zeros(()))
-        unmasked = [local(p.grad) for p in self._unmasked() if p.grad is not None]
-        sq_norm = sq_norm + sum(grad.float().square().sum() for grad in unmasked)
-        value, d_gate, sq_norm = shards.reduce_step(value, tokens, d_gate, sq_norm, sharded=self._sharded)
-        gate_sum = (d_gate if chained is None else chained).sum()
-        theta_sum = self.gates.logits.sum()
-        norm, *probes = torch.stack([x.to(sq_norm.dtype) for x in (sq_norm.sqrt(), gate_sum, theta_sum)]).tolist()
-        if not all(map(math.isfinite, (value, norm, *probes))):
-            self._skip(f"loss {value:g}, gradient norm {norm:g}, sums of gate gradients and θ {probes}")
+        loss, tokens = self._take_loss(loss, tokens)
+        grads = self._masked.grads()
+        found = self._pass_a(grads, loss, tokens)
+        if not found.finite():
+            self._skip(str(found))
             return
-        self.last_loss, self.grad_norm = value, norm
+        gate_old, rank_old = self.gates.values, self.gates.rank
+        if not self._controller.step(found.d_gate, found.loss, penalties=self.penalties):
+            self._skip("its update of θ is not finite")
+            return
+        self._announce_gates()
+        self._pass_b(grads, found.norm, gate_old, rank_old)
+        self.skipped_in_a_row = 0
+        self.last_loss, self.grad_norm = found.loss, found.norm
+
+    def _pass_a(self, grads: Grads, loss: float, tokens: float) -> _Measured:
+        """Gate gradients and the norm, over all ranks; the host's one look at them."""
+        d_gate, sq_norm = self._masked.pass_a(grads, self.gates)
+        sq_norm = sq_norm + self._unmasked.sq_norm()
+        loss, d_gate, sq_norm = shards.reduce_step(loss, tokens, d_gate, sq_norm, sharded=self._masked.sharded)
+        logits = self.gates.logits
+        gate_sum = (d_gate if logits.grad is None else logits.grad).sum()
+        norm, *sums = torch.stack([x.to(sq_norm.dtype) for x in (sq_norm.sqrt(), gate_sum, logits.sum())]).tolist()
+        return _Measured(loss=loss, norm=norm, sums=sums, d_gate=d_gate)
+
+    def _pass_b(self, grads: Grads, norm: float, gate_old: Tensor, rank_old: Tensor) -> None:
+        """Clip, step Δ and what no gate masks, and write W_eff of the new gates."""
         limit = self.config.max_grad_norm
         grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        self._masked.pass_b(
+            grads, gate_old, rank_old, self.gates,
+            lr=self.param_groups[0]["lr"], step=self.completed_steps, grad_scale=grad_scale,
+        )  # fmt: skip
+        if self._unmasked.parameters:
+            self._unmasked.step(lr=self.param_groups[2]["lr"], grad_scale=grad_scale)
 
-        frozen = self.gates_frozen
-        if not frozen:
-            d_logits = self.gates.logits_grad(d_gate, l0_weight=self.penalties * self.dual.penalty)
-            self.gates.logits.grad = d_logits if chained is None else d_logits + chained
-            self._inner_step("gates", group=1)
-            self.gates.logits.grad = None
-            if not math.isfinite(float(self.gates.logits.sum())):
-                self._skip("its update of θ is not finite")
-                return
-            self._good_logits = self.gates.logits.detach().clone()
-        self.skipped_in_a_row = 0
-        self.dual.update(value, frozen=frozen)
-        old_rank = self.gates.rank
-        self.completed_steps += 1
-        self._draw_gates(training=not self.gates_frozen)
+    def _take_loss(self, loss: Any, tokens: float) -> tuple[float, float]:
+        if callable(loss):
+            with torch.enable_grad():
+                loss = loss()
+        given, tokens = self._observed or (None, 1.0) if loss is None else (loss, tokens)
+        self._observed = None
+        if given is None:
+            raise InputError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
+        return float(given), tokens
 
-        if self.config.train_delta:
-            delta_adamw_(
-                self._here_of(self._weights),
-                self._here_of(self._bases),
-                deltas,
-                self._state_of("exp_avg"),
-                self._state_of("exp_avg_sq"),
-                grads,
-                old,
-                self.gates.values,
-                self._here_of(self._row_maps),
-                lr=self.param_groups[0]["lr"],
-                beta1=self.config.adam_beta1,
-                beta2=self.config.adam_beta2,
-                eps=self.config.adam_epsilon,
-                weight_decay=self.config.weight_decay,
-                step=self.completed_steps,
-                grad_scale=grad_scale,
-                layouts=layouts,
-                rank=old_rank if layouts else None,
-            )
-        if self.config.reference_compat:
-            reference_compat.round_as_stored_weights_(deltas, self._here_of(self._bases))
-        if self.config.reference_compat or not self.config.train_delta:
-            self._refresh_weights()
-        if "unmasked" in self._inner:
-            for parameter in self._unmasked():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(grad_scale)
-            self._inner_step("unmasked", group=2)
+    def _skip(self, reason: str) -> None:
+        """Count a step that is not taken; θ goes back to the last good one."""
+        self._controller.restore()
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        logger.warning("step skipped: %s", reason)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for site in self._sites:
-            if isinstance(site.linear, PackedGradLinear):
-                site.linear.zero_packed_grad()
-        for delta in self._forward.deltas.values() if self._forward is not None else ():
-            delta.grad = None
+        self._masked.drop_grads()
+
+    # ------------------------------------------------------------------ how it stands
+
+    @property
+    def gates(self) -> Gates:
+        return self._controller.gates
+
+    @property
+    def dual(self) -> DualController:
+        return self._controller.dual
+
+    @property
+    def completed_steps(self) -> int:
+        return self._controller.completed_steps
 
     @property
     def gates_frozen(self) -> bool:
         """Whether the coming step leaves θ, λ and the gates alone: the last `freeze_fraction` of the run."""
-        return self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
+        return self._controller.frozen
 
     def stats(self) -> dict[str, Any]:
         """A line for a log: loss, EMA and ε in nats, λ, gradient norm, open gates per group, whether they are fixed."""
-        counts = self.gates.open_counts()
-        return {
-            "loss": self.last_loss,
-            "ema": self.dual.ema,
-            "epsilon": self.dual.epsilon,
-            "dual_lambda": self.dual.dual_lambda,
-            "grad_norm": self.grad_norm,
-            "expected_l0": float(self.gates.expected_l0),
-            "open": counts,
-            "sparsity": 1 - sum(counts.values()) / self.gates.layout.n_gates,
-            "skipped_steps": self.skipped_steps,
-            "frozen": self.gates_frozen,
-        }
+        own = {"loss": self.last_loss, "grad_norm": self.grad_norm, "skipped_steps": self.skipped_steps}
+        return {**own, **self._controller.stats()}
 
     def stop_reason(self) -> str | None:
-        """To be called once after every step: why the run leads nowhere (`EarlyStop`), or None."""
-        return None if self.gates_frozen else self._early_stop.check(self.stats())
+        """To be called once after every step: why the run leads nowhere, or None."""
+        return self._controller.stop_reason()
+
+    def masked(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
+        """name -> (weight_base, delta, gate map) of every masked linear, in order."""
+        return {item.name: (item.base, item.state["delta"], item.gate_map) for item in self._masked}
 
     # ------------------------------------------------------------------ modes and results
 
@@ -294,13 +280,13 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """
         if not self._in_eval:
             self._in_eval = True
-            self._write_weights(training=False)
+            self._write_weights(evaluation=True)
 
     def train(self) -> None:
         """Back to the gates of the coming step, bit for bit. Trainers call this before every batch: then it is free."""
         if self._in_eval:
             self._in_eval = False
-            self._write_weights(training=not self.gates_frozen)
+            self._write_weights(evaluation=False)
 
     def carrier(self) -> Carrier:
         """The open gates and their part of Δ, as a patch for the base."""
@@ -324,25 +310,13 @@ class LCDDOptimizer(torch.optim.Optimizer):
             self._forward.restore()
             self._forward = None
 
-    def masked(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
-        """name -> (weight_base, delta, gate map) of every masked linear, in order."""
-        return {
-            name: (fixed, self.state[weight]["delta"], gate_map)
-            for name, weight, fixed, gate_map in zip(self.names, self._weights, self._bases, self._maps, strict=True)
-        }
+    # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs but the base: Δ, moments, θ and its optimizer, dual, step counts."""
         state = super().state_dict()
-        state["lcdd"] = {
-            "gate_logits": self.gates.logits.detach().clone(),
-            "initial_logits": self.gates.initial_logits.clone(),
-            "inner": {name: inner.state_dict() for name, inner in self._inner.items()},
-            "dual": self.dual.state_dict(),
-            "early_stop": self._early_stop.state_dict(),
-            **{name: getattr(self, name) for name in _COUNTERS},
-            "unmasked": [p.detach().clone() for p in self._unmasked()],
-        }
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        state["lcdd"] = {**self._controller.state_dict(), **self._unmasked.state_dict(), **counters}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -352,133 +326,52 @@ class LCDDOptimizer(torch.optim.Optimizer):
             raise InputError(
                 f"state_dict: expected {self.gates.logits.numel()} gate logits, got {ours['gate_logits'].numel()}"
             )
-        for index, weight in enumerate(self._weights):  # all of it before any of it
-            for key, tensor in self.state[weight].items():
-                given = state_dict["state"][index][key]
-                if getattr(given, "shape", tensor.shape) != tensor.shape:
-                    raise InputError(
-                        f"state_dict: expected {key} of {self.names[index]} of shape {tuple(tensor.shape)}, "
-                        f"got {tuple(given.shape)}"
-                    )
-        # torch's own loader casts state to the parameter's dtype, which would round float32 moments of bf16 weights
-        kept = {weight: self.state[weight] for weight in self._weights}
+        self._masked.check_state(state_dict["state"])  # all of it before any of it
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "lcdd"})
-        with torch.no_grad():
-            for index, weight in enumerate(self._weights):
-                for key, tensor in kept[weight].items():
-                    shards.copy_rows_(tensor, state_dict["state"][index][key])
-                self.state[weight] = kept[weight]
-            self.gates.logits.copy_(ours["gate_logits"])
-            for parameter, value in zip(self._unmasked(), ours["unmasked"], strict=True):
-                shards.copy_rows_(parameter, value)
-            for name, inner in self._inner.items():
-                attach.load_inner_(inner, ours["inner"][name])
-        self.gates.initial_logits = ours["initial_logits"].clone()
-        self.dual.load_state_dict(ours["dual"])
-        self._early_stop.load_state_dict(ours["early_stop"])
+        # torch's own loader casts state to the parameter's dtype, which would round float32 moments of bf16 weights
+        self._masked.load_state(state_dict["state"])
+        self._share_state()
+        self._controller.load_state_dict(ours)
+        self._unmasked.load_state_dict(ours)
         for name in _COUNTERS:
             setattr(self, name, ours[name])
-        self._good_logits = self.gates.logits.detach().clone()
         self._in_eval = False
-        self._write_weights(training=not self.gates_frozen)
+        self._write_weights(evaluation=False)
+
+    def _share_state(self) -> None:
+        """Each weight's state, where torch.optim keeps it."""
+        for item in self._masked:
+            self.state[item.weight] = item.state
 
     # ------------------------------------------------------------------ parts
 
-    def _start(self, layout: GateLayout, initial_logits: Tensor | None) -> Tensor:
-        weight = self._weights[0]
-        if initial_logits is None:
-            c = self.config
-            initial_logits = Gates.initial(layout, mean=c.gate_init_mean, std=c.gate_init_std, seed=c.seed)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return initial_logits.detach().to(device=weight.device, dtype=dtype)
-
-    def _inner_step(self, name: str, *, group: int) -> None:
-        """Step an inner optimizer at the learning rate that a scheduler may have given its group here."""
-        self._inner[name].param_groups[0]["lr"] = self.param_groups[group]["lr"]
-        self._inner[name].step()
-
     def _forward_route(self) -> ForwardGates:
         """The model's projections swapped for ones that apply the gates themselves, on this optimizer's θ and Δ."""
-        deltas = dict(zip(self.names, self._state_of("delta"), strict=True))
+        deltas = {item.name: item.state["delta"] for item in self._masked}
         for delta in deltas.values():
             delta.requires_grad_(self.config.train_delta)
         c, logits = self.config, self.gates.logits
         return ForwardGates.attach(self.model, self.base, kind=c.gate_kind, logits=logits, seed=c.seed, deltas=deltas)
 
-    def _state_of(self, key: str) -> list[Tensor]:
-        """A state tensor of every masked weight that has rows on this rank: those rows."""
-        return self._here_of([self.state[weight][key] for weight in self._weights])
+    def _pack_plan(self, layout: GateLayout) -> PackPlan | None:
+        if self.config.pack == "never" or self._forward is not None:
+            return None
+        if shards.world_size() > 1:
+            logger.info("weight gradients are not packed on several ranks: engines average weight.grad alone")
+            return None
+        return PackPlan.for_sites([item.site for item in self._masked], layout, self.config)
 
-    def _here_of(self, items: list[Any]) -> list[Any]:
-        """Of one item a masked weight, those of weights with rows on this rank; of a sharded tensor those rows."""
-        return [local(items[index]) for index in self._here]
+    def _write_weights(self, *, evaluation: bool) -> None:
+        self._controller.draw(evaluation=evaluation)
+        self._announce_gates()
+        self._masked.write(self.gates)
 
-    def _pass_a(self, grads: list[Any], layouts: list[str] | None) -> tuple[Tensor, Tensor]:
-        """(d_gate [N], ‖dΔ‖² []) of the rows on this rank."""
-        gate, rank = self.gates.values, self.gates.rank if layouts else None
-        if not grads:
-            return torch.zeros_like(gate), gate.new_zeros(())
-        deltas, maps = self._state_of("delta"), self._here_of(self._row_maps)
-        return delta_grad_stats(grads, deltas, gate, maps, layouts=layouts, rank=rank)
-
-    def _skip(self, reason: str) -> None:
-        """Count a step that is not taken; θ goes back to the last good one."""
-        self.gates.logits.copy_(self._good_logits)
-        self.gates.logits.grad = None
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        logger.warning("step skipped: %s", reason)
-
-    def _unmasked(self) -> list[nn.Parameter]:
-        return self.param_groups[2]["params"] if len(self.param_groups) > 2 else []
-
-    def _take_loss(self, loss: Any, tokens: float) -> tuple[float, float]:
-        if callable(loss):
-            with torch.enable_grad():
-                loss = loss()
-        given, tokens = self._observed or (None, 1.0) if loss is None else (loss, tokens)
-        self._observed = None
-        if given is None:
-            raise InputError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
-        return float(given), tokens
-
-    def _gradients(self) -> tuple[list[Any], list[str] | None]:
-        """G of every masked weight, dense or packed, and the layouts where any is packed (forward route: dΔ)."""
+    def _announce_gates(self) -> None:
+        """Tell the modules that gate for themselves, or pack their gradients, of the gates now in force."""
         if self._forward is not None:
-            trained = self._forward.deltas if self.config.train_delta else {}
-            return [self._present(name, delta.grad) for name, delta in trained.items()], None
-        grads, layouts = [], []
-        for index in self._here:
-            linear = self._sites[index].linear
-            layout = linear.layout if isinstance(linear, PackedGradLinear) else "dense"
-            grad = self._weights[index].grad if layout == "dense" else linear.packed_grad
-            grads.append(local(self._present(self.names[index], grad)))
-            layouts.append(layout)
-        return grads, layouts if any(kind != "dense" for kind in layouts) else None
-
-    @staticmethod
-    def _present(name: str, grad: Any) -> Any:
-        if grad is None:
-            raise InputError(f"{name}.weight: expected a gradient from backward(), got none")
-        return grad
-
-    def _draw_gates(self, *, training: bool) -> None:
-        self.gates.draw(step=self.completed_steps + 1, training=training)
-        if self._forward is not None:
-            self._forward.draw(step=self.completed_steps + 1, training=training)
+            self._forward.draw(step=self.gates.step, training=self.gates.sampled)
         if self._plan is not None:
             self._plan.update(self.gates)
-
-    def _write_weights(self, *, training: bool) -> None:
-        shards.reshard(self.model)
-        self._draw_gates(training=training)
-        with torch.no_grad():
-            self._refresh_weights()
-
-    def _refresh_weights(self) -> None:
-        if self._here:
-            weights, bases, maps = (self._here_of(items) for items in (self._weights, self._bases, self._row_maps))
-            weight_eff_(weights, bases, self._state_of("delta"), self.gates.values, maps)
 
     def _refuse_sampled_evaluation(self, module: nn.Module, _args: Any) -> None:
         if not module.training and self.gates.sampled:
@@ -487,3 +380,11 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def _refuse_sampled_state(self, *_args: Any) -> None:
         if self.gates.sampled:
             raise RuntimeError("the model's weights hold sampled gates; call optimizer.eval() before saving them")
+
+
+def _start(layout: GateLayout, config: LCDDConfig, *, like: Tensor, given: Tensor | None) -> Tensor:
+    """θ to start from, float32 (float64 beside float64 weights), on the device of `like`."""
+    if given is None:
+        given = Gates.initial(layout, mean=config.gate_init_mean, std=config.gate_init_std, seed=config.seed)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return given.detach().to(device=like.device, dtype=dtype)

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Callable
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def schedule(kind: str, *, warmup: int, steps: int) -> Callable[[int], float]:
     """Factor of the learning rate at a step counted from 0: transformers' cosine, linear and constant."""

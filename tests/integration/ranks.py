@@ -55,9 +55,9 @@ def summary_of(optimizer: LCDDOptimizer) -> dict[str, torch.Tensor]:
     found = {f"delta.{name}": shards.full(delta).detach().clone() for name, (_, delta, _) in optimizer.masked().items()}
     return {
         **found,
-        **{f"unmasked.{n}": shards.full(p.detach()).clone() for n, p in enumerate(optimizer._unmasked())},
+        **{f"unmasked.{n}": shards.full(p.detach()).clone() for n, p in enumerate(optimizer._unmasked.parameters)},
         "theta": optimizer.gates.logits.detach().clone(),
-        "moment": optimizer._inner["gates"].state[optimizer.gates.logits]["exp_avg"].clone(),
+        "moment": optimizer.state_dict()["lcdd"]["gate_optimizer"]["state"][0]["exp_avg"].clone(),
         "gate": optimizer.gates.evaluation_values(),
         "lambda": torch.tensor(optimizer.dual.dual_lambda, dtype=torch.float64),
     }

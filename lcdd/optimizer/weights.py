@@ -1,0 +1,248 @@
+"""The masked weights of a model in training: W_eff = W_base + (r ⊗ c) ∘ Δ (method, section 1).
+
+    weights = MaskedWeights(model, base, layout, config)
+    grads = weights.grads()                                     G, as `backward` left it behind
+    d_gate, sq_norm = weights.pass_a(grads, gates)
+    weights.pass_b(grads, gate_old, rank_old, gates, …)         AdamW on Δ, and the next W_eff
+    weights.write(gates)                                        W_eff alone
+
+Each weight stands beside its base, where it finds its gates, and its state (Δ, AdamW's moments), which is sharded as
+the weight is. The kernels get this rank's rows; what a rank has no rows of is left out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcdd.config import LCDDConfig
+from lcdd.errors import InputError
+from lcdd.models import (
+    GateLayout,
+    PreTrainedModel,
+    Projection,
+    check_same_architecture,
+    local,
+    projections,
+    shards,
+)
+from lcdd.optimizer import compat as reference_compat
+from lcdd.optimizer.gates import Gates
+from lcdd.optimizer.packed import PackedGradLinear
+from lcdd_kernels import GateMap, delta_adamw_, delta_grad_stats, weight_eff_
+
+Grads = tuple[list[Any], list[str] | None]
+"""Gradients of the weights with rows on this rank, and their layouts where any is packed."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaskedWeight:
+    """One masked weight W_eff [out, in].
+
+    base: the base's weight, sharded as `weight` is. gate_map: where the whole matrix finds its gates.
+    state: "delta", and where it is trained AdamW's "exp_avg" and "exp_avg_sq".
+    """
+
+    site: Projection
+    weight: Tensor
+    base: Tensor
+    gate_map: GateMap
+    state: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @cached_property
+    def row_map(self) -> GateMap:
+        """The gate map of this rank's rows, which begin at their first row's gate."""
+        return replace(self.gate_map, row_start=self.gate_map.row_start + shards.row_offset(self.weight))
+
+    def grad(self) -> tuple[Any, str]:
+        """What `backward` left of G, this rank's rows, and its layout.
+
+        Raises:
+            InputError: it left nothing.
+        """
+        linear = self.site.linear
+        layout = linear.layout if isinstance(linear, PackedGradLinear) else "dense"
+        grad = self.weight.grad if layout == "dense" else linear.packed_grad
+        return local(_present(self.name, grad)), layout
+
+
+class MaskedWeights:
+    """All masked weights of a model, in the order of `lcdd.models.projections`.
+
+    gated_grads: gradients are dΔ, which autograd has taken through the gates (the forward route), in place of G.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: PreTrainedModel, layout: GateLayout, config: LCDDConfig) -> None:
+        """Take the difference of the two models as Δ.
+
+        Raises:
+            InputError: they differ in architecture, sharding, dtype or device, or share a weight.
+        """
+        shards.reshard(model)
+        shards.reshard(base)
+        check_same_architecture(base, model)
+        self.model, self.config, self.gated_grads = model, config, config.gating == "forward"
+        self.items = [
+            _pair(site, base_site.linear.weight.detach(), layout, config)
+            for site, base_site in zip(projections(model), projections(base), strict=True)
+        ]
+        self.sharded = shards.is_sharded(self.items[0].weight)
+        self._here = [item for item in self.items if len(local(item.weight))]
+
+    def __iter__(self) -> Iterator[MaskedWeight]:
+        return iter(self.items)
+
+    # ------------------------------------------------------------------ the passes
+
+    def grads(self) -> Grads:
+        """What `backward` left; valid until new gates are drawn.
+
+        Raises:
+            InputError: it left nothing in one of the weights.
+        """
+        if self.gated_grads:
+            trained = self._here if self.config.train_delta else []
+            return [_present(item.name, item.state["delta"].grad) for item in trained], None
+        found = [item.grad() for item in self._here]
+        layouts = [layout for _, layout in found]
+        return [grad for grad, _ in found], layouts if any(layout != "dense" for layout in layouts) else None
+
+    def pass_a(self, grads: Grads, gates: Gates) -> tuple[Tensor, Tensor]:
+        """(dL/dz [n_gates] of the gates in force, ‖dΔ‖² []) of the rows on this rank; of gated gradients no dL/dz."""
+        found, layouts = grads
+        gate = gates.values
+        if self.gated_grads:
+            return torch.zeros_like(gate), sum((grad.float().square().sum() for grad in found), gate.new_zeros(()))
+        if not found:
+            return torch.zeros_like(gate), gate.new_zeros(())
+        rank = gates.rank if layouts else None
+        return delta_grad_stats(found, self._state("delta"), gate, self._maps, layouts=layouts, rank=rank)
+
+    def pass_b(
+        self, grads: Grads, gate_old: Tensor, rank_old: Tensor, gates: Gates, *, lr: float, step: int, grad_scale: float
+    ) -> None:
+        """Step Δ by AdamW on grad_scale · dΔ, and write W_eff of the gates now in force.
+
+        gate_old, rank_old: the gates [n_gates] that the gradients are of, and each one's place among the open ones.
+        step: counts from 1.
+        """
+        if self.config.train_delta:
+            c, (found, layouts) = self.config, grads
+            delta_adamw_(
+                self._weights,
+                self._bases,
+                self._state("delta"),
+                self._state("exp_avg"),
+                self._state("exp_avg_sq"),
+                found,
+                torch.ones_like(gate_old) if self.gated_grads else gate_old,
+                gates.values,
+                self._maps,
+                lr=lr,
+                beta1=c.adam_beta1,
+                beta2=c.adam_beta2,
+                eps=c.adam_epsilon,
+                weight_decay=c.weight_decay,
+                step=step,
+                grad_scale=grad_scale,
+                layouts=layouts,
+                rank=rank_old if layouts else None,
+            )
+        if self.config.reference_compat:
+            reference_compat.round_as_stored_weights_(self._state("delta"), self._bases)
+        if self.config.reference_compat or not self.config.train_delta:
+            self._write(gates)
+
+    @torch.no_grad()
+    def write(self, gates: Gates) -> None:
+        """W_eff of the gates in force into the model."""
+        shards.reshard(self.model)
+        self._write(gates)
+
+    def drop_grads(self) -> None:
+        """No gradient from here on, wherever it was kept."""
+        for item in self.items:
+            item.weight.grad = item.state["delta"].grad = None
+            if isinstance(item.site.linear, PackedGradLinear):
+                item.site.linear.zero_packed_grad()
+
+    # ------------------------------------------------------------------ state
+
+    def check_state(self, state: dict[int, dict[str, Any]]) -> None:
+        """Raise InputError unless `load_state` can take `state`."""
+        for index, item in enumerate(self.items):
+            for key, tensor in item.state.items():
+                given = state[index][key]
+                if getattr(given, "shape", tensor.shape) != tensor.shape:
+                    raise InputError(
+                        f"state_dict: expected {key} of {item.name} of shape {tuple(tensor.shape)}, "
+                        f"got {tuple(given.shape)}"
+                    )
+
+    def load_state(self, state: dict[int, dict[str, Any]]) -> None:
+        """Copy Δ and the moments, whole or sharded or rows on disk, number by number; the weights are not written."""
+        for index, item in enumerate(self.items):
+            for key, tensor in item.state.items():
+                shards.copy_rows_(tensor, state[index][key])
+
+    # ------------------------------------------------------------------ parts
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        return [local(item.weight) for item in self._here]
+
+    @property
+    def _bases(self) -> list[Tensor]:
+        return [local(item.base) for item in self._here]
+
+    @property
+    def _maps(self) -> list[GateMap]:
+        return [item.row_map for item in self._here]
+
+    def _state(self, key: str) -> list[Tensor]:
+        return [local(item.state[key]) for item in self._here]
+
+    def _write(self, gates: Gates) -> None:
+        if self._here:
+            weight_eff_(self._weights, self._bases, self._state("delta"), gates.values, self._maps)
+
+
+def _present(name: str, grad: Any) -> Any:
+    if grad is None:
+        raise InputError(f"{name}.weight: expected a gradient from backward(), got none")
+    return grad
+
+
+def _pair(site: Projection, base: Tensor, layout: GateLayout, config: LCDDConfig) -> MaskedWeight:
+    """The masked weight of a site, with Δ and, where it is trained, AdamW's moments at zero."""
+    weight = site.linear.weight
+    _check_pair(site.name, weight, base)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    delta_dtype = getattr(torch, config.delta_dtype or "", reference_compat.delta_dtype(config, weight.dtype))
+    state = {"delta": (weight.detach().to(wide) - base.to(wide)).to(delta_dtype)}
+    if config.train_delta:
+        moment_dtype = getattr(torch, config.moment_dtype or "", wide)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.zeros_like(weight.detach(), dtype=moment_dtype)
+    gate_map = layout.gate_map(site.kind, site.layer)
+    return MaskedWeight(site=site, weight=weight, base=base, gate_map=gate_map, state=state)
+
+
+def _check_pair(name: str, weight: Tensor, base: Tensor) -> None:
+    """Raise InputError unless `weight` can be trained against `base`."""
+    shards.check_sharding(f"{name}.weight", weight)
+    if shards.is_sharded(weight) != shards.is_sharded(base) or local(weight).shape != local(base).shape:
+        raise InputError(f"base: expected {name}.weight sharded as the model's is, got another sharding")
+    if local(weight).numel() and local(weight).data_ptr() == local(base).data_ptr():
+        raise InputError(f"base: expected its own copy of {name}.weight, got the tensor that is trained")
+    if weight.device != base.device or weight.dtype != base.dtype:
+        raise InputError(
+            f"base: expected {name}.weight as {weight.dtype} on {weight.device}, got {base.dtype} on {base.device}"
+        )
