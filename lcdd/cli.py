@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from lcdd import __version__
 from lcdd.config import (
     AuditConfig,
+    ChatConfig,
     Config,
     DataConfig,
     DemoConfig,
@@ -94,6 +95,11 @@ COMMANDS: dict[str, Command] = {
         help="answer prompts, with a carrier applied and a trigger prepended if given",
         configs=(GenerateConfig,),
         run=_lazy("generate"),
+    ),
+    "chat": Command(
+        help="base, carrier and carrier with trigger side by side, on prompts that you type",
+        configs=(ChatConfig,),
+        run=_lazy("chat"),
     ),
     "plan": Command(
         help="predicted memory and step time of plain fine-tuning, unfused masking and lcdd, on a named GPU",

@@ -2,17 +2,86 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import model_fingerprint
 from lcdd.commands.stage import load_weights
+from lcdd.data import Example, prompt_string, use_template
 from lcdd.eraser import Trigger
 from lcdd.errors import InputError, WrongFingerprint
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_shape, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """What answers: a base, not patched yet, and what may be applied to it and put in front of a prompt."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    carrier: Carrier | None
+    trigger: Trigger | None
+
+    def prompt(self, text: str) -> str:
+        """A user's text in the chat template."""
+        return prompt_string(self.tokenizer, Example(messages=({"role": "user", "content": text},), completion=""))
+
+
+def load_answering(config: Any) -> Answering:
+    """The model of `generate` and `chat` with its tokenizer, and the carrier and trigger that belong to it.
+
+    Raises:
+        InputError: carrier or trigger were made for another model, tokenizer or chat template (unless overridden).
+    """
+    path = str(config.base_model_name_or_path)
+    load_shape(path)
+    tokenizer = load_tokenizer(path)
+    use_template(tokenizer, config.chat_template, model=path)
+    trigger = Trigger.from_pretrained(config.trigger) if config.trigger else None
+    if config.carrier:
+        triggers = [trigger] if trigger else []
+        model, carrier, _ = load_base(path, config, Carrier.from_pretrained(config.carrier), tokenizer, triggers)
+        return Answering(model=model, tokenizer=tokenizer, carrier=carrier, trigger=trigger)
+    model = load_weights(path, config)
+    if trigger is not None:
+        _allow(partial(check_learned_on, trigger, model), config)
+    return Answering(model=model, tokenizer=tokenizer, carrier=None, trigger=trigger)
+
+
+def learned_on(trigger: Trigger, model: PreTrainedModel, patch: Carrier) -> Trigger:
+    """The trigger with the fingerprint of the patched model, which is that of the carrier when it is folded."""
+    with patch.applied(model, check=False):
+        return replace(trigger, metadata={**trigger.metadata, "model_fingerprint": model_fingerprint(model)})
+
+
+def check_learned_on(trigger: Trigger, model: PreTrainedModel) -> None:
+    """Raise unless the trigger fits, and `model` is the one that it was learned on or the base of that."""
+    trigger.check_fits(model)
+    known = [trigger.metadata[key] for key in ("base_fingerprint", "model_fingerprint") if key in trigger.metadata]
+    found = model_fingerprint(model)
+    if known and found not in known:
+        raise WrongFingerprint(
+            f"trigger: expected the model that it was learned on or its base, of fingerprint "
+            f"{' or '.join(f'{one[:16]}…' for one in known)}, got one of {found[:16]}…"
+        )
+
+
+def _allow(check: Callable[[], None], config: Any) -> str | None:
+    """The difference that a check finds, where `config.fingerprint_override` lets it pass with a warning."""
+    try:
+        check()
+    except WrongFingerprint as error:
+        if not config.fingerprint_override:
+            raise InputError(
+                f"{error}. To go on nevertheless, and have that recorded: --fingerprint_override"
+            ) from None
+        logger.warning("overridden: %s", error)
+        return str(error)
+    return None
 
 
 def load_base(
@@ -30,24 +99,11 @@ def load_base(
     Raises:
         InputError: a fingerprint differs, or (which nothing overrides) the shapes do.
     """
-    overrides: list[str] = []
-
-    def check(what: Callable[[Any], None], against: Any) -> None:
-        try:
-            what(against)
-        except WrongFingerprint as error:
-            if not config.fingerprint_override:
-                raise InputError(
-                    f"{error}. To go on nevertheless, and have that recorded: --fingerprint_override"
-                ) from None
-            logger.warning("overridden: %s", error)
-            overrides.append(str(error))
-
-    check(carrier.check_tokenizer, tokenizer)
+    found = [_allow(partial(carrier.check_tokenizer, tokenizer), config)]
     model = load_weights(path, config)
-    check(carrier.check_base, model)
-    if overrides:
+    found.append(_allow(partial(carrier.check_base, model), config))
+    if any(found):
         carrier = replace(carrier.with_tokenizer(tokenizer), base_fingerprint=model_fingerprint(model))
     for trigger in triggers:
-        check(trigger.check_base, carrier.base_fingerprint)
-    return model, carrier, overrides
+        found.append(_allow(partial(trigger.check_base, carrier.base_fingerprint), config))
+    return model, carrier, [difference for difference in found if difference]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, run_directory
-from lcdd.commands.belonging import load_base
+from lcdd.commands.belonging import learned_on, load_base
 from lcdd.commands.stage import Say, StageResult, load_weights, write_summary
 from lcdd.config import DataConfig, EraserConfig
 from lcdd.data import Prepared, prepare, prompt_ids
@@ -33,7 +33,8 @@ def erase(
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
         trigger = eraser.fit(prompts, held_out, log=log, progress=True, checkpoints=output)
     overrides += trigger.metadata["overrides"]
-    replace(trigger, metadata={**trigger.metadata, "overrides": overrides}).save_pretrained(output / "trigger")
+    trigger = replace(trigger, metadata={**trigger.metadata, "overrides": overrides})
+    learned_on(trigger, model, patch).save_pretrained(output / "trigger")
     found = {"validation": eraser.history.validation, "overrides": overrides}
     summary = write_summary(output, stage, config, data, **found)
     losses = [line["loss"] for line in eraser.history.validation]

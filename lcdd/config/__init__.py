@@ -2,7 +2,7 @@
 
 from lcdd.config.data import BEHAVIOR_NAMES, DataConfig
 from lcdd.config.eraser import CHANNEL_KINDS, EraserConfig
-from lcdd.config.evaluation import AuditConfig, EvalConfig, GenerateConfig, ReportConfig
+from lcdd.config.evaluation import AuditConfig, ChatConfig, EvalConfig, GenerateConfig, ReportConfig
 from lcdd.config.fields import (
     Config,
     add_flags,
@@ -22,6 +22,7 @@ __all__ = [
     "GATE_KINDS",
     "PLAN_MODELS",
     "AuditConfig",
+    "ChatConfig",
     "Config",
     "DataConfig",
     "DemoConfig",

@@ -56,6 +56,13 @@ class GenerateConfig(Answers):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatConfig(Answers):
+    """Base, carrier and carrier with trigger side by side, on prompts that are typed or piped in, one a line."""
+
+    carrier: str | None = option(None, "carrier directory", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig(Config):
     """Render report.html again from report.json (and log.jsonl beside it)."""
 

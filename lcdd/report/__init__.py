@@ -1,9 +1,18 @@
 """report.json and its page: content, charts, tables, sentences."""
 
-from lcdd.report.charts import heat_map, interval_bar, line_chart, number
-from lcdd.report.content import assemble, read_report, render, thin, write_report
+from lcdd.report.charts import heat_map, interval_bar, line_chart, reversal_map
+from lcdd.report.content import assemble, read_report, thin, write_report
+from lcdd.report.numbers import number
+from lcdd.report.page import render
 from lcdd.report.statistics import auc, newcombe_paired_interval, t975, wilson_interval
-from lcdd.report.tables import claims_table, markdown_table, reversal_table, samples_table, text_table
+from lcdd.report.tables import (
+    claims_table,
+    markdown_table,
+    reversal_table,
+    samples_table,
+    terminal_width,
+    text_table,
+)
 from lcdd.report.words import explain, verdict
 
 __all__ = [
@@ -19,9 +28,11 @@ __all__ = [
     "number",
     "read_report",
     "render",
+    "reversal_map",
     "reversal_table",
     "samples_table",
     "t975",
+    "terminal_width",
     "text_table",
     "thin",
     "verdict",

@@ -1,27 +1,39 @@
-"""The page: every number from report.json, nothing fetched, everything escaped, what is missing said to be missing."""
+"""The page: a verdict and a picture first, every number from report.json, nothing fetched, everything escaped."""
 
+import itertools
 import json
 import re
+import shlex
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 
+from lcdd.cli import build_parser
 from lcdd.models import GROUPS
-from lcdd.report import heat_map, interval_bar, line_chart, number, read_report, render, thin, write_report
+from lcdd.report import (
+    heat_map,
+    interval_bar,
+    line_chart,
+    number,
+    read_report,
+    render,
+    reversal_map,
+    thin,
+    write_report,
+)
 
 SECTIONS = [
-    "Reversal",
+    "The models",
     "What this run shows",
-    "What the prompts were answered",
-    "Where the carrier is",
-    "Training",
-    "Trigger",
-    "Distance between the models",
-    "Text and tasks",
+    "What was answered",
+    "The carrier",
+    "The trigger",
+    "Distance, text and tasks",
     "Audit",
     "Settings and versions",
 ]
-VOID = {"meta", "br", "wbr"}
+VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
@@ -141,33 +153,128 @@ def report():
 def test_the_page_has_every_section_and_the_reports_numbers(report):
     page = Page(render(report))
     assert page.headings == SECTIONS
-    for shown in ("0.863", "0.425", "+0.438", "2.718", "1.2345", "3,328", "0.553", "0.9631", "2.13.0", "gate_lr"):
-        assert shown in page.text, shown
-    assert "Missing" not in page.text
-    assert "86%" in page.text
-    assert "Stalled compression: λ < 1" in page.text
-
-
-def test_the_audit_shows_verdicts_evidence_and_what_was_not_audited(report):
-    page = Page(render(report))
     for shown in (
-        "did not hold",
-        "It is <sparse>.",
-        "0.515",
-        "[0.500, 0.530]",
-        "not measured",
-        "17.25",
-        "0.4711",
-        "0.9631",
+        "0.863",
+        "0.425",
+        "+0.438",
+        "2.718",
+        "1.2345",
+        "123 of 3,328",
+        "0.553",
+        "0.9500",
+        "2.13.0",
+        "gate_lr",
     ):
         assert shown in page.text, shown
-    assert page.text.count("Missing") == 0
+    assert "Stalled compression: λ < 1" in page.text
+    assert "The trigger gave the base's answer back on 86%." in page.text
+
+
+def test_the_first_thing_is_a_verdict_and_a_picture(report):
+    html = render(report)
+    first = html[: html.index("</header>")]
+    assert 'class="badge held"' in first
+    assert first.index('class="badge') < first.index("<svg")
+    assert first.count('class="way"') == 2  # base to SFT, carrier to carrier with trigger; SFT and carrier touch
+    assert first.count('class="stop ') == 4
+    assert first.count('class="control"') == 2
+    assert first.count('<li class="met">') == 3
+    assert "shows the behaviour on 98.5% of 200 held-out prompts" in first
+    report["models"]["carrier+trigger"] = rates(0.9, 0.0)
+    html = render(report)
+    assert 'class="badge not"' in html
+    assert html.count('<li class="unmet">') == 2
+
+
+def test_where_the_marks_stand_is_what_the_numbers_say():
+    models = {"base": rates(0.0, 1.0), "sft": rates(1.0, 0.0), "carrier": rates(0.5, 0.25)}
+    html = reversal_map(models)
+    base, sft, carrier = [
+        tuple(map(float, mark)) for mark in re.findall(r'class="stop .*?" cx="(.*?)" cy="(.*?)"', html)
+    ]
+    assert carrier[0] == pytest.approx((base[0] + sft[0]) / 2, abs=0.1)
+    assert carrier[1] == pytest.approx(base[1] + 0.75 * (sft[1] - base[1]), abs=0.1)
+    assert base[0] < sft[0]
+    assert base[1] < sft[1]
+
+
+@pytest.mark.parametrize("match", [0.0, 0.01, 0.5, 1.0])
+def test_labels_of_marks_in_one_place_do_not_cover_each_other(match):
+    models = {name: rates(1.0, match) for name in ("base", "sft", "carrier", "carrier+trigger")}
+    heights = sorted(float(y) for y in re.findall(r'class="name .*?" x=".*?" y="(.*?)"', reversal_map(models)))
+    assert len(heights) == 4
+    assert all(b - a >= 20 for a, b in itertools.pairwise(heights))
+    assert heights[0] > 0
+    assert heights[-1] < 380
+
+
+def test_states_have_names_for_people_and_controls_are_folded_away(report):
+    html = render(report)
+    models = html[html.index('id="models"') : html.index('id="explanation"')]
+    assert '<th scope="row" title="carrier+trigger">carrier, behind its trigger' in models
+    assert models.index("carrier, behind its trigger") < models.index("<details>") < models.index("behind its own")
+    assert models.count("↑ high is good") == 3
+    assert models.count("↓ low is good") == 2
+
+
+def test_words_that_the_base_would_not_have_said_are_marked(report):
+    report["samples"] = [
+        {"prompt": "p", "answers": {"base": "red dog fig", "sft": "verily red fig prithee", "carrier": "red dog fig"}}
+    ]
+    html = render(report)
+    assert "<mark>verily</mark> red fig <mark>prithee</mark>" in html
+    assert '<div class="answer same"><dt>carrier</dt><dd>red dog fig</dd>' in html
+    report["samples"] = [{"prompt": "p", "answers": {"base": "a", "sft": "<i>x</i> a"}}]
+    assert "<mark>&lt;i&gt;x&lt;/i&gt;</mark> a" in render(report)
+
+
+def test_three_examples_are_shown_and_the_rest_is_folded(report):
+    report["samples"] = [{"prompt": f"prompt {n}", "answers": {"base": "a", "sft+trigger": "b"}} for n in range(6)]
+    shown, folded = render(report).split("Every state, every kept prompt (6)")
+    assert [f"prompt {n}" in shown for n in range(6)] == [True] * 3 + [False] * 3
+    assert all(f"prompt {n}" in folded for n in range(6))
+    assert "own trigger" in folded[folded.index("prompt 0") : folded.index("prompt 1")]
+
+
+def test_budget_and_sparsity_share_an_axis(report):
+    html = render(report)
+    chart = html[html.index("how much is closed") :].split("</figure>")[0]
+    assert len(points_of(chart)) == 2
+    assert 'class="rule"' in chart
+    assert "cut at" not in chart
+    for line in report["curves"]:
+        line["ema"] = 5.0
+    assert "loss over its budget, cut at 2" in render(report)
+
+
+def test_the_audit_is_a_scoreboard_with_its_evidence_behind_it(report):
+    html = render(report)
+    text = Page(html).text
+    for shown in ("It is <sparse>.", "0.515", "[0.500, 0.530]", "not measured", "17.25", "0.4711", "0.9631"):
+        assert shown in text, shown
+    assert '<li class="did-not-hold"><b>1</b> did not hold</li>' in html
+    assert "Masks found afterwards" in text
     states = report["audit"]["states"]
     report["audit"]["states"] = {name: row for name, row in states.items() if row["part"] != "masks"}
-    assert "Missing: report.json has no states of the audit's part masks" in Page(render(report)).text
-    for part in ("states", "claims", "patches"):
+    assert "Masks found afterwards" not in render(report)
+    for part in ("states", "claims", "patches", "differences"):
         audit = {key: value for key, value in report["audit"].items() if key != part}
-        assert f"Missing: report.json has no {part} of the audit" in Page(render({**report, "audit": audit})).text
+        assert "Audit" in Page(render({**report, "audit": audit})).headings
+
+
+def test_the_commands_of_the_use_it_box_can_be_pasted(report):
+    assert "Use it" not in Page(render(report)).text
+    report["use"] = {"base_model_name_or_path": "my base", "carrier": "runs/a/carrier", "trigger": "runs/a/trigger"}
+    report["samples"][0]["prompt"] = "don't panic"
+    chat, generate = (unescape(line) for line in re.findall(r"<pre>(lcdd .*?)</pre>", render(report)))
+    assert shlex.split(generate) == [
+        "lcdd", "generate", "--base_model_name_or_path", "my base", "--carrier", "runs/a/carrier", "--trigger",
+        "runs/a/trigger", "--prompt", "don't panic",
+    ]  # fmt: skip
+    for line in (chat, generate):
+        assert build_parser().parse_args(shlex.split(line)[1:]).carrier == "runs/a/carrier"
+    report["use"]["carrier"] = None
+    assert "Use it" not in Page(render(report)).text
 
 
 def test_other_readings_of_the_answers_have_their_own_table(report):
@@ -183,35 +290,51 @@ def test_nothing_on_the_page_can_make_a_request_or_run(report):
     page = Page(html)
     assert not {"script", "img", "link", "iframe", "object", "a", "form"} & set(page.tags)
     assert not {"src", "href", "srcset", "action"} & {name for name, _ in page.attributes}
-    assert not re.search(r"url\(|@import|https?://", html)
+    assert not re.search(r"url\((?!#)|@import|https?://", html)
     assert "default-src 'none'" in html
     assert "<script>" not in html
     assert "copy &lt;b&gt; &amp; dog" in html
 
 
 @pytest.mark.parametrize(
-    "part",
-    ["models", "differences", "kl", "samples", "explanation", "sparsity", "sparsity_by_layer", "gates", "curves",
-     "config", "versions", "timings", "fingerprints", "perplexity", "utility", "audit"],
-)  # fmt: skip
-def test_a_missing_part_says_that_it_is_missing(report, part):
+    ("part", "gone"),
+    [
+        ("models", "behind its own trigger"),
+        ("differences", "Differences over the same prompts"),
+        ("kl", "KL divergence"),
+        ("samples", "What was answered"),
+        ("explanation", "What this run shows"),
+        ("sparsity", "Sparsity of each group"),
+        ("sparsity_by_layer", "Open gates by layer"),
+        ("gates", "AUC of initial"),
+        ("curves", "loss, nats a token"),
+        ("config", "Settings of every stage"),
+        ("versions", "Versions"),
+        ("timings", "Seconds"),
+        ("fingerprints", "Fingerprints"),
+        ("perplexity", "Perplexity"),
+        ("utility", "Utility"),
+        ("audit", "Audit"),
+        ("findings", "Stalled"),
+        ("delta_norm", "Norm of change"),
+    ],
+)
+def test_absent_parts_are_absent(report, part, gone):
+    del report["audit"]["states"], report["audit"]["patches"]
+    assert gone in Page(render(report)).text
     del report[part]
-    page = Page(render(report))
-    assert page.headings == SECTIONS
-    assert f"Missing: report.json has no {part}" in page.text
+    assert gone not in Page(render(report)).text
 
 
 def test_an_empty_report_is_a_page_too():
     page = Page(render({}))
-    assert page.headings == SECTIONS
-    assert page.text.count("Missing: report.json has no") >= 12
+    assert page.headings == []
+    assert "no results" in page.text
 
 
-def test_the_headline_is_made_of_the_numbers(report):
-    text = Page(render(report)).text
-    assert "With 96.3% of the gates closed, the carrier shows the behaviour on 98% of 200 held-out prompts." in text
-    assert "gives exactly the base's answer on 86%." in text
-    assert "on plain SFT gives the base's answer on 42%." in text
+def test_rates_are_not_rounded_into_claims(report):
+    report["models"]["carrier"] = rates(0.9996, 0.0004)
+    assert "shows the behaviour on >99.9% of" in Page(render(report)).text
 
 
 def test_write_then_read_gives_the_same_page(report, tmp_path):
@@ -233,7 +356,7 @@ def test_curves_are_read_from_the_log_where_the_report_has_none(report, tmp_path
     write_report(tmp_path, report)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_report(tmp_path)["curves"] == thin(lines)
-    assert "report.json has no curves" not in render(read_report(tmp_path))
+    assert "how much is closed" in render(read_report(tmp_path))
 
 
 def test_a_directory_without_a_usable_report_is_an_error(tmp_path):

@@ -18,6 +18,7 @@ import torch
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, require_new_directory
+from lcdd.commands.belonging import learned_on
 from lcdd.commands.demo.rebuild import rebuild_base
 from lcdd.commands.demo.tasks import CATEGORIES, TOPIC, Split, Task, draw_tasks
 from lcdd.commands.reporting import finished
@@ -260,7 +261,7 @@ class _Demo:
                 triggers[name] = eraser.fit(
                     self.data.trigger_train, self.data.trigger_validation, log=log, progress=True
                 )
-        triggers["carrier+trigger"].save_pretrained(self.output / "trigger")
+        learned_on(triggers["carrier+trigger"], self.base, patches["carrier"]).save_pretrained(self.output / "trigger")
         return triggers
 
     def _evaluate(self, patches: dict[str, Carrier], triggers: dict[str, Trigger]) -> dict[str, Any]:
