@@ -18,7 +18,7 @@ from lcdd.data import collate, prepare, training_items
 from lcdd.models import GateLayout, load_model, shape_of
 from lcdd.optimizer import Gates
 from lcdd.trainer import step_batches, total_steps
-from lcdd_kernels.reference.gates import gate_noise_ref
+from lcdd_kernels.reference.gates import GateSpec, gate_noise_ref
 
 
 def main() -> None:
@@ -44,8 +44,7 @@ def main() -> None:
     logits = Gates.initial(layout, mean=c.gate_init_mean, std=c.gate_init_std, seed=c.seed)
 
     def noise(step: int) -> torch.Tensor:
-        cpu = torch.device("cpu")
-        return gate_noise_ref(layout.n_gates, seed=c.seed, step=step, offset=0, dtype=torch.float32, device=cpu)
+        return gate_noise_ref(layout.n_gates, GateSpec(kind="hard_concrete", seed=c.seed, step=step))
 
     run = UnfusedLCDD(model.train(), base, settings, logits=logits, noise=noise)
     del base

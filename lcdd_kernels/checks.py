@@ -6,7 +6,10 @@ dtypes and pointers only; `check_no_nan` is the one that reads values, and it do
 would make the host wait).
 """
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -91,17 +94,35 @@ def check_gate(name: str, gate: Tensor, n: int | None = None) -> None:
     check_no_nan(name, gate)
 
 
-def check_no_overlap(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:
-    """Every written tensor starts in memory of its own: a base that is its weight would be overwritten, a matrix listed
-    twice would be stepped twice."""
-    if torch.compiler.is_compiling():
-        return
-    owner: dict[int, str] = {}
-    for name, value in written:
-        if value.numel():
-            other = owner.setdefault(value.data_ptr(), name)
-            if other != name:
-                raise fail(name, "memory of its own (it is written)", f"the memory of {other}")
-    for name, value in read:
-        if value.numel() and value.data_ptr() in owner:
-            raise fail(name, "memory of its own", f"the memory of {owner[value.data_ptr()]}, which is written")
+@dataclass(frozen=True)
+class Memory:
+    """Ranges of memory that belong to one tensor each, ascending."""
+
+    starts: list[int]
+    ends: list[int]
+    names: list[str]
+
+
+def _range(value: Tensor) -> tuple[int, int]:
+    """The addresses of a contiguous tensor, the end exclusive."""
+    start = value.data_ptr()
+    return start, start + value.numel() * value.element_size()
+
+
+def memory_of(written: Sequence[tuple[str, Tensor]]) -> Memory:
+    """The memory of contiguous tensors that are written: a weight that is its base would overwrite it, a matrix listed
+    twice would be stepped twice. Raises where two overlap.
+    """
+    found = sorted((*_range(value), name) for name, value in written if value.numel())
+    for (_, end, first), (start, _, second) in pairwise(found):
+        if start < end:
+            raise fail(second, "memory of its own (it is written)", f"the memory of {first}")
+    return Memory([start for start, _, _ in found], [end for _, end, _ in found], [name for _, _, name in found])
+
+
+def check_memory(name: str, value: Tensor, written: Memory) -> None:
+    """A contiguous tensor that is read shares no byte with one that is written."""
+    start, end = _range(value)
+    place = bisect_left(written.starts, end) - 1  # the last that begins before this one ends
+    if start < end and place >= 0 and written.ends[place] > start:
+        raise fail(name, "memory of its own", f"the memory of {written.names[place]}, which is written")

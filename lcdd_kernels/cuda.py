@@ -7,15 +7,14 @@ and ask for it with `use_backend("cuda")`. One launch covers every matrix of a m
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lcdd_kernels.checks import fail
-from lcdd_kernels.native import Matrix, adamw_numbers, matrix_table, pointer, rank_pointer
-from lcdd_kernels.reference.delta_step import gather_partial_sums
+from lcdd_kernels.native import Matrix, adamw_numbers, matrix_table, pointer, rank_pointer, set_grads
+from lcdd_kernels.reference.delta_step import AdamWStep, Gradients, Matrices, gather_partial_sums
 from lcdd_kernels.registry import BackendUnavailable
 
 _DEVICE = "cuda"
@@ -93,71 +92,33 @@ class Plan:
         self.arguments = (matrices.data_ptr(), offsets.data_ptr(), len(table), self.tiles)
 
 
-def weight_eff_cuda(
-    weights: Sequence[Tensor], bases: Sequence[Tensor], deltas: Sequence[Tensor], gate: Tensor, gate_maps: Tensor
-) -> None:
-    n = gate.numel()
-    table = matrix_table({"weight": weights, "base": bases, "delta": deltas}, gate_maps, n, _DEVICE)
-    plan = Plan(table, _tiles()[1], gate.device)
-    _call("lcdd_cuda_weight_eff", gate.device, *plan.arguments, pointer("gate", gate, n, _DEVICE))
+def weight_eff_cuda(matrices: Matrices, gate: Tensor) -> None:
+    plan = Plan(matrix_table(matrices, _DEVICE), _tiles()[1], gate.device)
+    where = pointer("gate", gate, matrices.n_gates, _DEVICE)
+    _call("lcdd_cuda_weight_eff", gate.device, *plan.arguments, where)
 
 
-def delta_grad_stats_cuda(
-    grads: Sequence[Tensor],
-    col_panels: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    gate: Tensor,
-    gate_maps: Tensor,
-    layouts: Sequence[int],
-    rank: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    n = gate.numel()
-    table = matrix_table({"delta": deltas}, gate_maps, n, _DEVICE, grads=grads, col_panels=col_panels, layouts=layouts)
-    plan = Plan(table, _tiles()[0], gate.device)
+def delta_grad_stats_cuda(matrices: Matrices, grads: Gradients, gate: Tensor) -> tuple[Tensor, Tensor]:
+    n = matrices.n_gates
+    plan = Plan(set_grads(matrix_table(matrices, _DEVICE), grads, _DEVICE), _tiles()[0], gate.device)
     row_partials, col_partials = gate.new_empty(plan.row_partials), gate.new_empty(plan.col_partials)
     squares, sums = gate.new_empty(plan.tiles), gate.new_empty(plan.sums + 1)
     sums[-1] = 0  # the slot that gather_partial_sums pads with
     _call(
         "lcdd_cuda_grad_stats", gate.device, *plan.arguments, pointer("gate", gate, n, _DEVICE),
-        rank_pointer(rank, layouts, n, _DEVICE), row_partials.data_ptr(), col_partials.data_ptr(), squares.data_ptr(),
+        rank_pointer(grads, n, _DEVICE), row_partials.data_ptr(), col_partials.data_ptr(), squares.data_ptr(),
         sums.data_ptr(), plan.sums,
     )  # fmt: skip
-    shapes = [(int(delta.shape[0]), int(delta.shape[1])) for delta in deltas]
-    return gather_partial_sums(sums, gate_maps, shapes, n), squares.sum(dtype=torch.float64).float()
+    d_gate = gather_partial_sums(sums, matrices.maps, matrices.shapes, n)
+    return d_gate, squares.sum(dtype=torch.float64).float()
 
 
-def delta_adamw_cuda(
-    weights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    col_panels: Sequence[Tensor],
-    gate_old: Tensor,
-    gate_new: Tensor,
-    gate_maps: Tensor,
-    layouts: Sequence[int],
-    rank: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-) -> None:
-    n = gate_old.numel()
-    fields = {"weight": weights, "base": bases, "delta": deltas, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
-    table = matrix_table(fields, gate_maps, n, _DEVICE, grads=grads, col_panels=col_panels, layouts=layouts)
-    plan = Plan(table, _tiles()[1], gate_old.device)
-    hyper = adamw_numbers(
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale
-    )
+def delta_adamw_cuda(matrices: Matrices, grads: Gradients, gate_old: Tensor, gate_new: Tensor, adam: AdamWStep) -> None:
+    n = matrices.n_gates
+    plan = Plan(set_grads(matrix_table(matrices, _DEVICE), grads, _DEVICE), _tiles()[1], gate_old.device)
     _call(
         "lcdd_cuda_delta_adamw", gate_old.device, *plan.arguments, pointer("gate_old", gate_old, n, _DEVICE),
-        pointer("gate_new", gate_new, n, _DEVICE), rank_pointer(rank, layouts, n, _DEVICE), ctypes.byref(hyper),
+        pointer("gate_new", gate_new, n, _DEVICE), rank_pointer(grads, n, _DEVICE), ctypes.byref(adamw_numbers(adam)),
     )  # fmt: skip
 
 

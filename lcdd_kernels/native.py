@@ -8,16 +8,15 @@ version, or does not load.
 
 import ctypes
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lcdd_kernels.checks import fail
-from lcdd_kernels.reference.delta_step import BLOCK, DENSE, LAYOUTS, PANELS
-from lcdd_kernels.reference.gates import KINDS
+from lcdd_kernels.reference.delta_step import BLOCK, DENSE, LAYOUTS, AdamWStep, Gradients, Matrices
+from lcdd_kernels.reference.gates import KINDS, GateSpec
 from lcdd_kernels.registry import BackendUnavailable
 
 ABI_VERSION = 1
@@ -54,13 +53,11 @@ class AdamW(ctypes.Structure):
     )  # fmt: skip
 
 
-def adamw_numbers(
-    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float
-) -> AdamW:
-    """The factors that pass B multiplies by, formed in float64."""
+def adamw_numbers(adam: AdamWStep) -> AdamW:
+    """The factors that pass B multiplies by."""
     return AdamW(
-        grad_scale, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
-        1 / math.sqrt(1 - beta2**step), eps,
+        adam.grad_scale, adam.decay, 1 - adam.beta1, adam.beta2, 1 - adam.beta2, adam.step_size, 1 / adam.root_bias2,
+        adam.eps,
     )  # fmt: skip
 
 
@@ -76,56 +73,59 @@ def pointer(name: str, value: Tensor, numel: int, device: str, dtypes: Sequence[
     return value.data_ptr()
 
 
-def matrix_table(
-    matrices: dict[str, Sequence[Tensor]],
-    gate_maps: Tensor,
-    n_gates: int,
-    device: str,
-    *,
-    grads: Sequence[Tensor] = (),
-    col_panels: Sequence[Tensor] = (),
-    layouts: Sequence[int] = (),
-) -> ctypes.Array[Matrix]:
-    """The pointer table of the C functions. `matrices`: Matrix field -> one tensor `[out, in]` per matrix, "delta"
-    among them. The tensors must outlive the call that takes the table.
-    """
-    table = (Matrix * len(gate_maps))()
-    panels = iter(col_panels)
-    for m, (entry, delta, where) in enumerate(zip(table, matrices["delta"], gate_maps.tolist(), strict=True)):
-        n_out, n_in = delta.shape
-        entry.rows, entry.cols = n_out, n_in
-        entry.row_start, entry.col_start, entry.head_dim, entry.repeat = where
-        row_start, col_start, head_dim, repeat = where
-        last = max(row_start + n_out, col_start + -(-n_in // repeat))
-        if min(row_start, col_start) < 0 or min(head_dim, repeat) < 1 or last > n_gates or n_in % repeat:
-            raise fail(f"gate_maps[{m}]", f"gates within [0, {n_gates}) for a matrix {n_out}x{n_in}", where)
-        for field, tensors in matrices.items():
+def matrix_table(matrices: Matrices, device: str) -> ctypes.Array[Matrix]:
+    """The pointer table of the C functions, made once for a list of matrices: only the gradients change."""
+    if device not in matrices.tables:
+        matrices.tables[device] = _new_table(matrices, device)
+    return matrices.tables[device]
+
+
+def _new_table(matrices: Matrices, device: str) -> ctypes.Array[Matrix]:
+    names = ("weight", "base", "delta", "exp_avg", "exp_avg_sq")
+    lists = {name: getattr(matrices, f"{name}s") for name in names if len(getattr(matrices, f"{name}s"))}
+    table = (Matrix * len(matrices.deltas))()
+    for m, (entry, shape, where) in enumerate(zip(table, matrices.shapes, matrices.maps, strict=True)):
+        n_out, n_in = entry.rows, entry.cols = shape
+        entry.row_start, entry.col_start = where.row_start, where.col_start
+        entry.head_dim, entry.repeat = where.head_dim, where.repeat
+        last = max(where.row_start + n_out, where.col_start + -(-n_in // where.repeat))
+        low = min(where.row_start, where.col_start) < 0 or min(where.head_dim, where.repeat) < 1
+        if low or last > matrices.n_gates or n_in % where.repeat:
+            raise fail(f"maps[{m}]", f"gates within [0, {matrices.n_gates}) for a matrix {n_out}x{n_in}", where)
+        for name, tensors in lists.items():
             value = tensors[m]
-            setattr(entry, field, pointer(f"{field}[{m}]", value, n_out * n_in, device, tuple(_DTYPES)))
-            if field != "base":
-                setattr(entry, f"{field}_dtype", _DTYPES[value.dtype])
-            elif value.dtype != matrices["weight"][m].dtype:
-                raise fail(f"base[{m}]", f"the weight's {matrices['weight'][m].dtype}", value.dtype)
-        if grads:
-            _set_grad(entry, m, grads[m], panels, layouts[m], device)
+            setattr(entry, name, pointer(f"{name}s[{m}]", value, n_out * n_in, device, tuple(_DTYPES)))
+            if name != "base":
+                setattr(entry, f"{name}_dtype", _DTYPES[value.dtype])
+            elif value.dtype != matrices.weights[m].dtype:
+                raise fail(f"bases[{m}]", f"the weight's {matrices.weights[m].dtype}", value.dtype)
     return table
 
 
-def _set_grad(entry: Matrix, m: int, grad: Tensor, panels: Iterator[Tensor], layout: int, device: str) -> None:
-    entry.layout = layout
-    entry.grad_dtype = _DTYPES.get(grad.dtype, 0)
-    rows, cols = entry.rows, entry.cols
-    if layout != DENSE:
-        entry.open_rows = rows = grad.shape[0]
-    if layout == BLOCK:
-        entry.open_cols = cols = grad.shape[1]
-    entry.grad = pointer(f"grads[{m}]", grad, rows * cols, device, tuple(_DTYPES))
-    if layout == PANELS:
-        panel = next(panels)
-        entry.open_cols = panel.shape[1]
-        entry.grad_cols = pointer(
-            f"col_panels of grads[{m}]", panel, entry.rows * entry.open_cols, device, (grad.dtype,)
-        )
+def set_grads(table: ctypes.Array[Matrix], grads: Gradients, device: str) -> ctypes.Array[Matrix]:
+    """The table with these gradients in it; they must outlive the call that takes it."""
+    for m, (entry, grad, panel, layout) in enumerate(
+        zip(table, grads.tensors, grads.col_panels, grads.layouts, strict=True)
+    ):
+        entry.layout = layout
+        entry.grad_dtype = _DTYPES.get(grad.dtype, 0)
+        entry.open_rows = rows = entry.rows if layout == DENSE else grad.shape[0]
+        entry.open_cols = cols = grad.shape[1] if layout == BLOCK else entry.cols
+        entry.grad = pointer(f"grads[{m}]", grad, rows * cols, device, tuple(_DTYPES))
+        entry.grad_cols = None
+        if panel is not None:
+            entry.open_cols = panel.shape[1]
+            size = entry.rows * entry.open_cols
+            entry.grad_cols = pointer(f"col_panels[{m}]", panel, size, device, (grad.dtype,))
+    return table
+
+
+def rank_pointer(grads: Gradients, n_gates: int, device: str) -> int | None:
+    if grads.rank is not None:
+        return pointer("rank", grads.rank, n_gates, device, (torch.int32,))
+    if any(layout != DENSE for layout in grads.layouts):
+        raise fail("rank", f"the rank of open_indices (layouts other than {LAYOUTS[DENSE]!r})", None)
+    return None
 
 
 class NativeLibrary:
@@ -146,26 +146,24 @@ class NativeLibrary:
     def threads(self) -> int:
         return torch.get_num_threads() if self._threads is None else self._threads
 
-    def gate_values(
-        self, logits: Tensor, *, kind: str, seed: int, step: int, training: bool, offset: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def gate_values(self, logits: Tensor, spec: GateSpec, *, offset: int = 0) -> tuple[Tensor, Tensor]:
         n = logits.numel()
         gate, expected_l0 = torch.empty_like(logits), logits.new_empty(())
         self._call(
-            "lcdd_gate_values", pointer("logits", logits, n, "cpu"), n, KINDS.index(kind), seed, step, training, offset,
-            gate.data_ptr(), expected_l0.data_ptr(), self.threads,
+            "lcdd_gate_values", pointer("logits", logits, n, "cpu"), n, KINDS.index(spec.kind), spec.seed, spec.step,
+            spec.training, offset, gate.data_ptr(), expected_l0.data_ptr(), self.threads,
         )  # fmt: skip
         return gate, expected_l0
 
     def gate_logits_grad(
-        self, logits: Tensor, d_gate: Tensor, *, kind: str, seed: int, step: int, training: bool, l0_weight: float,
-        offset: int = 0,
-    ) -> Tensor:  # fmt: skip
+        self, logits: Tensor, d_gate: Tensor, spec: GateSpec, *, l0_weight: float, offset: int = 0
+    ) -> Tensor:
         n = logits.numel()
         d_logits = torch.empty_like(logits)
         self._call(
             "lcdd_gate_logits_grad", pointer("logits", logits, n, "cpu"), pointer("d_gate", d_gate, n, "cpu"), n,
-            KINDS.index(kind), seed, step, training, offset, l0_weight, d_logits.data_ptr(), self.threads,
+            KINDS.index(spec.kind), spec.seed, spec.step, spec.training, offset, l0_weight, d_logits.data_ptr(),
+            self.threads,
         )  # fmt: skip
         return d_logits
 
@@ -182,71 +180,29 @@ class NativeLibrary:
         )  # fmt: skip
         return indices, counts, rank
 
-    def weight_eff(
-        self,
-        weights: Sequence[Tensor],
-        bases: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        gate: Tensor,
-        gate_maps: Tensor,
-    ) -> None:
-        n = gate.numel()
-        table = matrix_table({"weight": weights, "base": bases, "delta": deltas}, gate_maps, n, "cpu")
-        self._call("lcdd_weight_eff", table, len(table), pointer("gate", gate, n, "cpu"), self._level, self.threads)
+    def weight_eff(self, matrices: Matrices, gate: Tensor) -> None:
+        table = matrix_table(matrices, "cpu")
+        where = pointer("gate", gate, matrices.n_gates, "cpu")
+        self._call("lcdd_weight_eff", table, len(table), where, self._level, self.threads)
 
-    def delta_grad_stats(
-        self,
-        grads: Sequence[Tensor],
-        col_panels: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        gate: Tensor,
-        gate_maps: Tensor,
-        layouts: Sequence[int],
-        rank: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        n = gate.numel()
-        table = matrix_table(
-            {"delta": deltas}, gate_maps, n, "cpu", grads=grads, col_panels=col_panels, layouts=layouts
-        )
+    def delta_grad_stats(self, matrices: Matrices, grads: Gradients, gate: Tensor) -> tuple[Tensor, Tensor]:
+        n = matrices.n_gates
+        table = set_grads(matrix_table(matrices, "cpu"), grads, "cpu")
         d_gate, sq_norm = torch.empty_like(gate), gate.new_empty(())
         self._call(
-            "lcdd_grad_stats", table, len(table), pointer("gate", gate, n, "cpu"),
-            rank_pointer(rank, layouts, n, "cpu"), n, d_gate.data_ptr(), sq_norm.data_ptr(), self._level, self.threads,
+            "lcdd_grad_stats", table, len(table), pointer("gate", gate, n, "cpu"), rank_pointer(grads, n, "cpu"), n,
+            d_gate.data_ptr(), sq_norm.data_ptr(), self._level, self.threads,
         )  # fmt: skip
         return d_gate, sq_norm
 
     def delta_adamw(
-        self,
-        weights: Sequence[Tensor],
-        bases: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        col_panels: Sequence[Tensor],
-        gate_old: Tensor,
-        gate_new: Tensor,
-        gate_maps: Tensor,
-        layouts: Sequence[int],
-        rank: Tensor | None,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: int,
-        grad_scale: float,
+        self, matrices: Matrices, grads: Gradients, gate_old: Tensor, gate_new: Tensor, adam: AdamWStep
     ) -> None:
-        n = gate_old.numel()
-        fields = {"weight": weights, "base": bases, "delta": deltas, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
-        table = matrix_table(fields, gate_maps, n, "cpu", grads=grads, col_panels=col_panels, layouts=layouts)
-        hyper = adamw_numbers(
-            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale
-        )
+        n = matrices.n_gates
+        table = set_grads(matrix_table(matrices, "cpu"), grads, "cpu")
         self._call(
             "lcdd_delta_adamw", table, len(table), pointer("gate_old", gate_old, n, "cpu"),
-            pointer("gate_new", gate_new, n, "cpu"), rank_pointer(rank, layouts, n, "cpu"), ctypes.byref(hyper),
+            pointer("gate_new", gate_new, n, "cpu"), rank_pointer(grads, n, "cpu"), ctypes.byref(adamw_numbers(adam)),
             self._level, self.threads,
         )  # fmt: skip
 
@@ -256,14 +212,6 @@ class NativeLibrary:
             raise fail("grads", "packed gradients of the open rows and columns that rank describes", "another shape")
         if status != 0:
             raise RuntimeError(f"{function}: {_STATUS.get(status, f'status {status}')}")
-
-
-def rank_pointer(rank: Tensor | None, layouts: Sequence[int], n: int, device: str) -> int | None:
-    if rank is not None:
-        return pointer("rank", rank, n, device, (torch.int32,))
-    if any(layout != DENSE for layout in layouts):
-        raise fail("rank", f"the rank of open_indices (layouts other than {LAYOUTS[DENSE]!r})", None)
-    return None
 
 
 _SIGNATURES: dict[str, tuple[type, ...]] = {

@@ -7,7 +7,7 @@ expression* of its `Case`: tolerances calibrate themselves.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -76,7 +76,7 @@ def make_inputs(
 
 
 def clone(value: Any) -> Any:
-    """A copy of inputs: tensors, and lists, tuples and dicts of them."""
+    """A copy of inputs: tensors, and lists, tuples, dicts and dataclasses of them."""
     return _map(value, lambda t: t.clone())
 
 
@@ -92,6 +92,8 @@ def _map(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
         return type(value)(_map(v, f) for v in value)
     if isinstance(value, Mapping):
         return {k: _map(v, f) for k, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{x.name: _map(getattr(value, x.name), f) for x in fields(value) if x.init})
     return value
 
 
@@ -101,12 +103,18 @@ def run(case: Case, function: Callable[..., Any], inputs: Inputs) -> dict[str, T
     with torch.no_grad():
         result = function(**inputs)
     if case.in_place:
-        values = [inputs[name] for name in case.outputs]
+        values = [_named(inputs, name) for name in case.outputs]
     else:
         values = list(result) if isinstance(result, list | tuple) and len(case.outputs) > 1 else [result]
     if len(values) != len(case.outputs):
         raise AssertionError(f"expected outputs {case.outputs}, got {len(values)} results")
     return {name: _flat(value) for name, value in zip(case.outputs, values, strict=True)}
+
+
+def _named(inputs: Inputs, name: str) -> Any:
+    """An argument, or an attribute of one ("matrices.weights")."""
+    argument, _, attribute = name.partition(".")
+    return getattr(inputs[argument], attribute) if attribute else inputs[argument]
 
 
 def _flat(value: Any) -> Tensor:

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcdd_kernels import GateMap, GateSpec
 from lcdd_kernels.reference.gates import gate_noise_ref
 
 
-def unfused_gate(logits: Tensor, *, kind: str, seed: int, step: int, training: bool, offset: int) -> Tensor:
+def unfused_gate(logits: Tensor, spec: GateSpec, *, offset: int) -> Tensor:
     """Gates by their definition, for autograd (method, section 2)."""
-    if kind == "heaviside_ste":
+    if spec.kind == "heaviside_ste":
         soft = torch.sigmoid(logits)
         return (logits > 0).to(soft.dtype) + soft - soft.detach()
-    if not training:
+    if not spec.training:
         return (torch.sigmoid(logits) * 1.2 - 0.1).clamp(0, 1)
-    n = logits.numel()
-    u = gate_noise_ref(n, seed=seed, step=step, offset=offset, dtype=logits.dtype, device=logits.device)
+    u = gate_noise_ref(logits.numel(), spec, offset=offset, dtype=logits.dtype, device=logits.device)
     return (torch.sigmoid((torch.logit(u) + logits) * 1.5) * 1.2 - 0.1).clamp(0, 1)
 
 
@@ -28,19 +28,16 @@ def unfused_linear(
     delta: Tensor,
     row_logits: Tensor,
     col_logits: Tensor,
+    spec: GateSpec,
     *,
-    row_offset: int = 0,
-    col_offset: int = 0,
-    head_dim: int = 1,
-    repeat: int = 1,
+    where: GateMap = GateMap(0, 0),  # noqa: B008
     bias: Tensor | None = None,
-    **draw: Any,
 ) -> Tensor:
     """x W_eff^T with every step left to autograd, in the dtype of delta."""
-    r = unfused_gate(row_logits, offset=row_offset, **draw)
-    c = unfused_gate(col_logits, offset=col_offset, **draw)
+    r = unfused_gate(row_logits, spec, offset=where.row_start)
+    c = unfused_gate(col_logits, spec, offset=where.col_start)
     columns = torch.arange(delta.shape[1], device=delta.device)
-    c = c[(columns // (repeat * head_dim)) * head_dim + columns % head_dim]
+    c = c[(columns // (where.repeat * where.head_dim)) * where.head_dim + columns % where.head_dim]
     weight = weight_base + (torch.outer(r, c) * delta).to(weight_base.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 

@@ -135,8 +135,7 @@ class Matrices:
     def adamw(self) -> None:
         k.delta_adamw_(
             self.weights, self.bases, self.deltas, self.exp_avgs, self.exp_avg_sqs, self.grads, self.gate, self.gate,
-            self.maps, lr=1e-6, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=2, grad_scale=1.0,
-            **self.packed,
+            self.maps, k.AdamWStep(lr=1e-6, step=2), **self.packed,
         )  # fmt: skip
 
     def refresh(self) -> None:
@@ -180,7 +179,7 @@ def _gate_kernels(place: Place) -> Case:
     """Gates of a whole model in one launch."""
     n = 1000 if place.size == "tiny" else GATES
     generator = torch.Generator().manual_seed(8)
-    settings: dict[str, Any] = {"kind": "hard_concrete", "seed": 5, "step": 3, "training": True}
+    spec = k.GateSpec(kind="hard_concrete", seed=5, step=3)
     sizes = torch.full((8,), n // 8)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
 
@@ -196,11 +195,11 @@ def _gate_kernels(place: Place) -> Case:
 
     def values() -> Callable[[], Any]:
         theta = logits()
-        return lambda: k.gate_values(theta, **settings)
+        return lambda: k.gate_values(theta, spec)
 
     def grads() -> Callable[[], Any]:
         theta, d_gate = logits(), logits()
-        return lambda: k.gate_logits_grad(theta, d_gate, l0_weight=0.1, **settings)
+        return lambda: k.gate_logits_grad(theta, d_gate, spec, l0_weight=0.1)
 
     def lists() -> Callable[[], Any]:
         gate = logits().clamp(0, 1)

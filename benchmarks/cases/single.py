@@ -1,6 +1,7 @@
 """One matrix: the masked update against the unfused parametrization, and a linear layer with packed gradients."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from benchmarks.unfused import DeltaMask, UnfusedGates
 from lcdd.optimizer import PackedGradLinear
 from lcdd_kernels.reference.gates import gate_noise_ref
 
-KIND: dict[str, Any] = {"kind": "hard_concrete", "seed": 7, "training": True}
-ADAMW: dict[str, Any] = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+KIND, SEED = "hard_concrete", 7
+ADAMW = k.AdamWStep(lr=1e-5, weight_decay=0.01, step=1)
 EIGHT_B, SIX_TENTHS_B = (4096, 14336), (3072, 1024)  # [out, in]: Llama-3-8B's down, Qwen3-0.6B's gate and up
+
+
+def _draw(step: int) -> k.GateSpec:
+    return k.GateSpec(kind=KIND, seed=SEED, step=step)
 
 
 class Problem:
@@ -39,8 +44,7 @@ class Problem:
         return other
 
     def noise(self, step: int, dtype: torch.dtype) -> Tensor:
-        n = self.rows + self.cols
-        return gate_noise_ref(n, seed=KIND["seed"], step=step, offset=0, dtype=dtype, device=self.device)
+        return gate_noise_ref(self.rows + self.cols, _draw(step), dtype=dtype, device=self.device)
 
 
 class Fused:
@@ -51,17 +55,17 @@ class Fused:
         self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.delta, dtype=moments) for _ in range(2))
         self.maps = [k.GateMap(row_start=0, col_start=problem.rows, head_dim=1, repeat=1)]
         self.d_theta = torch.empty(0)
-        self.gate, _ = k.gate_values(problem.theta, step=1, **KIND)  # as the step before left them
+        self.gate, _ = k.gate_values(problem.theta, _draw(1))  # as the step before left them
 
     def step(self) -> None:
         p, deltas, gate = self.p, [self.delta], self.gate
         d_gate, sq_norm = k.delta_grad_stats([p.grad], deltas, gate, self.maps)
-        self.d_theta = k.gate_logits_grad(p.theta, d_gate, step=1, **KIND)
-        new_gate, _ = k.gate_values(p.theta, step=2, **KIND)
+        self.d_theta = k.gate_logits_grad(p.theta, d_gate, _draw(1))
+        new_gate, _ = k.gate_values(p.theta, _draw(2))
         scale = min(1.0, 1e9 / (float(sq_norm) ** 0.5 + 1e-6))
         k.delta_adamw_(
             [self.weight], [p.base], deltas, [self.exp_avg], [self.exp_avg_sq], [p.grad], gate, new_gate, self.maps,
-            step=1, grad_scale=scale, **ADAMW,
+            replace(ADAMW, grad_scale=scale),
         )  # fmt: skip
 
     def step_and_refresh(self) -> None:
@@ -70,7 +74,7 @@ class Fused:
 
     def refresh(self) -> None:
         """W_eff alone, which a step writes anyway: what `eval()` costs."""
-        gate, _ = k.gate_values(self.p.theta, step=2, **KIND)
+        gate, _ = k.gate_values(self.p.theta, _draw(2))
         k.weight_eff_([self.weight], [self.p.base], [self.delta], gate, self.maps)
 
 
@@ -79,7 +83,7 @@ class Unfused:
 
     def __init__(self, problem: Problem, *, backend: str = "", optimizer: bool = True) -> None:
         self.p, self.delta = problem, problem.delta.clone().requires_grad_(True)
-        self.gates = UnfusedGates(problem.theta, KIND["kind"])
+        self.gates = UnfusedGates(problem.theta, KIND)
         self.gates.noise = problem.noise(1, self.gates.logits.dtype)
         n = problem.rows + problem.cols
         rows, cols = torch.arange(problem.rows), torch.arange(problem.rows, n)
@@ -89,8 +93,8 @@ class Unfused:
             self.forward = torch.compile(mask, backend=backend, dynamic=False)
         self.optimizer = None
         if optimizer:
-            betas = (ADAMW["beta1"], ADAMW["beta2"])
-            settings = {name: ADAMW[name] for name in ("lr", "eps", "weight_decay")}
+            settings = {"lr": ADAMW.lr, "eps": ADAMW.eps, "weight_decay": ADAMW.weight_decay}
+            betas = (ADAMW.beta1, ADAMW.beta2)
             self.optimizer = torch.optim.AdamW([self.delta], betas=betas, fused=bool(backend), **settings)
 
     def step(self) -> None:

@@ -27,7 +27,7 @@ from benchmarks.unfused import DeltaMask, Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
 from lcdd.models import PreTrainedModel, projections, shape_of
 from lcdd.optimizer import LCDDOptimizer
-from lcdd_kernels.reference.gates import gate_noise_ref
+from lcdd_kernels.reference.gates import GateSpec, gate_noise_ref
 
 SEED, POOL = 3, 8
 DENSITIES = (1.0, 0.5, 0.25, 0.2, 0.15)
@@ -128,7 +128,7 @@ def unfused(step: Step, density: float, *, gate_lr: float = GATE_LR, compiled: b
 
     def noise(t: int) -> Tensor:
         n = logits.numel()
-        return gate_noise_ref(n, seed=SEED, step=t, offset=0, dtype=torch.float32, device=step.place.device)
+        return gate_noise_ref(n, GateSpec(kind="hard_concrete", seed=SEED, step=t), device=step.place.device)
 
     run = UnfusedLCDD(model, base, settings, logits=logits, noise=noise)
     if compiled:  # the masks alone: compiling 28 layers around them takes longer than everything else here together

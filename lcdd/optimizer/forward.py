@@ -37,7 +37,7 @@ from lcdd.models import (
     projections,
     shape_of,
 )
-from lcdd_kernels import GateMap, gate_values, gated_linear, gated_mlp, gated_qkv, weight_eff_
+from lcdd_kernels import GateMap, GateSpec, gate_values, gated_linear, gated_mlp, gated_qkv, weight_eff_
 from lcdd_kernels.reference.gates import KINDS
 
 __all__ = ["ForwardGates", "GatedLinear", "GatedMLP", "GatedQKV"]
@@ -138,17 +138,17 @@ class ForwardGates:
 
     def expected_l0(self) -> Tensor:
         """E[L0] of θ, a scalar that is differentiable in θ."""
-        return gate_values(self.logits, kind=self.kind, seed=self.seed, step=self.step, training=False)[1]
+        return gate_values(self.logits, GateSpec(kind=self.kind, training=False))[1]
 
-    def settings(self, module: nn.Module) -> dict[str, Any]:
-        """How `module` draws its gates now: keyword arguments of the ops."""
+    def spec(self, module: nn.Module) -> GateSpec:
+        """How `module` draws its gates now."""
         training = module.training if self.training is None else self.training
-        return {"kind": self.kind, "seed": self.seed, "step": self.step, "training": training}
+        return GateSpec(kind=self.kind, seed=self.seed, step=self.step, training=training)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Write W_eff of the deterministic gates into the weights and restore the ordinary modules."""
-        gate, _ = gate_values(self.logits.detach(), kind=self.kind, seed=self.seed, step=self.step, training=False)
+        gate, _ = gate_values(self.logits.detach(), GateSpec(kind=self.kind, training=False))
         maps = [self.layout.gate_map(site.kind, site.layer) for site in self._sites]
         weights = [site.linear.weight.data for site in self._sites]
         weight_eff_(weights, self._bases, [delta.detach() for delta in self.deltas.values()], gate, maps)
@@ -233,12 +233,9 @@ class GatedLinear(nn.Linear):
             mine.delta,
             mine.row_logits,
             mine.col_logits,
+            mine.gates.spec(self),
+            where=mine.map,
             bias=self.bias,
-            row_offset=mine.map.row_start,
-            col_offset=mine.map.col_start,
-            head_dim=mine.map.head_dim,
-            repeat=mine.map.repeat,
-            **mine.gates.settings(self),
         )
 
 
@@ -263,10 +260,8 @@ class GatedMLP(nn.Module):
             gate.col_logits,
             gate.row_logits,
             down.row_logits,
-            read_offset=gate.map.col_start,
-            hidden_offset=gate.map.row_start,
-            write_offset=down.map.row_start,
-            **self._gated.settings(self),
+            self._gated.spec(self),
+            offsets=(gate.map.col_start, gate.map.row_start, down.map.row_start),
         )
 
 
@@ -311,9 +306,6 @@ class GatedQKV:
             q.row_logits,
             k.row_logits,
             v.row_logits,
-            read_offset=q.map.col_start,
-            q_offset=q.map.row_start,
-            k_offset=k.map.row_start,
-            v_offset=v.map.row_start,
-            **self._gates.settings(self._linears[0]),
+            self._gates.spec(self._linears[0]),
+            offsets=(q.map.col_start, q.map.row_start, k.map.row_start, v.map.row_start),
         )

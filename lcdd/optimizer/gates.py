@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lcdd.errors import InputError
 from lcdd.models.layout import GROUPS, GateLayout
-from lcdd_kernels import gate_logits_grad, gate_values, open_indices
+from lcdd_kernels import GateSpec, gate_logits_grad, gate_values, open_indices
 
 
 class Gates:
@@ -41,27 +41,18 @@ class Gates:
         """Draw the gates that step number `step` uses; the noise is a function of (seed, step, gate) alone."""
         self.step = step
         self.sampled = training and self.kind == "hard_concrete"
-        self.values, self.expected_l0 = gate_values(
-            self.logits.detach(), kind=self.kind, seed=self.seed, step=step, training=self.sampled
-        )
+        self.spec = GateSpec(kind=self.kind, seed=self.seed, step=step, training=self.sampled)
+        self.values, self.expected_l0 = gate_values(self.logits.detach(), self.spec)
         self.indices, counts, self.rank = open_indices(self.values, self.layout.offsets)
         self.counts = counts.tolist()  # the step's one look at the gates from the host
 
     def logits_grad(self, d_gate: Tensor, *, l0_weight: float) -> Tensor:
         """Chain dL/dz [n_gates] of the gates in force to dL/dθ and add l0_weight · ∂E[L0]/∂θ."""
-        return gate_logits_grad(
-            self.logits.detach(),
-            d_gate,
-            kind=self.kind,
-            seed=self.seed,
-            step=self.step,
-            training=self.sampled,
-            l0_weight=l0_weight,
-        )
+        return gate_logits_grad(self.logits.detach(), d_gate, self.spec, l0_weight=l0_weight)
 
     def evaluation_values(self) -> Tensor:
         """The deterministic gates of θ, float [n_gates]."""
-        values, _ = gate_values(self.logits.detach(), kind=self.kind, seed=self.seed, step=0, training=False)
+        values, _ = gate_values(self.logits.detach(), GateSpec(kind=self.kind, training=False))
         return values
 
     def open_in(self, layer: int, group: str) -> Tensor:

@@ -32,7 +32,7 @@ from lcdd.models import (
 from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.packed import PackedGradLinear
-from lcdd_kernels import GateMap, delta_adamw_, delta_grad_stats, weight_eff_
+from lcdd_kernels import AdamWStep, DeltaStepPlan, GateMap
 
 Grads = tuple[list[Any], list[str] | None]
 """Gradients of the weights with rows on this rank, and their layouts where any is packed."""
@@ -95,6 +95,7 @@ class MaskedWeights:
         ]
         self.sharded = shards.is_sharded(self.items[0].weight)
         self._here = [item for item in self.items if len(local(item.weight))]
+        self._plan = self._make_plan(layout.n_gates) if self._here else None
 
     def __iter__(self) -> Iterator[MaskedWeight]:
         return iter(self.items)
@@ -120,10 +121,9 @@ class MaskedWeights:
         gate = gates.values
         if self.gated_grads:
             return torch.zeros_like(gate), sum((grad.float().square().sum() for grad in found), gate.new_zeros(()))
-        if not found:
+        if self._plan is None:
             return torch.zeros_like(gate), gate.new_zeros(())
-        rank = gates.rank if layouts else None
-        return delta_grad_stats(found, self._state("delta"), gate, self._maps, layouts=layouts, rank=rank)
+        return self._plan.grad_stats(found, gate, layouts=layouts, rank=gates.rank if layouts else None)
 
     def pass_b(
         self, grads: Grads, gate_old: Tensor, rank_old: Tensor, gates: Gates, *, lr: float, step: int, grad_scale: float
@@ -133,28 +133,14 @@ class MaskedWeights:
         gate_old, rank_old: the gates [n_gates] that the gradients are of, and each one's place among the open ones.
         step: counts from 1.
         """
-        if self.config.train_delta:
+        if self.config.train_delta and self._plan is not None:
             c, (found, layouts) = self.config, grads
-            delta_adamw_(
-                self._weights,
-                self._bases,
-                self._state("delta"),
-                self._state("exp_avg"),
-                self._state("exp_avg_sq"),
-                found,
-                torch.ones_like(gate_old) if self.gated_grads else gate_old,
-                gates.values,
-                self._maps,
-                lr=lr,
-                beta1=c.adam_beta1,
-                beta2=c.adam_beta2,
-                eps=c.adam_epsilon,
-                weight_decay=c.weight_decay,
-                step=step,
-                grad_scale=grad_scale,
-                layouts=layouts,
-                rank=rank_old if layouts else None,
-            )
+            adam = AdamWStep(
+                lr=lr, beta1=c.adam_beta1, beta2=c.adam_beta2, eps=c.adam_epsilon, weight_decay=c.weight_decay,
+                step=step, grad_scale=grad_scale,
+            )  # fmt: skip
+            old = torch.ones_like(gate_old) if self.gated_grads else gate_old
+            self._plan.step(found, old, gates.values, adam, layouts=layouts, rank=rank_old if layouts else None)
         if self.config.reference_compat:
             reference_compat.round_as_stored_weights_(self._state("delta"), self._bases)
         if self.config.reference_compat or not self.config.train_delta:
@@ -194,24 +180,28 @@ class MaskedWeights:
 
     # ------------------------------------------------------------------ parts
 
-    @property
-    def _weights(self) -> list[Tensor]:
-        return [local(item.weight) for item in self._here]
+    def _make_plan(self, n_gates: int) -> DeltaStepPlan:
+        """The kernels' view of this rank's rows."""
+        moments = {"exp_avgs": "exp_avg", "exp_avg_sqs": "exp_avg_sq"} if self.config.train_delta else {}
+        return DeltaStepPlan(
+            [item.row_map for item in self._here],
+            n_gates=n_gates,
+            weights=[local(item.weight) for item in self._here],
+            bases=self._bases,
+            deltas=self._state("delta"),
+            **{name: self._state(key) for name, key in moments.items()},
+        )
 
     @property
     def _bases(self) -> list[Tensor]:
         return [local(item.base) for item in self._here]
 
-    @property
-    def _maps(self) -> list[GateMap]:
-        return [item.row_map for item in self._here]
-
     def _state(self, key: str) -> list[Tensor]:
         return [local(item.state[key]) for item in self._here]
 
     def _write(self, gates: Gates) -> None:
-        if self._here:
-            weight_eff_(self._weights, self._bases, self._state("delta"), gates.values, self._maps)
+        if self._plan is not None:
+            self._plan.refresh(gates.values)
 
 
 def _present(name: str, grad: Any) -> Any:

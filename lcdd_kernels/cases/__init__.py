@@ -20,7 +20,8 @@ class Case:
     Values are
         drawn on the CPU, so that they are the same on every device. What is purely written must start as NaN.
     expression: same parameters and results as the implementation, in ordinary eager PyTorch of the same dtype.
-    outputs: names of the results, in order; for an in-place op, of the arguments that it writes.
+    outputs: names of the results, in order; for an in-place op, of the arguments that it writes, or of their attributes
+        ("matrices.weights").
     exact: outputs that must equal the reference of the same dtype bit for bit.
     depth: per output, the roundings that follow one another in its computation beyond the last one: the length of the
         chain of operations, or about log2(n) for a sum of n terms. It widens the floor, because on a few numbers the

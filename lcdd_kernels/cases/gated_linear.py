@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from lcdd_kernels.cases import Case, Inputs
-from lcdd_kernels.reference.gated_linear import GateSpec, row_and_col_gates_ref
+from lcdd_kernels.reference.delta_step import GateMap
+from lcdd_kernels.reference.gated_linear import row_and_col_gates_ref
+from lcdd_kernels.reference.gates import GateSpec
 
 KV_HEADS, REPEAT = 2, 3
 
@@ -25,16 +27,8 @@ def _sample(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> I
         "delta": normal(rows, cols, scale=1e-2),
         "row_logits": normal(rows, scale=2.0, of=logits_dtype),
         "col_logits": normal(gates, scale=2.0, of=logits_dtype),
-        "spec": GateSpec(
-            kind="hard_concrete",
-            seed=(5 << 32) + 3,
-            step=2,
-            training=True,
-            row_offset=7,
-            col_offset=1000,
-            head_dim=head_dim,
-            repeat=REPEAT,
-        ),
+        "spec": GateSpec(kind="hard_concrete", seed=(5 << 32) + 3, step=2),
+        "where": GateMap(row_start=7, col_start=1000, head_dim=head_dim, repeat=REPEAT),
     }
 
 
@@ -51,9 +45,9 @@ def make_grad(dtype: torch.dtype, device: torch.device, seed: int, size: int) ->
 
 
 def weight_expression(
-    weight_base: Tensor, delta: Tensor, row_logits: Tensor, col_logits: Tensor, spec: GateSpec
+    weight_base: Tensor, delta: Tensor, row_logits: Tensor, col_logits: Tensor, spec: GateSpec, where: GateMap
 ) -> Tensor:
-    r, c = (gate.to(delta.dtype) for gate in row_and_col_gates_ref(row_logits, col_logits, spec))
+    r, c = (gate.to(delta.dtype) for gate in row_and_col_gates_ref(row_logits, col_logits, spec, where))
     return weight_base + torch.outer(r, c) * delta
 
 
@@ -63,15 +57,16 @@ def grad_expression(
     row_logits: Tensor,
     col_logits: Tensor,
     spec: GateSpec,
+    where: GateMap,
     *,
     need_delta: bool,
     need_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What autograd does with `weight_expression`."""
     del need_delta, need_gates
-    r, c = (gate.to(delta.dtype) for gate in row_and_col_gates_ref(row_logits, col_logits, spec))
+    r, c = (gate.to(delta.dtype) for gate in row_and_col_gates_ref(row_logits, col_logits, spec, where))
     d_outer = grad_weight * delta
-    d_col = (r @ d_outer).view(-1, spec.repeat, spec.head_dim).sum(dim=1).view(-1)
+    d_col = (r @ d_outer).view(-1, where.repeat, where.head_dim).sum(dim=1).view(-1)
     return torch.outer(r, c) * grad_weight, (d_outer @ c).to(row_logits.dtype), d_col.to(col_logits.dtype)
 
 

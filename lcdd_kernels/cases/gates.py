@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lcdd_kernels.cases import Case, Inputs
-from lcdd_kernels.reference.gates import BETA, GAMMA, L0_SHIFT, ZETA, gate_noise_ref
+from lcdd_kernels.reference.gates import BETA, GAMMA, L0_SHIFT, ZETA, GateSpec, gate_noise_ref
 
-_SETTINGS = {"kind": "hard_concrete", "seed": (7 << 32) + 11, "step": 3, "training": True, "offset": 5}
+_SETTINGS = {"spec": GateSpec(kind="hard_concrete", seed=(7 << 32) + 11, step=3), "offset": 5}
 
 
 def _logits(n: int, seed: int, device: torch.device) -> Tensor:
@@ -32,28 +32,27 @@ def make_open_indices(dtype: torch.dtype, device: torch.device, seed: int, size:
     return {"gate": gate, "offsets": offsets}
 
 
-def _stretched(logits: Tensor, kind: str, seed: int, step: int, training: bool, offset: int) -> Tensor:
-    if not training:
+def _stretched(logits: Tensor, spec: GateSpec, offset: int) -> Tensor:
+    if not spec.training:
         return torch.sigmoid(logits) * (ZETA - GAMMA) + GAMMA
-    n = logits.numel()
-    u = gate_noise_ref(n, seed=seed, step=step, offset=offset, dtype=logits.dtype, device=logits.device)
+    u = gate_noise_ref(logits.numel(), spec, offset=offset, dtype=logits.dtype, device=logits.device)
     return torch.sigmoid((torch.logit(u) + logits) / BETA) * (ZETA - GAMMA) + GAMMA
 
 
-def values_expression(logits: Tensor, **settings: object) -> tuple[Tensor, Tensor]:
-    if settings["kind"] == "heaviside_ste":
+def values_expression(logits: Tensor, spec: GateSpec, *, offset: int) -> tuple[Tensor, Tensor]:
+    if spec.kind == "heaviside_ste":
         return (logits > 0).to(logits.dtype), torch.sigmoid(logits).sum()
-    return _stretched(logits, **settings).clamp(0, 1), torch.sigmoid(logits - L0_SHIFT).sum()  # type: ignore[arg-type]
+    return _stretched(logits, spec, offset).clamp(0, 1), torch.sigmoid(logits - L0_SHIFT).sum()
 
 
-def logits_grad_expression(logits: Tensor, d_gate: Tensor, *, l0_weight: float, **settings: object) -> Tensor:
+def logits_grad_expression(logits: Tensor, d_gate: Tensor, spec: GateSpec, *, l0_weight: float, offset: int) -> Tensor:
     """What autograd does with the forward expression (Heaviside: with sigmoid in its place)."""
     with torch.enable_grad():
         theta = logits.detach().requires_grad_()
-        if settings["kind"] == "heaviside_ste":
+        if spec.kind == "heaviside_ste":
             gate = penalty = torch.sigmoid(theta)
         else:
-            gate, penalty = values_expression(theta, **settings)
+            gate, penalty = values_expression(theta, spec, offset=offset)
         objective = (gate * d_gate).sum() + l0_weight * penalty.sum()
         return torch.autograd.grad(objective, theta)[0]
 

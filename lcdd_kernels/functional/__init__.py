@@ -5,9 +5,16 @@ NaN is the caller's to catch (the optimizer sees it in the squared norm, which a
 """
 
 from lcdd_kernels.functional.channel_match import channel_match, last_token_index
-from lcdd_kernels.functional.delta_step import GateMap, delta_adamw_, delta_grad_stats, weight_eff_
+from lcdd_kernels.functional.delta_step import (
+    AdamWStep,
+    DeltaStepPlan,
+    GateMap,
+    delta_adamw_,
+    delta_grad_stats,
+    weight_eff_,
+)
 from lcdd_kernels.functional.gated_linear import gated_linear, gated_mlp, gated_qkv
-from lcdd_kernels.functional.gates import gate_logits_grad, gate_values, open_indices
+from lcdd_kernels.functional.gates import GateSpec, gate_logits_grad, gate_values, open_indices
 from lcdd_kernels.functional.linear_loss import linear_cross_entropy, linear_kl
 from lcdd_kernels.functional.packed_grad import (
     PackCrossover,
@@ -20,7 +27,10 @@ from lcdd_kernels.functional.packed_grad import (
 )
 
 __all__ = [
+    "AdamWStep",
+    "DeltaStepPlan",
     "GateMap",
+    "GateSpec",
     "PackCrossover",
     "channel_match",
     "default_crossover",

@@ -1,4 +1,9 @@
-"""One optimizer step over every matrix of a model: passes A and B, and the refresh of W_eff alone.
+"""One optimizer step over every matrix of a model: passes A and B, and the refresh of W_eff alone (method section 1).
+
+`DeltaStepPlan` checks the matrices once and keeps what backends build of them; `weight_eff_`, `delta_grad_stats` and
+`delta_adamw_` are a plan that is used once. They are steps of an optimizer: no autograd formula, no custom op
+(its wrapper costs more than the launches), and the writes are told to autograd, so that a backward through a weight
+that was stepped since its forward is an error.
 
 Shapes: N gates of the model, M matrices, each `[out, in]`.
 """
@@ -9,158 +14,240 @@ import torch
 from torch import Tensor
 
 from lcdd_kernels import checks
+from lcdd_kernels.backends import choose
 from lcdd_kernels.checks import MAX_INT, check_gate, fail
-from lcdd_kernels.ops import delta_step as delta_ops
-from lcdd_kernels.reference.delta_step import LAYOUTS, GateMap
+from lcdd_kernels.reference.delta_step import DENSE, LAYOUTS, PANELS, AdamWStep, GateMap, Gradients, Matrices
 
-__all__ = ["GateMap", "delta_adamw_", "delta_grad_stats", "weight_eff_"]
+__all__ = ["AdamWStep", "DeltaStepPlan", "GateMap", "delta_adamw_", "delta_grad_stats", "weight_eff_"]
 
 _MATRIX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WRITTEN = ("weights", "deltas", "exp_avgs", "exp_avg_sqs")
+
+Grad = Tensor | tuple[Tensor, Tensor]
 
 
-def weight_eff_(
-    weights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    gate: Tensor,
-    gate_maps: Sequence[GateMap],
-) -> None:
-    """weights[m] := bases[m] + (r x c) o deltas[m], in place, for all M matrices of a model (method section 1).
+class DeltaStepPlan:
+    """Passes A and B and the refresh over the M matrices of a model, for as long as these tensors are its.
 
-    weights, bases: same dtype (float32, float16, bfloat16; float64 with a float64 gate); deltas: any of these, and
-    contiguous like them. Bit-identical on every backend; where a gate is closed the base's bits are copied.
+    Made once (when an optimizer is attached); a call then looks at the gates and the gradients alone. The tensors may
+    move (`.data` replaced): that is noticed, and they are checked again.
+
+    weights, bases: W_eff and the base's weights, one dtype (float32, float16, bfloat16; float64 with float64 gates);
+    deltas, exp_avgs, exp_avg_sqs: Δ and AdamW's moments, each of any of these dtypes. All [out, in], contiguous, on one
+    device. gate_maps: where each matrix finds its gates in a flat vector of `n_gates`. What no call needs may be left
+    out: `grad_stats` reads deltas, `refresh` weights, bases and deltas, `step` everything.
+
+    Raises ValueError naming the list, the matrix and what was expected; also where one that is written shares memory
+    with another one.
     """
-    maps = check_matrices(gate, gate_maps, {"weights": weights, "bases": bases, "deltas": deltas})
-    check_written({"weights": weights}, {"bases": bases, "deltas": deltas})
-    # The weights are leaves that require a gradient, and an optimizer's write is not part of a graph.
-    with torch.no_grad():
-        delta_ops.weight_eff_(list(weights), list(bases), list(deltas), gate, maps)
 
+    def __init__(
+        self,
+        gate_maps: Sequence[GateMap],
+        *,
+        n_gates: int,
+        deltas: Sequence[Tensor],
+        weights: Sequence[Tensor] = (),
+        bases: Sequence[Tensor] = (),
+        exp_avgs: Sequence[Tensor] = (),
+        exp_avg_sqs: Sequence[Tensor] = (),
+    ) -> None:
+        self._maps, self._n_gates = tuple(gate_maps), n_gates
+        lists = {"weights": weights, "deltas": deltas, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "bases": bases}
+        self._lists = {name: list(tensors) for name, tensors in lists.items() if name == "deltas" or len(tensors)}
+        first = next(iter(self._lists.values()))
+        self._device = checks.check_tensor("deltas[0]", first[0]).device if first else torch.device("cpu")
+        self._check()
 
-def delta_grad_stats(
-    grads: Sequence[Tensor | tuple[Tensor, Tensor]],
-    deltas: Sequence[Tensor],
-    gate: Tensor,
-    gate_maps: Sequence[GateMap],
-    *,
-    layouts: Sequence[str] | None = None,
-    rank: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Pass A: (d_gate[N], sq_norm[]) in the gate's dtype, from G = dL/dW_eff; deterministic (method section 1).
+    # ------------------------------------------------------------------ calls
 
-    d_gate[n] = sum over every row and column that uses gate n of its gradient; sq_norm = sum ||(r x c) o G||^2, for
-    clipping.
-    layouts[m]: "dense" (default; grads[m] is [out, in]), "block" (open rows x open columns; closed gates get zero), or
-    "panels" (grads[m] is a pair: open rows x all columns, all rows x open columns). Packed ones need `rank` of
-    `open_indices`.
-    """
-    maps = check_matrices(gate, gate_maps, {"deltas": deltas})
-    rows, cols, codes = check_grads(grads, deltas, gate, maps, layouts, rank)
-    with torch.no_grad():
-        return delta_ops.delta_grad_stats(rows, cols, list(deltas), gate, maps, codes, rank)
+    @torch.no_grad()
+    def refresh(self, gate: Tensor) -> None:
+        """weights[m] := bases[m] + (r ⊗ c) ∘ deltas[m], in place, from gate[N].
 
+        Bit-identical on every backend; where a gate is closed the base's bits are copied.
+        """
+        matrices = self._current("weights", "bases")
+        self._check_gate("gate", gate)
+        choose("weight_eff_", gate)(matrices, gate)
+        torch.autograd.graph.increment_version(matrices.weights)
 
-def delta_adamw_(
-    weights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    grads: Sequence[Tensor | tuple[Tensor, Tensor]],
-    gate_old: Tensor,
-    gate_new: Tensor,
-    gate_maps: Sequence[GateMap],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-    layouts: Sequence[str] | None = None,
-    rank: Tensor | None = None,
-) -> None:
-    """Pass B, in place: AdamW on deltas with the gradient grad_scale*(r_old x c_old) o G, then weights from the new
-    gates.
+    @torch.no_grad()
+    def grad_stats(
+        self, grads: Sequence[Grad], gate: Tensor, *, layouts: Sequence[str] | None = None, rank: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pass A: (d_gate[N], sq_norm[]) in the gate's dtype, from G = ∂L/∂W_eff; deterministic.
 
-    Adam is torch.optim.AdamW's (decoupled decay, bias correction; `step` counts from 1). Moments: bfloat16, float32
-    (float64), each matrix its own; the update uses them before they are rounded for storage. grads, layouts, rank: as
-    `delta_grad_stats`, with `rank` of the *old* gates; an entry that a packed gradient lacks has gradient zero, and
-    its momenta still move delta.
-    """
-    written = {"weights": weights, "deltas": deltas, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    maps = check_matrices(gate_old, gate_maps, {**written, "bases": bases}, gate_name="gate_old")
-    check_gate("gate_new", gate_new, gate_old.numel())
-    checks.check_dtype("gate_new", gate_new, (gate_old.dtype,))
-    checks.check_device("gate_new", gate_new, gate_old.device)
-    rows, cols, codes = check_grads(grads, deltas, gate_old, maps, layouts, rank)
-    check_written(written, {"bases": bases, "grads": rows, "grads (columns)": cols})
-    largest = torch.finfo(torch.float32).max
-    checks.check_real("lr", lr, 0.0, largest)
-    checks.check_real("beta1", beta1, 0.0, 1.0, high_open=True)
-    checks.check_real("beta2", beta2, 0.0, 1.0, high_open=True)
-    checks.check_real("eps", eps, 0.0, largest)
-    checks.check_real("weight_decay", weight_decay, 0.0, largest)
-    checks.check_int("step", step, 1, MAX_INT)
-    checks.check_real("grad_scale", grad_scale, 0.0, largest)
-    with torch.no_grad():
-        delta_ops.delta_adamw_(
-            list(weights),
-            list(bases),
-            list(deltas),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            rows,
-            cols,
-            gate_old,
-            gate_new,
-            maps,
-            codes,
-            rank,
-            float(lr),
-            float(beta1),
-            float(beta2),
-            float(eps),
-            float(weight_decay),
-            step,
-            float(grad_scale),
-        )
+        d_gate[n] = sum over every row and column that uses gate n of its gradient; sq_norm = Σ ‖(r ⊗ c) ∘ G‖², for
+        clipping. layouts[m]: "dense" (default; grads[m] is [out, in]), "block" (open rows × open columns; closed gates
+        get zero), or "panels" (grads[m] is a pair: open rows × all columns, all rows × open columns). Packed ones need
+        `rank` of `open_indices`.
+        """
+        matrices = self._current()
+        self._check_gate("gate", gate)
+        found = self._gradients(grads, layouts, rank, gate.dtype)
+        return choose("delta_grad_stats", gate)(matrices, found, gate)
 
+    @torch.no_grad()
+    def step(
+        self,
+        grads: Sequence[Grad],
+        gate_old: Tensor,
+        gate_new: Tensor,
+        adam: AdamWStep,
+        *,
+        layouts: Sequence[str] | None = None,
+        rank: Tensor | None = None,
+    ) -> None:
+        """Pass B, in place: AdamW on deltas with the gradient grad_scale·(r_old ⊗ c_old) ∘ G, then weights from the new
+        gates and the stored deltas.
 
-def check_matrices(
-    gate: Tensor,
-    gate_maps: Sequence[GateMap],
-    matrices: dict[str, Sequence[Tensor]],
-    *,
-    gate_name: str = "gate",
-) -> Tensor:
-    """Checks gate, maps and parallel lists of matrices (the first list gives the shapes); returns the maps as int64
-    [M, 4].
-    """
-    check_gate(gate_name, gate)
-    for name, tensors in matrices.items():
-        checks.check_length(name, tensors, len(gate_maps))
-    first_name, first = next(iter(matrices.items()))
-    dtypes = _MATRIX_DTYPES if gate.dtype == torch.float32 else checks.FLOATS
-    for name, tensors in matrices.items():
-        for m, (like, value) in enumerate(zip(first, tensors, strict=True)):
-            allowed = (like.dtype,) if name == "bases" else dtypes
+        The update uses the moments before they are rounded for storage. grads, layouts: as in `grad_stats`, with
+        `rank` of the *old* gates; an entry that a packed gradient lacks has gradient zero, and its momenta still move
+        delta.
+        """
+        matrices = self._current("weights", "bases", "exp_avgs", "exp_avg_sqs")
+        self._check_gate("gate_old", gate_old)
+        self._check_gate("gate_new", gate_new)
+        checks.check_dtype("gate_new", gate_new, (gate_old.dtype,))
+        _check_adam(adam)
+        found = self._gradients(grads, layouts, rank, gate_old.dtype)
+        self._check_memory_of(found)
+        choose("delta_adamw_", gate_old)(matrices, found, gate_old, gate_new, adam)
+        for name in _WRITTEN:
+            torch.autograd.graph.increment_version(self._lists[name])
+
+    # ------------------------------------------------------------------ checks, once
+
+    def _check(self) -> None:
+        checks.check_int("n_gates", self._n_gates, 0)
+        for name, tensors in self._lists.items():
+            checks.check_length(name, tensors, len(self._maps))
+        self._float64: str | None = None  # the first matrix that is, which float32 gates do not go with
+        shapes_of = next(iter(self._lists))
+        for name, tensors in self._lists.items():
+            for m, (value, like) in enumerate(zip(tensors, self._lists[shapes_of], strict=True)):
+                where = f"{name}[{m}]"
+                allowed = (like.dtype,) if name == "bases" and shapes_of == "weights" else checks.FLOATS
+                _check_matrix(where, value, (None, None) if name == shapes_of else like.shape, allowed, self._device)
+                if value.dtype == torch.float64 and self._float64 is None:
+                    self._float64 = where
+        self._shapes = [delta.shape for delta in self._lists["deltas"]]
+        for m, (where_gates, shape) in enumerate(zip(self._maps, self._shapes, strict=True)):
+            check_gate_map(f"gate_maps[{m}]", where_gates, shape, self._n_gates)
+        self._check_memory()
+        self._pointers = self._addresses()
+        self._matrices = Matrices(maps=self._maps, n_gates=self._n_gates, **self._lists)
+        starts = [[g.row_start, g.col_start] for g in self._maps]
+        sizes = [[s[0], s[1] // g.repeat] for s, g in zip(self._shapes, self._maps, strict=True)]
+        first = torch.tensor(starts, dtype=torch.int64).view(-1, 2)
+        self._sides = torch.stack([first, first + torch.tensor(sizes, dtype=torch.int64).view(-1, 2)])
+
+    def _check_memory(self) -> None:
+        written = _WRITTEN if "exp_avgs" in self._lists else ("weights",)
+        named = {n: [(f"{n}[{m}]", t) for m, t in enumerate(tensors)] for n, tensors in self._lists.items()}
+        self._written = checks.memory_of([pair for name in written for pair in named.get(name, [])])
+        for name in self._lists.keys() - set(written):
+            for pair in named[name]:
+                checks.check_memory(*pair, self._written)
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensors in self._lists.values() for tensor in tensors]
+
+    def _current(self, *needed: str) -> Matrices:
+        """The matrices, checked again where a tensor has moved."""
+        for name in needed:
+            if name not in self._lists and self._maps:
+                raise fail(name, f"{len(self._maps)} entries", 0)
+        if self._addresses() != self._pointers:
+            self._check()
+        return self._matrices
+
+    # ------------------------------------------------------------------ checks of every call
+
+    def _check_gate(self, name: str, gate: Tensor) -> None:
+        check_gate(name, gate, self._n_gates)
+        if self._float64 is not None and gate.dtype == torch.float32:
+            raise fail(self._float64, "dtype float32 or float16 or bfloat16 (beside float32 gates)", "float64")
+        if self._maps:
+            checks.check_device(name, gate, self._device)
+
+    def _gradients(
+        self, grads: Sequence[Grad], layouts: Sequence[str] | None, rank: Tensor | None, gate_dtype: torch.dtype
+    ) -> Gradients:
+        """Gradients as the backends take them: one tensor per matrix, the column panels apart, layout codes."""
+        checks.check_length("grads", grads, len(self._maps))
+        codes = self._codes(layouts)
+        tensors: list[Tensor] = []
+        panels: list[Tensor | None] = []
+        packed = any(codes)
+        dtypes = _MATRIX_DTYPES if gate_dtype == torch.float32 else checks.FLOATS
+        counts = self._open_counts(rank) if packed else None
+        for m, (grad, code) in enumerate(zip(grads, codes, strict=True)):
+            first, panel = grad if code == PANELS and isinstance(grad, tuple | list) else (grad, None)
+            if code != DENSE or not _is_plain(first, self._shapes[m], dtypes, self._device):
+                self._check_grad(m, grad, code, None if counts is None else counts[m], dtypes)
+            tensors.append(first)  # type: ignore[arg-type]
+            panels.append(panel)
+        return Gradients(tensors=tensors, col_panels=panels, layouts=codes, rank=rank if packed else None)
+
+    def _codes(self, layouts: Sequence[str] | None) -> list[int]:
+        if layouts is None:
+            return [DENSE] * len(self._maps)
+        checks.check_length("layouts", layouts, len(self._maps))
+        for m, layout in enumerate(layouts):
+            checks.check_choice(f"layouts[{m}]", layout, LAYOUTS)
+        return [LAYOUTS.index(layout) for layout in layouts]
+
+    def _open_counts(self, rank: Tensor | None) -> list[tuple[int, int]] | None:
+        """Open rows and columns of every matrix as `rank` has them; on a GPU None, as the host would have to wait."""
+        if rank is None:
+            raise fail("rank", "the rank of open_indices (a gradient is packed)", None)
+        checks.check_shape("rank", rank, (self._n_gates,))
+        checks.check_dtype("rank", rank, (torch.int32,))
+        checks.check_device("rank", rank, self._device)
+        checks.check_contiguous("rank", rank)
+        if rank.device.type != "cpu":
+            return None
+        before = torch.zeros(rank.numel() + 1, dtype=torch.int64)
+        torch.cumsum(rank >= 0, 0, out=before[1:])
+        starts, ends = before[self._sides]
+        rows_and_cols = (ends - starts).tolist()
+        return [(rows, cols * g.repeat) for (rows, cols), g in zip(rows_and_cols, self._maps, strict=True)]
+
+    def _check_grad(
+        self, m: int, grad: Grad, code: int, counts: tuple[int, int] | None, dtypes: Sequence[torch.dtype]
+    ) -> None:
+        n_out, n_in = self._shapes[m]
+        n_rows, n_cols = counts or (None, None)
+        if code == PANELS:
+            if not isinstance(grad, tuple | list) or len(grad) != 2:
+                raise fail(f"grads[{m}]", "a pair (rows panel, columns panel)", type(grad).__name__)
+            _check_matrix(f"grads[{m}][0]", grad[0], (n_rows, n_in), dtypes, self._device)
+            _check_matrix(f"grads[{m}][1]", grad[1], (n_out, n_cols), (grad[0].dtype,), self._device)
+        elif isinstance(grad, tuple | list):
+            raise fail(f"grads[{m}]", f"a tensor (layout {LAYOUTS[code]!r})", type(grad).__name__)
+        else:
             _check_matrix(
-                f"{name}[{m}]", value, like.shape if name != first_name else (None, None), allowed, gate.device
+                f"grads[{m}]", grad, (n_out, n_in) if code == DENSE else (n_rows, n_cols), dtypes, self._device
             )
-    for m, (where, like) in enumerate(zip(gate_maps, first, strict=True)):
-        _check_gate_map(f"gate_maps[{m}]", where, like.shape, gate.numel())
-    rows = [(g.row_start, g.col_start, g.head_dim, g.repeat) for g in gate_maps]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+
+    def _check_memory_of(self, grads: Gradients) -> None:
+        for m, (grad, panel) in enumerate(zip(grads.tensors, grads.col_panels, strict=True)):
+            checks.check_memory(f"grads[{m}]", grad, self._written)
+            if panel is not None:
+                checks.check_memory(f"grads[{m}][1]", panel, self._written)
+
+
+def _is_plain(grad: object, shape: torch.Size, dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
+    """Whether a dense gradient is as it should be; what is wrong with one that is not is `_check_grad`'s to say."""
+    if not isinstance(grad, Tensor) or grad.shape != shape or grad.device != device:
+        return False
+    return grad.dtype in dtypes and grad.is_contiguous()
 
 
 def _check_matrix(
-    name: str,
-    value: Tensor,
-    shape: Sequence[int | None],
-    dtypes: Sequence[torch.dtype],
-    device: torch.device,
+    name: str, value: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     checks.check_shape(name, value, shape)
     checks.check_dtype(name, value, dtypes)
@@ -168,7 +255,7 @@ def _check_matrix(
     checks.check_contiguous(name, value)
 
 
-def _check_gate_map(name: str, where: GateMap, shape: Sequence[int], n_gates: int) -> None:
+def check_gate_map(name: str, where: GateMap, shape: Sequence[int], n_gates: int) -> None:
     if not isinstance(where, GateMap):
         raise fail(name, "a GateMap", type(where).__name__)
     n_out, n_in = shape
@@ -180,60 +267,60 @@ def _check_gate_map(name: str, where: GateMap, shape: Sequence[int], n_gates: in
     checks.check_int(f"{name}.col_start", where.col_start, 0, n_gates - n_in // where.repeat + 1)
 
 
-def check_grads(
-    grads: Sequence[Tensor | tuple[Tensor, Tensor]],
+def _check_adam(adam: AdamWStep) -> None:
+    largest = torch.finfo(torch.float32).max
+    for name in ("lr", "eps", "weight_decay", "grad_scale"):
+        checks.check_real(name, getattr(adam, name), 0.0, largest)
+    for name in ("beta1", "beta2"):
+        checks.check_real(name, getattr(adam, name), 0.0, 1.0, high_open=True)
+    checks.check_int("step", adam.step, 1, MAX_INT)
+
+
+# ---------------------------------------------------------------------- a plan that is used once
+
+
+def weight_eff_(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
     deltas: Sequence[Tensor],
     gate: Tensor,
-    maps: Tensor,
-    layouts: Sequence[str] | None,
-    rank: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Gradients as the op takes them: one tensor per matrix, the column panels apart, layout codes."""
-    checks.check_length("grads", grads, len(deltas))
-    names = ["dense"] * len(deltas) if layouts is None else list(layouts)
-    checks.check_length("layouts", names, len(deltas))
-    for m, layout in enumerate(names):
-        checks.check_choice(f"layouts[{m}]", layout, LAYOUTS)
-    if rank is not None:
-        checks.check_shape("rank", rank, gate.shape)
-        checks.check_dtype("rank", rank, (torch.int32,))
-        checks.check_device("rank", rank, gate.device)
-        checks.check_contiguous("rank", rank)
-    elif any(layout != "dense" for layout in names):
-        raise fail("rank", "the rank of open_indices (a gradient is packed)", None)
-    dtypes = _MATRIX_DTYPES if gate.dtype == torch.float32 else checks.FLOATS
-    rows: list[Tensor] = []
-    cols: list[Tensor] = []
-    for m, (grad, delta, layout) in enumerate(zip(grads, deltas, names, strict=True)):
-        n_out, n_in = delta.shape
-        n_rows, n_cols = (None, None) if layout == "dense" else _open_counts(rank, maps[m].tolist(), n_out, n_in)
-        if layout == "panels":
-            if not isinstance(grad, tuple | list) or len(grad) != 2:
-                raise fail(f"grads[{m}]", "a pair (rows panel, columns panel)", type(grad).__name__)
-            _check_matrix(f"grads[{m}][0]", grad[0], (n_rows, n_in), dtypes, gate.device)
-            _check_matrix(f"grads[{m}][1]", grad[1], (n_out, n_cols), (grad[0].dtype,), gate.device)
-            rows.append(grad[0])
-            cols.append(grad[1])
-        elif isinstance(grad, tuple | list):
-            raise fail(f"grads[{m}]", f"a tensor (layout {layout!r})", type(grad).__name__)
-        else:
-            shape = (n_out, n_in) if layout == "dense" else (n_rows, n_cols)
-            _check_matrix(f"grads[{m}]", grad, shape, dtypes, gate.device)
-            rows.append(grad)
-    return rows, cols, [LAYOUTS.index(layout) for layout in names]
+    gate_maps: Sequence[GateMap],
+) -> None:
+    """`DeltaStepPlan.refresh`, once."""
+    n_gates = checks.check_tensor("gate", gate).numel()
+    DeltaStepPlan(gate_maps, n_gates=n_gates, weights=weights, bases=bases, deltas=deltas).refresh(gate)
 
 
-def _open_counts(rank: Tensor | None, where: list[int], n_out: int, n_in: int) -> tuple[int | None, int | None]:
-    """Open rows and columns of a matrix as `rank` has them: on the CPU only, elsewhere the host would wait for it."""
-    if rank is None or rank.device.type != "cpu" or torch.compiler.is_compiling():
-        return None, None
-    row_start, col_start, _, repeat = where
-    n_rows = int((rank[row_start : row_start + n_out] >= 0).sum())
-    return n_rows, int((rank[col_start : col_start + n_in // repeat] >= 0).sum()) * repeat
+def delta_grad_stats(
+    grads: Sequence[Grad],
+    deltas: Sequence[Tensor],
+    gate: Tensor,
+    gate_maps: Sequence[GateMap],
+    *,
+    layouts: Sequence[str] | None = None,
+    rank: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`DeltaStepPlan.grad_stats`, once."""
+    n_gates = checks.check_tensor("gate", gate).numel()
+    return DeltaStepPlan(gate_maps, n_gates=n_gates, deltas=deltas).grad_stats(grads, gate, layouts=layouts, rank=rank)
 
 
-def check_written(written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]) -> None:
-    def named(lists: dict[str, Sequence[Tensor]]) -> list[tuple[str, Tensor]]:
-        return [(f"{name}[{m}]", value) for name, tensors in lists.items() for m, value in enumerate(tensors)]
-
-    checks.check_no_overlap(named(written), named(read))
+def delta_adamw_(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grads: Sequence[Grad],
+    gate_old: Tensor,
+    gate_new: Tensor,
+    gate_maps: Sequence[GateMap],
+    adam: AdamWStep,
+    *,
+    layouts: Sequence[str] | None = None,
+    rank: Tensor | None = None,
+) -> None:
+    """`DeltaStepPlan.step`, once."""
+    lists = {"weights": weights, "bases": bases, "deltas": deltas, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    plan = DeltaStepPlan(gate_maps, n_gates=checks.check_tensor("gate_old", gate_old).numel(), **lists)
+    plan.step(grads, gate_old, gate_new, adam, layouts=layouts, rank=rank)

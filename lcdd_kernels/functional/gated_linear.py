@@ -1,7 +1,7 @@
 """The forward route: gates applied inside a differentiable op.
 
 Gradients are those of the optimizer route (`delta_grad_stats`) for the same gates, and gates are the same for the same
-seed, step and place in the model's flat vector (the offsets). Shapes: D model width, F feed-forward width; x [..., in].
+seed, step and place in the model's flat vector. Shapes: D model width, F feed-forward width; x [..., in].
 
 Dtypes: x, bases and deltas float32, float16, bfloat16 or float64, each on its own; logits float32 or float64. W_eff is
 formed in x's dtype with one rounding, and the result has x's dtype. Any float64 operand is served by the reference.
@@ -16,9 +16,12 @@ from torch import Tensor
 
 from lcdd_kernels import checks
 from lcdd_kernels.checks import FLOATS, MAX_INT, check_gate, fail
+from lcdd_kernels.functional.delta_step import check_gate_map
+from lcdd_kernels.functional.gates import check_spec, settings
 from lcdd_kernels.ops import gated_block
 from lcdd_kernels.ops import gated_linear as linear_op
-from lcdd_kernels.reference.gates import KINDS
+from lcdd_kernels.reference.delta_step import GateMap
+from lcdd_kernels.reference.gates import GateSpec
 
 T = TypeVar("T")
 
@@ -37,46 +40,43 @@ def gated_linear(
     delta: Tensor,
     row_logits: Tensor,
     col_logits: Tensor,
+    spec: GateSpec,
     *,
-    kind: str,
-    seed: int = 0,
-    step: int = 0,
-    training: bool = True,
+    where: GateMap = GateMap(0, 0),  # noqa: B008
     bias: Tensor | None = None,
-    row_offset: int = 0,
-    col_offset: int = 0,
-    head_dim: int | None = None,
-    repeat: int = 1,
     small_batch: bool | None = None,
 ) -> Tensor:
     """y = x (W_base + (r x c) o delta)^T + bias, with r and c drawn from their logits: x [..., in] -> y [..., out].
 
     weight_base, delta: [out, in]; row_logits: [out]; col_logits: [in / repeat]; bias: [out] in x's dtype (or None).
-    kind, seed, step, training: as in `gate_values`. row_offset, col_offset: where these logits are in the model's flat
-    vector. head_dim, repeat: GQA's o_proj, whose column j has gate (j // (repeat*head_dim))*head_dim + j % head_dim,
-    as in `GateMap`. small_batch: multiply by base and delta apart (see SMALL_BATCH_TOKENS); None: where that pays.
+    spec: as in `gate_values`. where: the place of these logits in the model's flat vector, whose noise they draw, and
+    GQA's shared columns. small_batch: multiply by base and delta apart (see SMALL_BATCH_TOKENS); None: where that pays.
 
     Differentiable in x, delta, both logits and bias; what needs no gradient costs none. The backward saves these inputs
     only and forms W_eff again. weight_base is frozen: one that requires a gradient is an error.
     Raises ValueError on a bad argument. Method sections 1 and 2.
     """
     x = _autocast(x)
-    repeat, head_dim = _check_repeat(weight_base, head_dim, repeat)
-    _check_settings(kind, seed, step)
+    check_spec(spec)
+    checks.check_shape("weight_base", weight_base, (None, None))
     _check_x(x, weight_base, "weight_base")
     _check_matrix(x, ("weight_base", weight_base), ("delta", delta), None)
     rows, cols = weight_base.shape
-    _check_logits(x, "row_logits", row_logits, rows, "row_offset", row_offset)
-    _check_logits(x, "col_logits", col_logits, cols // repeat, "col_offset", col_offset)
+    check_gate_map("where", where, (rows, cols), MAX_INT)
+    _check_logits(x, "row_logits", row_logits, rows)
+    _check_logits(x, "col_logits", col_logits, cols // where.repeat)
     if bias is not None:
         bias = bias.to(x.dtype) if _autocast_dtype(x) is not None else bias
         checks.check_shape("bias", bias, (rows,))
         checks.check_dtype("bias", bias, (x.dtype,))
         checks.check_device("bias", bias, x.device)
     split = _small_batch(small_batch, x, delta, row_logits, col_logits, bias)
-    settings = (kind, seed, step, bool(training), row_offset, col_offset, head_dim, repeat, split)
+    place = [where.row_start, where.col_start, where.head_dim, where.repeat]
     return _without_autocast(
-        x, lambda: linear_op.gated_linear(x, weight_base, delta, row_logits, col_logits, bias, *settings)
+        x,
+        lambda: linear_op.gated_linear(
+            x, weight_base, delta, row_logits, col_logits, bias, *settings(spec), place, split
+        ),
     )
 
 
@@ -87,38 +87,36 @@ def gated_mlp(
     read_logits: Tensor,
     hidden_logits: Tensor,
     write_logits: Tensor,
+    spec: GateSpec,
     *,
-    kind: str,
-    seed: int = 0,
-    step: int = 0,
-    training: bool = True,
-    read_offset: int = 0,
-    hidden_offset: int = 0,
-    write_offset: int = 0,
+    offsets: Sequence[int] = (0, 0, 0),
     small_batch: bool | None = None,
 ) -> Tensor:
     """y = down(silu(gate x) * up x), every projection gated: x [..., D] -> y [..., D].
 
     weight_bases, deltas: (gate [F, D], up [F, D], down [D, F]). read_logits [D] gate the columns of gate and up,
-    hidden_logits [F] their rows and the columns of down, write_logits [D] the rows of down. Saves its inputs only: the
-    backward multiplies by gate and up again. The rest as in `gated_linear`.
+    hidden_logits [F] their rows and the columns of down, write_logits [D] the rows of down; offsets: where the three
+    are in the model's flat vector. Saves its inputs only: the backward multiplies by gate and up again. The rest as in
+    `gated_linear`.
     """
     x = _autocast(x)
-    _check_settings(kind, seed, step)
+    check_spec(spec)
     _check_matrices(x, weight_bases, deltas)
     width, hidden = x.shape[-1], weight_bases[0].shape[0]
     _check_matrix(x, ("weight_bases[0]", weight_bases[0]), ("deltas[0]", deltas[0]), (hidden, width))
     _check_matrix(x, ("weight_bases[1]", weight_bases[1]), ("deltas[1]", deltas[1]), (hidden, width))
     _check_matrix(x, ("weight_bases[2]", weight_bases[2]), ("deltas[2]", deltas[2]), (None, hidden))
     written = weight_bases[2].shape[0]
-    _check_logits(x, "read_logits", read_logits, width, "read_offset", read_offset)
-    _check_logits(x, "hidden_logits", hidden_logits, hidden, "hidden_offset", hidden_offset)
-    _check_logits(x, "write_logits", write_logits, written, "write_offset", write_offset)
+    _check_logits(x, "read_logits", read_logits, width)
+    _check_logits(x, "hidden_logits", hidden_logits, hidden)
+    _check_logits(x, "write_logits", write_logits, written)
     logits = [read_logits, hidden_logits, write_logits]
+    _check_offsets(offsets, logits)
     split = _small_batch(small_batch, x, *deltas, *logits)
-    offsets = [read_offset, hidden_offset, write_offset]
-    settings = (offsets, kind, seed, step, bool(training), split)
-    return _without_autocast(x, lambda: gated_block.gated_mlp(x, list(weight_bases), list(deltas), logits, *settings))
+    matrices = (list(weight_bases), list(deltas))
+    return _without_autocast(
+        x, lambda: gated_block.gated_mlp(x, *matrices, logits, list(offsets), *settings(spec), split)
+    )
 
 
 def gated_qkv(
@@ -129,39 +127,33 @@ def gated_qkv(
     q_logits: Tensor,
     k_logits: Tensor,
     v_logits: Tensor,
+    spec: GateSpec,
     *,
-    kind: str,
-    seed: int = 0,
-    step: int = 0,
-    training: bool = True,
-    read_offset: int = 0,
-    q_offset: int = 0,
-    k_offset: int = 0,
-    v_offset: int = 0,
+    offsets: Sequence[int] = (0, 0, 0, 0),
     small_batch: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k, v) = the three gated projections of x [..., D], which share their column gates.
 
     weight_bases, deltas: (q [H*d, D], k [K*d, D], v [K*d, D]) for H query heads and K KV heads of width d; read_logits
-    [D] gate the columns, q_logits, k_logits and v_logits the rows. o_proj is `gated_linear` with v_logits as its column
-    logits, head_dim = d and repeat = H / K. The rest as in `gated_linear`.
+    [D] gate the columns, q_logits, k_logits and v_logits the rows; offsets: where the four are in the model's flat
+    vector. o_proj is `gated_linear` with v_logits as its column logits, head_dim = d and repeat = H / K. The rest as in
+    `gated_linear`.
     """
     x = _autocast(x)
-    _check_settings(kind, seed, step)
+    check_spec(spec)
     _check_matrices(x, weight_bases, deltas)
     width = x.shape[-1]
-    _check_logits(x, "read_logits", read_logits, width, "read_offset", read_offset)
-    rows = (("q", q_logits, q_offset), ("k", k_logits, k_offset), ("v", v_logits, v_offset))
-    for i, (name, logits, offset) in enumerate(rows):
+    _check_logits(x, "read_logits", read_logits, width)
+    for i, (name, logits) in enumerate((("q", q_logits), ("k", k_logits), ("v", v_logits))):
         base = (f"weight_bases[{i}]", weight_bases[i])
         _check_matrix(x, base, (f"deltas[{i}]", deltas[i]), (None, width))
-        _check_logits(x, f"{name}_logits", logits, weight_bases[i].shape[0], f"{name}_offset", offset)
+        _check_logits(x, f"{name}_logits", logits, weight_bases[i].shape[0])
     all_logits = [read_logits, q_logits, k_logits, v_logits]
+    _check_offsets(offsets, all_logits)
     split = _small_batch(small_batch, x, *deltas, *all_logits)
-    offsets = [read_offset, q_offset, k_offset, v_offset]
-    settings = (offsets, kind, seed, step, bool(training), split)
+    matrices = (list(weight_bases), list(deltas))
     return _without_autocast(
-        x, lambda: gated_block.gated_qkv(x, list(weight_bases), list(deltas), all_logits, *settings)
+        x, lambda: gated_block.gated_qkv(x, *matrices, all_logits, list(offsets), *settings(spec), split)
     )
 
 
@@ -193,26 +185,6 @@ def _small_batch(asked: bool | None, x: Tensor, *differentiable: Tensor | None) 
     return not trains and x.numel() <= SMALL_BATCH_TOKENS * x.shape[-1]
 
 
-def _check_settings(kind: str, seed: int, step: int) -> None:
-    checks.check_choice("kind", kind, KINDS)
-    checks.check_int("seed", seed, 0, MAX_INT)
-    checks.check_int("step", step, 0, MAX_INT)
-
-
-def _check_repeat(weight_base: Tensor, head_dim: int | None, repeat: int) -> tuple[int, int]:
-    checks.check_shape("weight_base", weight_base, (None, None))
-    checks.check_int("repeat", repeat, 1)
-    cols = weight_base.shape[1]
-    if head_dim is None:
-        if repeat > 1:
-            raise fail("head_dim", "the width of a head (repeat is more than 1)", None)
-        return repeat, max(cols, 1)
-    checks.check_int("head_dim", head_dim, 1)
-    if cols % (repeat * head_dim):
-        raise fail("head_dim", f"repeat*head_dim dividing {cols} columns", f"{repeat}*{head_dim}")
-    return repeat, head_dim
-
-
 def _check_x(x: Tensor, weight: Tensor, name: str) -> None:
     checks.check_dtype("x", x, FLOATS)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -239,7 +211,12 @@ def _check_matrix(
         raise fail(name, "a frozen tensor (the base never gets a gradient)", "requires_grad=True")
 
 
-def _check_logits(x: Tensor, name: str, logits: Tensor, count: int, offset_name: str, offset: int) -> None:
+def _check_logits(x: Tensor, name: str, logits: Tensor, count: int) -> None:
     check_gate(name, logits, count)
     checks.check_device(name, logits, x.device)
-    checks.check_int(offset_name, offset, 0, MAX_INT - count)
+
+
+def _check_offsets(offsets: Sequence[int], logits: Sequence[Tensor]) -> None:
+    checks.check_length("offsets", offsets, len(logits))
+    for i, (offset, part) in enumerate(zip(offsets, logits, strict=True)):
+        checks.check_int(f"offsets[{i}]", offset, 0, MAX_INT - part.numel())

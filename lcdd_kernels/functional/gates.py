@@ -8,46 +8,35 @@ from torch import Tensor
 from lcdd_kernels import checks
 from lcdd_kernels.checks import MAX_INT, check_gate, fail
 from lcdd_kernels.ops import gates as gate_ops
-from lcdd_kernels.reference.gates import KINDS
+from lcdd_kernels.reference.gates import KINDS, GateSpec
 
-__all__ = ["gate_logits_grad", "gate_values", "open_indices"]
+__all__ = ["GateSpec", "gate_logits_grad", "gate_values", "open_indices"]
 
 
-def gate_values(
-    logits: Tensor, *, kind: str, seed: int, step: int, training: bool, offset: int = 0
-) -> tuple[Tensor, Tensor]:
+def gate_values(logits: Tensor, spec: GateSpec, *, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Every gate of a model in one launch: logits[N] -> (gate[N], expected_l0[]), differentiable in logits.
 
-    kind: "heaviside_ste" (0 or 1; straight-through gradient) or "hard_concrete" (in [0, 1]; noise drawn from Philox
-    with (seed, step, offset + position) in training, deterministic otherwise). logits: float32 (float64: reference),
-    contiguous. `offset`: position of logits[0] in the model's flat vector, so that a slice draws the noise of the
-    whole. Method section 2.
+    logits: float32 (float64: reference), contiguous. `offset`: position of logits[0] in the model's flat vector, so
+    that a slice draws the noise of the whole: it is a function of (seed, step, offset + position) alone. Method
+    section 2.
     """
-    _check_arguments(logits, kind, seed, step, offset)
-    return gate_ops.gate_values(logits, kind, seed, step, bool(training), offset)
+    _check_arguments(logits, spec, offset)
+    return gate_ops.gate_values(logits, *settings(spec), offset)
 
 
 def gate_logits_grad(
-    logits: Tensor,
-    d_gate: Tensor,
-    *,
-    kind: str,
-    seed: int,
-    step: int,
-    training: bool,
-    l0_weight: float = 0.0,
-    offset: int = 0,
+    logits: Tensor, d_gate: Tensor, spec: GateSpec, *, l0_weight: float = 0.0, offset: int = 0
 ) -> Tensor:
     """d_logits[N] = d_gate * dz/dtheta + l0_weight * dE[L0]/dtheta: the backward of `gate_values`, with the same
     arguments.
     """
-    _check_arguments(logits, kind, seed, step, offset)
+    _check_arguments(logits, spec, offset)
     checks.check_shape("d_gate", d_gate, logits.shape)
     checks.check_dtype("d_gate", d_gate, (logits.dtype,))
     checks.check_device("d_gate", d_gate, logits.device)
     checks.check_contiguous("d_gate", d_gate)
     checks.check_real("l0_weight", l0_weight, -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
-    return gate_ops.gate_logits_grad(logits, d_gate, kind, seed, step, bool(training), float(l0_weight), offset)
+    return gate_ops.gate_logits_grad(logits, d_gate, *settings(spec), float(l0_weight), offset)
 
 
 def open_indices(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,9 +58,20 @@ def open_indices(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return gate_ops.open_indices(gate, offsets)
 
 
-def _check_arguments(logits: Tensor, kind: str, seed: int, step: int, offset: int) -> None:
+def check_spec(spec: GateSpec) -> None:
+    if not isinstance(spec, GateSpec):
+        raise fail("spec", "a GateSpec", type(spec).__name__)
+    checks.check_choice("kind", spec.kind, KINDS)
+    checks.check_int("seed", spec.seed, 0, MAX_INT)
+    checks.check_int("step", spec.step, 0, MAX_INT)
+
+
+def settings(spec: GateSpec) -> tuple[str, int, int, bool]:
+    """As the ops' schemas have it."""
+    return spec.kind, spec.seed, spec.step, bool(spec.training)
+
+
+def _check_arguments(logits: Tensor, spec: GateSpec, offset: int) -> None:
     check_gate("logits", logits)
-    checks.check_choice("kind", kind, KINDS)
-    checks.check_int("seed", seed, 0, MAX_INT)
-    checks.check_int("step", step, 0, MAX_INT)
+    check_spec(spec)
     checks.check_int("offset", offset, 0, MAX_INT - logits.numel())

@@ -16,6 +16,6 @@ Results are new tensors (an op may not return an input or a view of one); in-pla
 op.
 """
 
-from lcdd_kernels.ops import channel_match, delta_step, gated_block, gated_linear, gates, linear_loss, packed_grad
+from lcdd_kernels.ops import channel_match, gated_block, gated_linear, gates, linear_loss, packed_grad
 
-__all__ = ["channel_match", "delta_step", "gated_block", "gated_linear", "gates", "linear_loss", "packed_grad"]
+__all__ = ["channel_match", "gated_block", "gated_linear", "gates", "linear_loss", "packed_grad"]

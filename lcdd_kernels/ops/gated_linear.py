@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lcdd_kernels.backends import choose
-from lcdd_kernels.reference.gated_linear import GateSpec, repeat_columns
+from lcdd_kernels.reference.delta_step import GateMap
+from lcdd_kernels.reference.gated_linear import repeat_columns
+from lcdd_kernels.reference.gates import GateSpec
 
 
 def gated_product(
@@ -28,28 +30,35 @@ def gated_product(
     col_logits: Tensor,
     bias: Tensor | None,
     spec: GateSpec,
+    where: GateMap,
     small_batch: bool,
 ) -> Tensor:
     """x [..., in] times W_eff^T [in, out], by way of W_eff or, in a small batch, of base and delta; contiguous."""
     shape = (*x.shape[:-1], delta.shape[0])
     x = x.reshape(-1, x.shape[-1])
     if not small_batch:
-        weight = effective_weight(x.dtype, weight_base, delta, row_logits, col_logits, spec)
+        weight = effective_weight(x.dtype, weight_base, delta, row_logits, col_logits, spec, where)
         return linear(x, weight, bias).view(shape)
-    r = _gate(row_logits, spec, spec.row_offset)
-    c = repeat_columns(_gate(col_logits, spec, spec.col_offset), spec.head_dim, spec.repeat)
+    r = _gate(row_logits, spec, where.row_start)
+    c = repeat_columns(_gate(col_logits, spec, where.col_start), where.head_dim, where.repeat)
     # The delta's product is in delta's dtype: converting it would cost the pass over a matrix that this path saves.
     moved = linear((x * c).to(delta.dtype), delta)
     return (linear(x, weight_base.to(x.dtype), bias) + (r * moved).to(x.dtype)).view(shape)
 
 
 def effective_weight(
-    dtype: torch.dtype, weight_base: Tensor, delta: Tensor, row_logits: Tensor, col_logits: Tensor, spec: GateSpec
+    dtype: torch.dtype,
+    weight_base: Tensor,
+    delta: Tensor,
+    row_logits: Tensor,
+    col_logits: Tensor,
+    spec: GateSpec,
+    where: GateMap,
 ) -> Tensor:
     """W_eff [out, in] in `dtype`."""
     like = torch.empty(0, dtype=dtype, device=delta.device)
     form = choose("gated_weight", weight_base, delta, row_logits, col_logits, like)
-    return form(weight_base, delta, row_logits, col_logits, spec, dtype=dtype)
+    return form(weight_base, delta, row_logits, col_logits, spec, where, dtype=dtype)
 
 
 def weight_grads(
@@ -59,6 +68,7 @@ def weight_grads(
     row_logits: Tensor,
     col_logits: Tensor,
     spec: GateSpec,
+    where: GateMap,
     *,
     need_delta: bool,
     need_gates: bool,
@@ -68,23 +78,14 @@ def weight_grads(
         return None, None, None
     grad = dy.T @ x
     reduce = choose("gated_weight_grad", grad, delta, row_logits, col_logits)
-    return reduce(grad, delta, row_logits, col_logits, spec, need_delta=need_delta, need_gates=need_gates)
+    return reduce(grad, delta, row_logits, col_logits, spec, where, need_delta=need_delta, need_gates=need_gates)
 
 
 def chain_gates(logits: Tensor, d_gate: Tensor | None, spec: GateSpec, offset: int) -> Tensor | None:
     """d_logits from the gradient of the gates; the noise is drawn again."""
     if d_gate is None:
         return None
-    return choose("gate_logits_grad", logits)(
-        logits,
-        d_gate,
-        kind=spec.kind,
-        seed=spec.seed,
-        step=spec.step,
-        training=spec.training,
-        l0_weight=0.0,
-        offset=offset,
-    )
+    return choose("gate_logits_grad", logits)(logits, d_gate, spec, l0_weight=0.0, offset=offset)
 
 
 def total(*parts: Tensor | None) -> Tensor | None:
@@ -104,32 +105,8 @@ def absent(value: Tensor, need: bool) -> Tensor | None:
 
 
 def _gate(logits: Tensor, spec: GateSpec, offset: int) -> Tensor:
-    gate, _ = choose("gate_values", logits)(
-        logits, kind=spec.kind, seed=spec.seed, step=spec.step, training=spec.training, offset=offset
-    )
+    gate, _ = choose("gate_values", logits)(logits, spec, offset=offset)
     return gate
-
-
-def _spec(
-    kind: str,
-    seed: int,
-    step: int,
-    training: bool,
-    row_offset: int,
-    col_offset: int,
-    head_dim: int,
-    repeat: int,
-) -> GateSpec:
-    return GateSpec(
-        kind=kind,
-        seed=seed,
-        step=step,
-        training=training,
-        row_offset=row_offset,
-        col_offset=col_offset,
-        head_dim=head_dim,
-        repeat=repeat,
-    )
 
 
 @torch.library.custom_op("lcdd::gated_linear", mutates_args=())
@@ -144,34 +121,15 @@ def gated_linear(
     seed: int,
     step: int,
     training: bool,
-    row_offset: int,
-    col_offset: int,
-    head_dim: int,
-    repeat: int,
+    where: list[int],
     small_batch: bool,
 ) -> Tensor:
-    spec = _spec(kind, seed, step, training, row_offset, col_offset, head_dim, repeat)
-    return gated_product(x, weight_base, delta, row_logits, col_logits, bias, spec, small_batch)
+    spec = GateSpec(kind=kind, seed=seed, step=step, training=training)
+    return gated_product(x, weight_base, delta, row_logits, col_logits, bias, spec, GateMap(*where), small_batch)
 
 
 @gated_linear.register_fake
-def _(
-    x: Tensor,
-    weight_base: Tensor,
-    delta: Tensor,
-    row_logits: Tensor,
-    col_logits: Tensor,
-    bias: Tensor | None,
-    kind: str,
-    seed: int,
-    step: int,
-    training: bool,
-    row_offset: int,
-    col_offset: int,
-    head_dim: int,
-    repeat: int,
-    small_batch: bool,
-) -> Tensor:
+def _(x: Tensor, weight_base: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_base.shape[0]))
 
 
@@ -188,25 +146,22 @@ def gated_linear_backward(
     seed: int,
     step: int,
     training: bool,
-    row_offset: int,
-    col_offset: int,
-    head_dim: int,
-    repeat: int,
+    where: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`needs` and the results are in the order x, delta, row_logits, col_logits, bias."""
-    spec = _spec(kind, seed, step, training, row_offset, col_offset, head_dim, repeat)
+    spec, place = GateSpec(kind=kind, seed=seed, step=step, training=training), GateMap(*where)
     need_x, need_delta, need_row, need_col, need_bias = needs
     dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx = None
     if need_x:
-        weight = effective_weight(x.dtype, weight_base, delta, row_logits, col_logits, spec)
+        weight = effective_weight(x.dtype, weight_base, delta, row_logits, col_logits, spec, place)
         dx = (dy2 @ weight).view(x.shape)
         del weight
     d_delta, d_row, d_col = weight_grads(
-        dy2, x2, delta, row_logits, col_logits, spec, need_delta=need_delta, need_gates=need_row or need_col
+        dy2, x2, delta, row_logits, col_logits, spec, place, need_delta=need_delta, need_gates=need_row or need_col
     )
-    d_row = chain_gates(row_logits, d_row, spec, row_offset) if need_row else None
-    d_col = chain_gates(col_logits, d_col, spec, col_offset) if need_col else None
+    d_row = chain_gates(row_logits, d_row, spec, place.row_start) if need_row else None
+    d_col = chain_gates(col_logits, d_col, spec, place.col_start) if need_col else None
     d_bias = dy2.sum(dim=0) if need_bias else None
     return (
         present(dx, x),
@@ -226,14 +181,7 @@ def _(
     row_logits: Tensor,
     col_logits: Tensor,
     needs: list[bool],
-    kind: str,
-    seed: int,
-    step: int,
-    training: bool,
-    row_offset: int,
-    col_offset: int,
-    head_dim: int,
-    repeat: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_x, need_delta, need_row, need_col, need_bias = needs
     return (
@@ -256,7 +204,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = [need_x, need_delta, need_row, need_col, need_bias]
     grads = gated_linear_backward(dy, *ctx.saved_tensors, needs, *ctx.settings)
     dx, *rest = (absent(grad, need) for grad, need in zip(grads, needs, strict=True))
-    return dx, None, *rest, *[None] * 9
+    return dx, None, *rest, *[None] * 6
 
 
 gated_linear.register_autograd(_backward, setup_context=_setup)

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from lcdd_kernels.backends import choose
+from lcdd_kernels.reference.gates import GateSpec
 
 
 @torch.library.custom_op("lcdd::gate_values", mutates_args=())
 def gate_values(logits: Tensor, kind: str, seed: int, step: int, training: bool, offset: int) -> tuple[Tensor, Tensor]:
-    return choose("gate_values", logits)(logits, kind=kind, seed=seed, step=step, training=training, offset=offset)
+    spec = GateSpec(kind=kind, seed=seed, step=step, training=training)
+    return choose("gate_values", logits)(logits, spec, offset=offset)
 
 
 @gate_values.register_fake
-def _(logits: Tensor, kind: str, seed: int, step: int, training: bool, offset: int) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logits), logits.new_empty(())
 
 
@@ -31,22 +33,12 @@ def gate_logits_grad(
     l0_weight: float,
     offset: int,
 ) -> Tensor:
-    return choose("gate_logits_grad", logits)(
-        logits, d_gate, kind=kind, seed=seed, step=step, training=training, l0_weight=l0_weight, offset=offset
-    )
+    spec = GateSpec(kind=kind, seed=seed, step=step, training=training)
+    return choose("gate_logits_grad", logits)(logits, d_gate, spec, l0_weight=l0_weight, offset=offset)
 
 
 @gate_logits_grad.register_fake
-def _(
-    logits: Tensor,
-    d_gate: Tensor,
-    kind: str,
-    seed: int,
-    step: int,
-    training: bool,
-    l0_weight: float,
-    offset: int,
-) -> Tensor:
+def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -58,12 +50,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, d_gate: Tensor | None, d_l0: Tensor | None) -> tuple[Tensor | None, ...]:
     (logits,) = ctx.saved_tensors
-    kind, seed, step, training, offset = ctx.settings
+    *spec, offset = ctx.settings
     d_logits = None
     if d_gate is not None:
-        d_logits = gate_logits_grad(logits, d_gate.contiguous(), kind, seed, step, training, 0.0, offset)
+        d_logits = gate_logits_grad(logits, d_gate.contiguous(), *spec, 0.0, offset)
     if d_l0 is not None:  # a tensor, while l0_weight is a number: d_l0.item() would make the host wait
-        slope = gate_logits_grad(logits, torch.zeros_like(logits), kind, seed, step, training, 1.0, offset)
+        slope = gate_logits_grad(logits, torch.zeros_like(logits), *spec, 1.0, offset)
         d_logits = slope * d_l0 if d_logits is None else d_logits + slope * d_l0
     return d_logits, None, None, None, None, None
 

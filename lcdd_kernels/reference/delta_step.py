@@ -1,7 +1,7 @@
 """LCDD's optimizer step over every matrix of a model, in plain PyTorch: the signatures that all backends share.
 
 M matrices `[out, in]`; N gates (method section 1). Row i and column j of a matrix find their gates r_i and c_j through
-`gate_maps`; p_ij = r_i*c_j, "o" is elementwise:
+its `GateMap`; p_ij = r_i*c_j, "o" is elementwise:
 
     weight_eff_ref                   W_eff = W_base + p o Delta
     delta_grad_stats_ref  (pass A)   d_r_i = sum_j c_j Delta_ij G_ij, d_c_j = sum_i r_i Delta_ij G_ij, sum (p_ij G_ij)^2
@@ -9,24 +9,13 @@ M matrices `[out, in]`; N gates (method section 1). Row i and column j of a matr
 
 Arithmetic is in the gate's dtype: float32, or float64 (the reference alone). Matrices are float32, float16 or bfloat16
 (float64 with float64 gates), and so are the moments, each tensor on its own.
-
-gate_maps: int64 CPU tensor [M, 4], rows (row_start, col_start, head_dim, repeat); see `GateMap`.
-A row shard (FSDP2) passes its own rows, and a row_start moved by its row offset.
-
-layouts: one int per matrix, how its gradient is packed; `rank` (of `open_indices`) says where, else it may be None:
-    DENSE   grads[m] is [out, in]
-    BLOCK   grads[m] is [nR, nC]: open rows x open columns. Closed gates then get no gradient (hard_concrete has none)
-    PANELS  grads[m] is [nR, in]: open rows, all columns. The matrix's [out, nC] (all rows, open columns) is the next
-            entry of `col_panels`, which has one entry per PANELS matrix, in the order of the matrices
-Packed row i is at rank[row gate]. Packed column j is at copy*n_open + rank[col gate], copy = (j // head_dim) % repeat
-and n_open = nC / repeat: copy-major, and simply the rank where repeat is 1. Packed layouts need whole matrices, not row
-shards.
 """
 
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +33,8 @@ class GateMap:
     row i:  gate[row_start + i]
     col j:  gate[col_start + (j // (repeat*head_dim))*head_dim + j % head_dim]
     With repeat = 1 that is gate[col_start + j]. GQA's o_proj has repeat = query heads per KV head, as each KV head's
-    gates serve that many query heads; the expanded vector is never made.
+    gates serve that many query heads; the expanded vector is never made. A row shard (FSDP2) has its own rows, and a
+    row_start moved by its row offset.
     """
 
     row_start: int
@@ -52,11 +42,79 @@ class GateMap:
     head_dim: int = 1
     repeat: int = 1
 
+    def col_gates(self, n_in: int, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [in]: the flat gate index of every column."""
+        j = torch.arange(n_in, device=device)
+        return self.col_start + (j // (self.repeat * self.head_dim)) * self.head_dim + j % self.head_dim
 
-def col_gate_index(n_in: int, col_start: int, head_dim: int, repeat: int, device: torch.device) -> Tensor:
-    """int64 [in]: the flat gate index of every column."""
-    j = torch.arange(n_in, device=device)
-    return col_start + (j // (repeat * head_dim)) * head_dim + j % head_dim
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWStep:
+    """The numbers of one AdamW step as `torch.optim.AdamW` has them, and a factor on its gradient (clipping).
+
+    step: counts from 1. The factors that kernels multiply by are formed here, in float64.
+    """
+
+    lr: float
+    step: int
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_scale: float = 1.0
+
+    @property
+    def decay(self) -> float:
+        return 1 - self.lr * self.weight_decay
+
+    @property
+    def step_size(self) -> float:
+        return self.lr / (1 - self.beta1**self.step)
+
+    @property
+    def root_bias2(self) -> float:
+        return math.sqrt(1 - self.beta2**self.step)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matrices:
+    """The M matrices of a model, each list in their order; what an op does not name may be empty.
+
+    maps: where each finds its gates. n_gates: of the model. tables: what a backend has built of all this, kept as long
+    as it is.
+    """
+
+    maps: Sequence[GateMap]
+    n_gates: int
+    deltas: Sequence[Tensor]
+    weights: Sequence[Tensor] = ()
+    bases: Sequence[Tensor] = ()
+    exp_avgs: Sequence[Tensor] = ()
+    exp_avg_sqs: Sequence[Tensor] = ()
+    tables: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(delta.shape[0], delta.shape[1]) for delta in self.deltas]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gradients:
+    """G of every matrix, dense or packed.
+
+    layouts[m], how it is packed; `rank` (of `open_indices`) says where, and may be None where nothing is:
+        DENSE   tensors[m] is [out, in]
+        BLOCK   tensors[m] is [nR, nC]: open rows x open columns. Closed gates get no gradient (hard_concrete has none)
+        PANELS  tensors[m] is [nR, in], open rows and all columns, and col_panels[m] is [out, nC] (elsewhere None)
+    Packed row i is at rank[row gate]. Packed column j is at copy*n_open + rank[col gate], with copy = (j // head_dim) %
+    repeat and n_open = nC / repeat: copy-major, and simply the rank where repeat is 1. Packed layouts need whole
+    matrices, not row shards.
+    """
+
+    tensors: Sequence[Tensor]
+    col_panels: Sequence[Tensor | None]
+    layouts: Sequence[int]
+    rank: Tensor | None = None
 
 
 def partial_sum_layout(shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -70,14 +128,14 @@ def partial_sum_layout(shapes: Sequence[tuple[int, int]]) -> list[int]:
 
 @functools.lru_cache(maxsize=16)
 def _gather_index(
-    maps: tuple[tuple[int, ...], ...], shapes: tuple[tuple[int, int], ...], n_gates: int, device: torch.device
+    maps: tuple[GateMap, ...], shapes: tuple[tuple[int, int], ...], n_gates: int, device: torch.device
 ) -> Tensor:
     """int32 [K, N]: the (at most K) places in the flat buffer of partial sums that belong to each gate, in the order
     of the matrices, padded with the zero slot. Built once per layout."""
     targets = []
-    for (row_start, col_start, head_dim, repeat), (n_out, n_in) in zip(maps, shapes, strict=True):
-        targets.append(torch.arange(row_start, row_start + n_out))
-        targets.append(col_gate_index(n_in, col_start, head_dim, repeat, torch.device("cpu")))
+    for where, (n_out, n_in) in zip(maps, shapes, strict=True):
+        targets.append(torch.arange(where.row_start, where.row_start + n_out))
+        targets.append(where.col_gates(n_in))
     target = torch.cat(targets) if targets else torch.empty(0, dtype=torch.int64)
     order = torch.argsort(target, stable=True)
     per_gate = torch.bincount(target, minlength=n_gates)
@@ -90,13 +148,14 @@ def _gather_index(
     return index.to(device)
 
 
-def gather_partial_sums(partials: Tensor, gate_maps: Tensor, shapes: Sequence[tuple[int, int]], n_gates: int) -> Tensor:
+def gather_partial_sums(
+    partials: Tensor, maps: Sequence[GateMap], shapes: Sequence[tuple[int, int]], n_gates: int
+) -> Tensor:
     """d_gate[N] from the flat buffer of row and column sums (`partial_sum_layout`, plus one last slot that holds zero).
 
     One gather and one sum for the whole model, in a fixed order: deterministic, no atomics, no launch per matrix.
     """
-    maps = tuple(map(tuple, gate_maps.tolist()))
-    index = _gather_index(maps, tuple((int(a), int(b)) for a, b in shapes), n_gates, partials.device)
+    index = _gather_index(tuple(maps), tuple(shapes), n_gates, partials.device)
     return partials.index_select(0, index.view(-1)).view(index.shape).sum(0)
 
 
@@ -106,44 +165,37 @@ def _row_chunks(n_out: int, n_in: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, n_out))
 
 
-def _gates_of(gate: Tensor, row: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
-    row_start, col_start, head_dim, repeat = row
-    cols = col_gate_index(shape[1], col_start, head_dim, repeat, gate.device)
-    return gate[row_start : row_start + shape[0]], gate[cols]
+def _gates_of(gate: Tensor, where: GateMap, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    return gate[where.row_start : where.row_start + shape[0]], gate[where.col_gates(shape[1], gate.device)]
 
 
-def _packed_positions(rank: Tensor, row: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _packed_positions(rank: Tensor, where: GateMap, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Open rows and open columns of a matrix in packed order (int64 each)."""
-    row_start, col_start, head_dim, repeat = row
-    open_rows = torch.nonzero(rank[row_start : row_start + shape[0]] >= 0).view(-1)
-    j = torch.arange(shape[1], device=rank.device)
-    place = rank[col_gate_index(shape[1], col_start, head_dim, repeat, rank.device)].to(torch.int64)
-    open_cols = j[place >= 0]
-    copy = (open_cols // head_dim) % repeat
-    n_open = open_cols.numel() // repeat
+    open_rows = torch.nonzero(rank[where.row_start : where.row_start + shape[0]] >= 0).view(-1)
+    place = rank[where.col_gates(shape[1], rank.device)].to(torch.int64)
+    open_cols = torch.nonzero(place >= 0).view(-1)
+    copy = (open_cols // where.head_dim) % where.repeat
+    n_open = open_cols.numel() // where.repeat
     return open_rows, open_cols[torch.argsort(copy * n_open + place[open_cols])]
 
 
-def _unpack(
-    grads: Sequence[Tensor], col_panels: Sequence[Tensor], deltas: Sequence[Tensor], gate_maps: Tensor,
-    layouts: Sequence[int], rank: Tensor | None,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+def _unpack(matrices: Matrices, grads: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
     """Per matrix, G `[out, in]` as known for column gates and as known for row gates; zero where it was not packed."""
-    panels = iter(col_panels)
-    for grad, delta, row, layout in zip(grads, deltas, gate_maps.tolist(), layouts, strict=True):
-        if layout == DENSE:
+    for m, (delta, where) in enumerate(zip(matrices.deltas, matrices.maps, strict=True)):
+        grad, panel = grads.tensors[m], grads.col_panels[m]
+        if grads.layouts[m] == DENSE:
             yield grad, grad
             continue
-        assert rank is not None  # validated by the caller
-        rows, cols = _packed_positions(rank, row, delta.shape)
+        assert grads.rank is not None  # validated by the caller
+        rows, cols = _packed_positions(grads.rank, where, delta.shape)
         by_row = grad.new_zeros(delta.shape)
-        if layout == BLOCK:
+        if panel is None:
             by_row[rows[:, None], cols] = grad
             yield by_row, by_row
         else:
             by_row[rows] = grad
             by_col = torch.zeros_like(by_row)
-            by_col[:, cols] = next(panels)
+            by_col[:, cols] = panel
             yield by_row, by_col
 
 
@@ -153,43 +205,33 @@ def _masked_sum(base: Tensor, delta: Tensor, p: Tensor) -> Tensor:
     return torch.where(p == 0, base, moved)
 
 
-def weight_eff_ref(
-    weights: Sequence[Tensor], bases: Sequence[Tensor], deltas: Sequence[Tensor], gate: Tensor, gate_maps: Tensor
-) -> None:
+def weight_eff_ref(matrices: Matrices, gate: Tensor) -> None:
     """weights[m] := bases[m] + (r x c) o deltas[m], in place. Bit-identical on every backend.
 
     p = r*c rounded, q = p*delta rounded, s = base + q rounded, then round-to-nearest-even to the weight's dtype; no
     fused multiply-add. Where p == 0 the base's bits are copied: a closed weight is the base, -0.0 included.
     """
-    for weight, base, delta, row in zip(weights, bases, deltas, gate_maps.tolist(), strict=True):
-        r, c = _gates_of(gate, row, weight.shape)
+    lists = (matrices.weights, matrices.bases, matrices.deltas, matrices.maps)
+    for weight, base, delta, where in zip(*lists, strict=True):
+        r, c = _gates_of(gate, where, weight.shape)
         for rows in _row_chunks(*weight.shape):
             weight[rows] = _masked_sum(base[rows], delta[rows], r[rows, None] * c)
 
 
-def delta_grad_stats_ref(
-    grads: Sequence[Tensor],
-    col_panels: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    gate: Tensor,
-    gate_maps: Tensor,
-    layouts: Sequence[int],
-    rank: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def delta_grad_stats_ref(matrices: Matrices, grads: Gradients, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Pass A: (d_gate[N], sq_norm[]), in the gate's dtype; deterministic.
 
     d_gate[n] sums the row and column formulas over every row and column, of any matrix, that uses gate n.
     sq_norm = sum over matrices of ||(r x c) o G||^2. Nothing is masked here, so a NaN anywhere in a dense G reaches
     sq_norm.
     """
-    shapes = [(d.shape[0], d.shape[1]) for d in deltas]
-    starts = partial_sum_layout(shapes)
+    starts = partial_sum_layout(matrices.shapes)
     partials = gate.new_zeros(starts[-1] + 1)
     squares = [torch.zeros((), dtype=torch.float64, device=gate.device)]
-    unpacked = _unpack(grads, col_panels, deltas, gate_maps, layouts, rank)
-    for start, delta, row, (by_row, by_col) in zip(starts[:-1], deltas, gate_maps.tolist(), unpacked, strict=True):
+    lists = (starts[:-1], matrices.deltas, matrices.maps, _unpack(matrices, grads))
+    for start, delta, where, (by_row, by_col) in zip(*lists, strict=True):
         n_out, n_in = delta.shape
-        r, c = _gates_of(gate, row, delta.shape)
+        r, c = _gates_of(gate, where, delta.shape)
         d_row = partials[start : start + n_out]
         d_col = partials[start + n_out : start + n_out + n_in]
         for rows in _row_chunks(n_out, n_in):
@@ -199,33 +241,11 @@ def delta_grad_stats_ref(
             d_row[rows] = ((h if by_col is by_row else by_col[rows].to(gate.dtype) * d) * c).sum(1)
             squares.append((r[rows, None] * c * g).square().sum().double())
     sq_norm = torch.stack(squares).sum().to(gate.dtype)
-    return gather_partial_sums(partials, gate_maps, shapes, gate.numel()), sq_norm
+    return gather_partial_sums(partials, matrices.maps, matrices.shapes, gate.numel()), sq_norm
 
 
-def delta_adamw_ref(
-    weights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    col_panels: Sequence[Tensor],
-    gate_old: Tensor,
-    gate_new: Tensor,
-    gate_maps: Tensor,
-    layouts: Sequence[int],
-    rank: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-) -> None:
-    """Pass B, in place on weights, deltas, exp_avgs and exp_avg_sqs; `step` counts from 1. Packed entries missing
-    from G are 0.
+def delta_adamw_ref(matrices: Matrices, grads: Gradients, gate_old: Tensor, gate_new: Tensor, adam: AdamWStep) -> None:
+    """Pass B, in place on weights, deltas, exp_avgs and exp_avg_sqs. Packed entries missing from G are 0.
 
         g     = (grad_scale * (r_old*c_old)) * G
         delta = delta * (1 - lr*weight_decay)
@@ -233,23 +253,20 @@ def delta_adamw_ref(
         delta = delta - lr/(1 - beta1^step) * m / (sqrt(v)/sqrt(1 - beta2^step) + eps)        (torch.optim.AdamW)
         W     = base + (r_new*c_new) * delta               as `weight_eff_ref`, from the *stored* delta
 
-    The update uses m and v before they are rounded to their storage dtype; factors of the scalars alone are formed in
-    float64.
+    The update uses m and v before they are rounded to their storage dtype.
     """
-    step_size = lr / (1 - beta1**step)
-    v_scale = math.sqrt(1 - beta2**step)
-    unpacked = _unpack(grads, col_panels, deltas, gate_maps, layouts, rank)
-    matrices = zip(weights, bases, deltas, exp_avgs, exp_avg_sqs, gate_maps.tolist(), unpacked, strict=True)
-    for weight, base, delta, exp_avg, exp_avg_sq, row, (grad, _) in matrices:
-        r_old, c_old = _gates_of(gate_old, row, weight.shape)
-        r_new, c_new = _gates_of(gate_new, row, weight.shape)
+    lists = (matrices.weights, matrices.bases, matrices.deltas, matrices.exp_avgs, matrices.exp_avg_sqs, matrices.maps)
+    for *tensors, where, (grad, _) in zip(*lists, _unpack(matrices, grads), strict=True):
+        weight, base, delta, exp_avg, exp_avg_sq = tensors
+        r_old, c_old = _gates_of(gate_old, where, weight.shape)
+        r_new, c_new = _gates_of(gate_new, where, weight.shape)
         dtype = gate_old.dtype
         for rows in _row_chunks(*weight.shape):
-            g = r_old[rows, None] * c_old * grad_scale * grad[rows].to(dtype)
+            g = r_old[rows, None] * c_old * adam.grad_scale * grad[rows].to(dtype)
             m = exp_avg[rows].to(dtype)
-            m = m + (g - m) * (1 - beta1)
-            v = exp_avg_sq[rows].to(dtype) * beta2 + (1 - beta2) * g * g
-            d = delta[rows].to(dtype) * (1 - lr * weight_decay)
-            delta[rows] = (d - step_size * (m / (v.sqrt() / v_scale + eps))).to(delta.dtype)
+            m = m + (g - m) * (1 - adam.beta1)
+            v = exp_avg_sq[rows].to(dtype) * adam.beta2 + (1 - adam.beta2) * g * g
+            d = delta[rows].to(dtype) * adam.decay
+            delta[rows] = (d - adam.step_size * (m / (v.sqrt() / adam.root_bias2 + adam.eps))).to(delta.dtype)
             exp_avg[rows], exp_avg_sq[rows] = m.to(exp_avg.dtype), v.to(exp_avg_sq.dtype)
             weight[rows] = _masked_sum(base[rows], delta[rows], r_new[rows, None] * c_new)

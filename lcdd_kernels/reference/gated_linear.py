@@ -8,43 +8,24 @@ Shapes: [out, in] one matrix, T tokens. r[out] row gates, c[in] column gates, G 
 Arithmetic is float32, or float64 where any operand is. The library does the products with X and dY.
 """
 
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from lcdd_kernels.reference.gates import gate_values_ref
+from lcdd_kernels.reference.delta_step import GateMap
+from lcdd_kernels.reference.gates import GateSpec, gate_values_ref
 
 # Elements that are widened to float32 at a time, 4 MiB: half-precision matrices never get a second, wider copy.
 WIDENED_ELEMENTS = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class GateSpec:
-    """How the gates of one matrix come from its logits.
-
-    Noise is that of gates row_offset + i and col_offset + j of the model's flat vector. Column j has gate
-    (j // (repeat*head_dim))*head_dim + j % head_dim of the column logits: `repeat` query heads of width `head_dim`
-    share a KV head's gates in GQA's o_proj; elsewhere repeat is 1 and head_dim is in.
-    """
-
-    kind: str
-    seed: int
-    step: int
-    training: bool
-    row_offset: int
-    col_offset: int
-    head_dim: int
-    repeat: int
-
-
-def row_and_col_gates_ref(row_logits: Tensor, col_logits: Tensor, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    """(r[out], c[in]) in the dtype of the logits; shared column gates are repeated."""
-    draw = partial(gate_values_ref, kind=spec.kind, seed=spec.seed, step=spec.step, training=spec.training)
-    r, _ = draw(row_logits, offset=spec.row_offset)
-    c, _ = draw(col_logits, offset=spec.col_offset)
-    return r, repeat_columns(c, spec.head_dim, spec.repeat)
+def row_and_col_gates_ref(
+    row_logits: Tensor, col_logits: Tensor, spec: GateSpec, where: GateMap
+) -> tuple[Tensor, Tensor]:
+    """(r[out], c[in]) in the dtype of the logits, with the noise of their place in the model's flat vector; shared
+    column gates are repeated."""
+    r, _ = gate_values_ref(row_logits, spec, offset=where.row_start)
+    c, _ = gate_values_ref(col_logits, spec, offset=where.col_start)
+    return r, repeat_columns(c, where.head_dim, where.repeat)
 
 
 def repeat_columns(gate: Tensor, head_dim: int, repeat: int) -> Tensor:
@@ -64,6 +45,7 @@ def gated_weight_ref(
     row_logits: Tensor,
     col_logits: Tensor,
     spec: GateSpec,
+    where: GateMap,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -72,7 +54,7 @@ def gated_weight_ref(
     weight_base, delta: [out, in], any float dtypes; row_logits: [out]; col_logits: [in / repeat].
     """
     dtype = dtype or weight_base.dtype
-    r, c = row_and_col_gates_ref(row_logits, col_logits, spec)
+    r, c = row_and_col_gates_ref(row_logits, col_logits, spec, where)
     wide = _wide(dtype, weight_base.dtype, delta.dtype, r.dtype)
     r, c = r.to(wide), c.to(wide)
     rows, cols = weight_base.shape
@@ -93,6 +75,7 @@ def gated_weight_grad_ref(
     row_logits: Tensor,
     col_logits: Tensor,
     spec: GateSpec,
+    where: GateMap,
     *,
     need_delta: bool,
     need_gates: bool,
@@ -102,7 +85,7 @@ def gated_weight_grad_ref(
     What is not needed is None. Gate gradients are in the dtype of the logits and not yet chained to them.
     `grad_weight` is consumed: where it has delta's dtype, d_delta is written over it.
     """
-    r, c = row_and_col_gates_ref(row_logits, col_logits, spec)
+    r, c = row_and_col_gates_ref(row_logits, col_logits, spec, where)
     wide = _wide(grad_weight.dtype, delta.dtype, r.dtype)
     r, c = r.to(wide), c.to(wide)
     rows, cols = grad_weight.shape
@@ -123,5 +106,5 @@ def gated_weight_grad_ref(
             d_delta[rows_now] = torch.where(product == 0, 0, product * grad)
     if not need_gates:
         return d_delta, None, None
-    d_col = d_col.view(-1, spec.repeat, spec.head_dim).sum(dim=1).view(-1)
+    d_col = d_col.view(-1, where.repeat, where.head_dim).sum(dim=1).view(-1)
     return d_delta, d_row.to(row_logits.dtype), d_col.to(col_logits.dtype)

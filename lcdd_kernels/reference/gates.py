@@ -12,11 +12,12 @@ Of x, 23 bits are kept: then u has 24 significant bits, so u *and* 1 - u are exa
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-KINDS = ("heaviside_ste", "hard_concrete")
+KINDS = ("heaviside_ste", "hard_concrete")  # position = code
 BETA = 2.0 / 3.0
 GAMMA = -0.1
 ZETA = 1.1
@@ -25,6 +26,20 @@ L0_SHIFT = BETA * math.log(-GAMMA / ZETA)  # P(z > 0) = sigmoid(theta - L0_SHIFT
 _MASK = 0xFFFFFFFF
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSpec:
+    """How gates are drawn from their logits (method, section 2).
+
+    kind: "heaviside_ste" (0 or 1; straight-through gradient) or "hard_concrete" (in [0, 1]; with noise in training,
+    deterministic otherwise). seed, step: of the noise, any int in [0, 2**63).
+    """
+
+    kind: str
+    seed: int = 0
+    step: int = 0
+    training: bool = True
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,27 +62,27 @@ def philox_ref(
     return c0, c1, c2, c3
 
 
-def gate_noise_ref(n: int, *, seed: int, step: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def gate_noise_ref(
+    n: int, spec: GateSpec, *, offset: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
     """u[n] in (0, 1): the noise of gates offset .. offset + n - 1. Exact in float32, so the same numbers in every
     dtype.
     """
     i = torch.arange(offset, offset + n, dtype=torch.int64, device=device)
-    word2, word3 = torch.full_like(i, step & _MASK), torch.full_like(i, step >> 32)
-    x, *_ = philox_ref((i & _MASK, i >> 32, word2, word3), (seed & _MASK, seed >> 32))
+    word2, word3 = torch.full_like(i, spec.step & _MASK), torch.full_like(i, spec.step >> 32)
+    x, *_ = philox_ref((i & _MASK, i >> 32, word2, word3), (spec.seed & _MASK, spec.seed >> 32))
     return ((x >> 9).to(dtype) + 0.5) * 2.0**-23
 
 
-def _concrete(logits: Tensor, seed: int, step: int, training: bool, offset: int) -> tuple[Tensor, float]:
+def _concrete(logits: Tensor, spec: GateSpec, offset: int) -> tuple[Tensor, float]:
     """s of the hard concrete, and the derivative of s's argument with respect to theta."""
-    if not training:
+    if not spec.training:
         return torch.sigmoid(logits), 1.0
-    u = gate_noise_ref(logits.numel(), seed=seed, step=step, offset=offset, dtype=logits.dtype, device=logits.device)
+    u = gate_noise_ref(logits.numel(), spec, offset=offset, dtype=logits.dtype, device=logits.device)
     return torch.sigmoid((u.log() - (1 - u).log() + logits) / BETA), 1.0 / BETA
 
 
-def gate_values_ref(
-    logits: Tensor, *, kind: str, seed: int, step: int, training: bool, offset: int = 0
-) -> tuple[Tensor, Tensor]:
+def gate_values_ref(logits: Tensor, spec: GateSpec, *, offset: int = 0) -> tuple[Tensor, Tensor]:
     """logits[N] -> (gate[N], expected_l0[]), both in the dtype of logits.
 
     heaviside_ste: gate = 1[theta > 0], L0 = sum sigmoid(theta).
@@ -76,32 +91,24 @@ def gate_values_ref(
     `offset` is added to the noise counter: a slice of the logits draws what it would draw within the whole vector.
     The sum is deterministic.
     """
-    if kind == "heaviside_ste":
+    if spec.kind == "heaviside_ste":
         return (logits > 0).to(logits.dtype), torch.sigmoid(logits).sum()
-    s, _ = _concrete(logits, seed, step, training, offset)
+    s, _ = _concrete(logits, spec, offset)
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1), torch.sigmoid(logits - L0_SHIFT).sum()
 
 
 def gate_logits_grad_ref(
-    logits: Tensor,
-    d_gate: Tensor,
-    *,
-    kind: str,
-    seed: int,
-    step: int,
-    training: bool,
-    l0_weight: float,
-    offset: int = 0,
+    logits: Tensor, d_gate: Tensor, spec: GateSpec, *, l0_weight: float, offset: int = 0
 ) -> Tensor:
     """d_logits[N] = d_gate * dz/dtheta + l0_weight * dE[L0]/dtheta, in the dtype of logits; the noise is recomputed.
 
     heaviside_ste: dz/dtheta := sigmoid'(theta), straight through. hard_concrete: exactly zero where the gate is
     clamped.
     """
-    if kind == "heaviside_ste":
+    if spec.kind == "heaviside_ste":
         slope = torch.sigmoid(logits) * torch.sigmoid(-logits)
         return d_gate * slope + l0_weight * slope
-    s, inner = _concrete(logits, seed, step, training, offset)
+    s, inner = _concrete(logits, spec, offset)
     z = s * (ZETA - GAMMA) + GAMMA
     slope = torch.where((z > 0) & (z < 1), s * (1 - s) * (inner * (ZETA - GAMMA)), 0.0)
     shifted = logits - L0_SHIFT

@@ -33,7 +33,6 @@ __all__ = [
     "launch",
     "observe_launches",
     "triton_dtype",
-    "upload",
 ]
 
 # Stems whose module exposes aot_signatures(); aot.py and the tests go through this list.
@@ -142,13 +141,6 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, /, **argume
     guard = torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](**arguments, **config.options())
-
-
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device, without making the host wait for the work that is queued there (pinned memory)."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def aot_signatures() -> Iterator[AotSignature]:

@@ -1,14 +1,14 @@
 """Pass A, pass B and the refresh of W_eff over all matrices of a model: a few table-driven launches.
 
 M matrices W[out, in] with base, delta D, gradient G = dL/dW_eff, row gates r[out] and column gates c[in] found in one
-flat gate vector by (row_start, col_start, head_dim, repeat): see `lcdd_kernels.functional.GateMap`.
+flat gate vector by its `GateMap`.
 
     refresh    W_ij = base_ij + (r_i c_j) D_ij, every operation rounded; where r_i c_j = 0, the bits of base_ij
     pass A     d_gate[row i] = sum_j c_j D_ij G_ij, d_gate[col j] = sum_i r_i D_ij G_ij, sq_norm = sum (r_i c_j G_ij)^2
     pass B     AdamW on D with gradient grad_scale (r_i c_j) G_ij, old gates; then the refresh, new gates and stored D
 
-Matrices of one shape, dtype, layout and alignment form a group: one launch per group and pass (5 for a Qwen3 model),
-with an entry per matrix in a table on the device (pointers, gate map, places of its partial sums). Pass A writes
+Matrices of one dtype, layout and alignment form a group: one launch per group and pass (one where nothing is packed).
+The table on the device (`delta_step_tables`) is made once; a step uploads where its gradients are. Pass A writes
 partial sums per tile, and one launch for all groups gathers them per gate in a fixed order: no atomics, the same bits
 always.
 
@@ -18,7 +18,6 @@ float32. Kernels that write W_eff run without floating-point fusion, so that its
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +26,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lcdd_kernels.reference.delta_step import DENSE, LAYOUTS
+from lcdd_kernels.reference.delta_step import DENSE, LAYOUTS, AdamWStep, Gradients, Matrices
 from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch
 from lcdd_kernels.triton_kernels import delta_step_kernels as kernels
-from lcdd_kernels.triton_kernels.delta_step_tables import TileConfig, partial_sums, plan
+from lcdd_kernels.triton_kernels.delta_step_tables import Group, Table, TileConfig
 from lcdd_kernels.triton_kernels.gates import sum_partials
 
 # Pass B and the refresh give a thread four adjacent entries, whatever the dtypes: then float32 and 16-bit tensors share
@@ -64,94 +63,80 @@ class GatherConfig(LaunchConfig):
 GATHER = GatherConfig()
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def _dtype(
-    name: str, tensor: Tensor, weight: torch.dtype | None = None, also: Sequence[torch.dtype] = tuple(_DTYPES)
-) -> Any:
-    """Triton's dtype of a matrix. Beside that of its weight only `also` is served, so that what can be compiled is what
-    `aot_signatures` lists."""
-    if tensor.dtype != weight and tensor.dtype not in also:
-        allowed = sorted({str(d) for d in (weight, *also) if d is not None})
-        raise ValueError(f"{name}: expected {' or '.join(allowed)} (triton backend), got {tensor.dtype}")
-    return _DTYPES[tensor.dtype]
-
-
+# Beside the weight's own dtype pass B serves these, so that what can be compiled is what `aot_signatures` lists.
 _DELTA_ALSO = _MOMENT_ALSO = (torch.float32, torch.bfloat16)
 _GRAD_ALSO = (torch.float32,)
 
 
-def weight_eff_triton(
-    weights: Sequence[Tensor], bases: Sequence[Tensor], deltas: Sequence[Tensor], gate: Tensor, gate_maps: Tensor
+def _dtype(
+    name: str, dtype: torch.dtype | None, weight: torch.dtype | None = None, also: Sequence[torch.dtype] = ()
+) -> Any:
+    """Triton's name of a matrix's dtype: its weight's, one of `also`, or (with neither) any that is served."""
+    allowed = {weight, *also} - {None} or set(_DTYPES)
+    if dtype not in allowed or dtype not in _DTYPES:
+        raise ValueError(f"{name}: expected {' or '.join(sorted(map(str, allowed)))} (triton backend), got {dtype}")
+    return _DTYPES[dtype]
+
+
+def _table(matrices: Matrices, device: torch.device) -> Table:
+    """Made at the first call, and kept with the matrices."""
+    if device not in matrices.tables:
+        matrices.tables[device] = Table(matrices, device, (PASS_A, PASS_B), GATHER.block_gates)
+    return matrices.tables[device]
+
+
+def _launch_group(
+    kernel: Any, table: Table, order: Tensor, group: Group, cut: int, config: TileConfig, arguments: Mapping[str, Any]
 ) -> None:
-    """weights[m] := bases[m] + (r x c) o deltas[m], in place: one launch per group of matrices."""
-    constexprs = [
-        {"WEIGHT": _dtype("weights", weight), "DELTA": _dtype("deltas", delta)}
-        for weight, delta in zip(weights, deltas, strict=True)
-    ]
-    tensors = {kernels.WEIGHT_PTR: weights, kernels.BASE_PTR: bases, kernels.DELTA_PTR: deltas}
-    table, groups = plan(gate_maps, gate.device, tensors, constexprs)
-    for group in groups:
-        launch(
-            kernels.weight_eff_fwd_kernel,
-            group.grid(REFRESH),
-            REFRESH,
-            table_ptr=table[group.first :],
-            gate_ptr=gate,
-            **group.constexprs,
-            **REFRESH.constexprs(),
-        )
-
-
-def delta_grad_stats_triton(
-    grads: Sequence[Tensor],
-    col_panels: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    gate: Tensor,
-    gate_maps: Tensor,
-    layouts: Sequence[int],
-    rank: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Pass A: (d_gate[N], sq_norm[]) float32, by one launch per group, one gather and one sum."""
-    shapes = tuple(tuple(delta.shape) for delta in deltas)
-    maps = tuple(map(tuple, gate_maps.tolist()))
-    partials = partial_sums(shapes, maps, gate.numel(), gate.device, PASS_A, GATHER.block_gates)
-    arena = torch.empty(partials.total, dtype=torch.float32, device=gate.device)
-    squares = torch.empty(partials.total_sq, dtype=torch.float32, device=gate.device)
-    constexprs = [
-        {"DELTA": _dtype("deltas", delta), "GRAD": _dtype("grads", grad), "LAYOUT": layout}
-        for delta, grad, layout in zip(deltas, grads, layouts, strict=True)
-    ]
-    table, groups = plan(
-        gate_maps,
-        gate.device,
-        {kernels.DELTA_PTR: deltas, kernels.GRAD_PTR: grads},
-        constexprs,
-        layouts=layouts,
-        col_panels=col_panels,
-        places=partials.places,
+    """One launch over all tiles of a group's matrices, in the cut of pass A (0) or B (1)."""
+    launch(
+        kernel,
+        (group.tiles[cut],),
+        config,
+        table_ptr=table.entries,
+        order_ptr=order[group.first :],
+        count=group.count,
+        **arguments,
+        ALIGNED=group.kind.aligned,
+        **config.constexprs(),
     )
+
+
+def weight_eff_triton(matrices: Matrices, gate: Tensor) -> None:
+    """weights[m] := bases[m] + (r x c) o deltas[m], in place: one launch per dtype and alignment."""
+    table = _table(matrices, gate.device)
+    order, groups = table.order(None)
+    constexprs = [{"WEIGHT": _dtype("weights", g.kind.weight), "DELTA": _dtype("deltas", g.kind.delta)} for g in groups]
+    for group, chosen in zip(groups, constexprs, strict=True):
+        _launch_group(
+            kernels.weight_eff_fwd_kernel, table, order, group, 1, REFRESH, {"gate_ptr": gate, **chosen}
+        )  # fmt: skip
+
+
+def delta_grad_stats_triton(matrices: Matrices, grads: Gradients, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass A: (d_gate[N], sq_norm[]) float32, by one launch per group, one gather and one sum."""
+    table = _table(matrices, gate.device)
+    order, groups = table.order(grads)
+    arena = torch.empty(table.partials.total, dtype=torch.float32, device=gate.device)
+    squares = torch.empty(table.partials.total_sq, dtype=torch.float32, device=gate.device)
+    shared = {"gate_ptr": gate, "partial_ptr": arena, "sq_partial_ptr": squares}
     for group in groups:
-        config = pass_a_config(group.constexprs["LAYOUT"], group.constexprs["ALIGNED"])
-        launch(
-            kernels.delta_grad_stats_kernel,
-            group.grid(config),
-            config,
-            table_ptr=table[group.first :],
-            gate_ptr=gate,
-            rank_ptr=None if group.constexprs["LAYOUT"] == DENSE else rank,
-            partial_ptr=arena,
-            sq_partial_ptr=squares,
-            **group.constexprs,
-            **config.constexprs(),
-        )
+        chosen = {
+            "DELTA": _dtype("deltas", group.kind.delta),
+            "GRAD": _dtype("grads", group.kind.grad),
+            "LAYOUT": group.kind.layout,
+            "rank_ptr": None if group.kind.layout == DENSE else grads.rank,
+        }
+        config = pass_a_config(group.kind.layout, group.kind.aligned)
+        _launch_group(kernels.delta_grad_stats_kernel, table, order, group, 0, config, {**shared, **chosen})
     d_gate = torch.empty(gate.numel(), dtype=torch.float32, device=gate.device)
+    blocks, uses = table.gather
     launch(
         kernels.gate_gather_kernel,
-        (partials.blocks.shape[0],),
+        (blocks.shape[0],),
         GATHER,
-        blocks_ptr=partials.blocks,
-        uses_ptr=partials.uses,
+        blocks_ptr=blocks,
+        uses_ptr=uses,
         partial_ptr=arena,
         d_gate_ptr=d_gate,
         BLOCK_GATES=GATHER.block_gates,
@@ -161,71 +146,37 @@ def delta_grad_stats_triton(
 
 
 def delta_adamw_triton(
-    weights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    col_panels: Sequence[Tensor],
-    gate_old: Tensor,
-    gate_new: Tensor,
-    gate_maps: Tensor,
-    layouts: Sequence[int],
-    rank: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
+    matrices: Matrices, grads: Gradients, gate_old: Tensor, gate_new: Tensor, adam: AdamWStep
 ) -> None:
-    """Pass B, in place on weights, deltas, exp_avgs and exp_avg_sqs; `step` counts from 1. One launch per group."""
+    """Pass B, in place on weights, deltas, exp_avgs and exp_avg_sqs: one launch per group."""
+    table = _table(matrices, gate_old.device)
+    order, groups = table.order(grads)
     constexprs = [
         {
-            "WEIGHT": _dtype("weights", weight),
-            "DELTA": _dtype("deltas", delta, weight.dtype, _DELTA_ALSO),
-            "MOMENT": _dtype("exp_avgs", avg, weight.dtype, _MOMENT_ALSO),
-            "GRAD": _dtype("grads", grad, weight.dtype, _GRAD_ALSO),
-            "LAYOUT": layout,
+            "WEIGHT": _dtype("weights", g.kind.weight),
+            "DELTA": _dtype("deltas", g.kind.delta, g.kind.weight, _DELTA_ALSO),
+            "MOMENT": _dtype("exp_avgs", g.kind.moment, g.kind.weight, _MOMENT_ALSO),
+            "GRAD": _dtype("grads", g.kind.grad, g.kind.weight, _GRAD_ALSO),
+            "LAYOUT": g.kind.layout,
+            "rank_ptr": None if g.kind.layout == DENSE else grads.rank,
         }
-        for weight, delta, avg, grad, layout in zip(weights, deltas, exp_avgs, grads, layouts, strict=True)
+        for g in groups
     ]
-    for avg, avg_sq in zip(exp_avgs, exp_avg_sqs, strict=True):
-        if avg.dtype != avg_sq.dtype:
-            raise ValueError(f"exp_avg_sqs: expected the dtype of exp_avgs, {avg.dtype}, got {avg_sq.dtype}")
-    tensors = {
-        kernels.WEIGHT_PTR: weights,
-        kernels.BASE_PTR: bases,
-        kernels.DELTA_PTR: deltas,
-        kernels.AVG_PTR: exp_avgs,
-        kernels.AVG_SQ_PTR: exp_avg_sqs,
-        kernels.GRAD_PTR: grads,
+    numbers = {
+        "gate_old_ptr": gate_old,
+        "gate_new_ptr": gate_new,
+        "decay": adam.decay,
+        "one_minus_beta1": 1 - adam.beta1,
+        "beta2": adam.beta2,
+        "one_minus_beta2": 1 - adam.beta2,
+        "step_size": adam.step_size,
+        "inverse_root_bias2": 1 / adam.root_bias2,
+        "eps": adam.eps,
+        "scale": float(adam.grad_scale),
     }
-    table, groups = plan(gate_maps, gate_old.device, tensors, constexprs, layouts=layouts, col_panels=col_panels)
-    for group in groups:
-        config = pass_b_config(group.constexprs["LAYOUT"], group.constexprs["ALIGNED"])
-        launch(
-            kernels.delta_adamw_kernel,
-            group.grid(config),
-            config,
-            table_ptr=table[group.first :],
-            gate_old_ptr=gate_old,
-            gate_new_ptr=gate_new,
-            rank_ptr=None if group.constexprs["LAYOUT"] == DENSE else rank,
-            decay=1 - lr * weight_decay,
-            one_minus_beta1=1 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1 - beta2,
-            step_size=lr / (1 - beta1**step),
-            inverse_root_bias2=1 / math.sqrt(1 - beta2**step),
-            eps=eps,
-            scale=float(grad_scale),
-            **group.constexprs,
-            **config.constexprs(),
-        )
+    for group, chosen in zip(groups, constexprs, strict=True):
+        config = pass_b_config(group.kind.layout, group.kind.aligned)
+        _launch_group(kernels.delta_adamw_kernel, table, order, group, 1, config, {**numbers, **chosen})
 
 
 # ---------------------------------------------------------------- ahead of time
@@ -307,7 +258,7 @@ def _signature(
     core: bool,
 ) -> AotSignature:
     """`rank_ptr` is there for packed gradients, None for dense ones, and no argument of the refresh."""
-    signature = {"table_ptr": "*i64", **arguments}
+    signature = {"table_ptr": "*i64", "order_ptr": "*i64", "count": "i32", **arguments}
     constexprs = {**constexprs, **config.constexprs()}
     if "LAYOUT" in constexprs:
         if constexprs["LAYOUT"] == DENSE:

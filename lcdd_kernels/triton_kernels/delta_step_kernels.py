@@ -1,6 +1,7 @@
 """Device code of passes A and B and of the refresh; formulas in `delta_step`, which launches it.
 
-A matrix is an entry of a table: pointers and geometry as int64, in the columns named here.
+A matrix is an entry of a table: pointers and geometry as int64, in the columns named here. A launch's grid is all tiles
+of all matrices of a group, one after the other: a program finds its matrix in the order (`_find`).
 """
 
 import triton
@@ -14,19 +15,25 @@ BASE_PTR: tl.constexpr = tl.constexpr(1)
 DELTA_PTR: tl.constexpr = tl.constexpr(2)
 AVG_PTR: tl.constexpr = tl.constexpr(3)
 AVG_SQ_PTR: tl.constexpr = tl.constexpr(4)
-GRAD_PTR: tl.constexpr = tl.constexpr(5)  # dense gradient, packed block, or rows panel
-GRAD_COLS_PTR: tl.constexpr = tl.constexpr(6)  # columns panel
-N_ROWS: tl.constexpr = tl.constexpr(7)
-N_COLS: tl.constexpr = tl.constexpr(8)
-ROW_START: tl.constexpr = tl.constexpr(9)
-COL_START: tl.constexpr = tl.constexpr(10)
-HEAD_DIM: tl.constexpr = tl.constexpr(11)
-REPEAT: tl.constexpr = tl.constexpr(12)
-OPEN_PER_COPY: tl.constexpr = tl.constexpr(13)  # packed columns / REPEAT
-ROW_PARTIALS: tl.constexpr = tl.constexpr(14)  # places in the arenas of partial sums
-COL_PARTIALS: tl.constexpr = tl.constexpr(15)
-SQ_PARTIALS: tl.constexpr = tl.constexpr(16)
-FIELDS: tl.constexpr = tl.constexpr(18)  # even: every entry starts on 16 bytes
+N_ROWS: tl.constexpr = tl.constexpr(5)
+N_COLS: tl.constexpr = tl.constexpr(6)
+ROW_START: tl.constexpr = tl.constexpr(7)
+COL_START: tl.constexpr = tl.constexpr(8)
+HEAD_DIM: tl.constexpr = tl.constexpr(9)
+REPEAT: tl.constexpr = tl.constexpr(10)
+ROW_PARTIALS: tl.constexpr = tl.constexpr(11)  # places in the arenas of partial sums
+COL_PARTIALS: tl.constexpr = tl.constexpr(12)
+SQ_PARTIALS: tl.constexpr = tl.constexpr(13)
+FIELDS: tl.constexpr = tl.constexpr(14)  # even: every entry starts on 16 bytes
+
+# Columns of the order: which matrix, where its tiles begin among its group's, and its gradient.
+MATRIX: tl.constexpr = tl.constexpr(0)
+FIRST_TILE_A: tl.constexpr = tl.constexpr(1)
+FIRST_TILE_B: tl.constexpr = tl.constexpr(2)
+GRAD_PTR: tl.constexpr = tl.constexpr(3)  # dense gradient, packed block, or rows panel
+GRAD_COLS_PTR: tl.constexpr = tl.constexpr(4)  # columns panel
+OPEN_PER_COPY: tl.constexpr = tl.constexpr(5)  # packed columns / REPEAT
+ORDER: tl.constexpr = tl.constexpr(6)
 
 _DENSE: tl.constexpr = tl.constexpr(DENSE)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
@@ -34,6 +41,20 @@ _PANELS: tl.constexpr = tl.constexpr(PANELS)
 
 
 # ---------------------------------------------------------------- device functions
+@triton.jit
+def _find(order_ptr, count, FIRST_TILE: tl.constexpr):
+    """This program's row of the order, and its tile within that matrix: the last one that begins at or before it."""
+    low = 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(order_ptr + middle * ORDER + FIRST_TILE) <= tl.program_id(0)
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    place = order_ptr + low * ORDER
+    return place, tl.program_id(0) - tl.load(place + FIRST_TILE).to(tl.int32)
+
+
 @triton.jit
 def _field(entry, FIELD: tl.constexpr):
     return tl.load(entry + FIELD)
@@ -66,12 +87,12 @@ def _col_gate_index(entry, cols):
 
 
 @triton.jit
-def _packed_col(entry, cols, rank):
+def _packed_col(place, entry, cols, rank):
     """Position of an open column in the packed order: copy-major for GQA."""
     head_dim = _field(entry, HEAD_DIM).to(tl.int32)
     repeat = _field(entry, REPEAT).to(tl.int32)
     copy = (cols // head_dim) % repeat
-    return copy.to(tl.int64) * _field(entry, OPEN_PER_COPY) + rank
+    return copy.to(tl.int64) * _field(place, OPEN_PER_COPY) + rank
 
 
 @triton.jit
@@ -82,9 +103,11 @@ def _weight_eff(base, delta, gates):
 
 
 # ---------------------------------------------------------------- kernels
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def weight_eff_fwd_kernel(
     table_ptr,
+    order_ptr,
+    count: tl.int32,
     gate_ptr,
     WEIGHT: tl.constexpr,
     DELTA: tl.constexpr,
@@ -93,13 +116,14 @@ def weight_eff_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Refresh of W_eff. Grid (tiles of a matrix, matrices of the group)."""
-    entry = table_ptr + tl.program_id(1) * FIELDS
+    """Refresh of W_eff."""
+    place, tile = _find(order_ptr, count, FIRST_TILE_B)
+    entry = table_ptr + _field(place, MATRIX) * FIELDS
     n_rows = _field(entry, N_ROWS).to(tl.int32)
     n_cols = _n_cols(entry, ALIGNED)
     tiles_n = tl.cdiv(n_cols, BLOCK_N)
-    first_row = (tl.program_id(0) // tiles_n) * ROWS
-    cols = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = (tile // tiles_n) * ROWS
+    cols = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_in = cols < n_cols
     col_gate = tl.load(gate_ptr + _col_gate_index(entry, cols), mask=col_in, other=0.0)
     weight_ptr = _matrix(entry, WEIGHT_PTR, WEIGHT, ALIGNED)
@@ -118,9 +142,11 @@ def weight_eff_fwd_kernel(
         tl.store(weight_ptr + row64 * n_cols + cols[None, :], weight, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def delta_grad_stats_kernel(
     table_ptr,
+    order_ptr,
+    count: tl.int32,
     gate_ptr,
     rank_ptr,
     partial_ptr,
@@ -134,27 +160,28 @@ def delta_grad_stats_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Pass A, first stage: per tile, one partial sum for each of its rows and columns, and one of the squared norm."""
-    entry = table_ptr + tl.program_id(1) * FIELDS
+    place, tile = _find(order_ptr, count, FIRST_TILE_A)
+    entry = table_ptr + _field(place, MATRIX) * FIELDS
     n_rows = _field(entry, N_ROWS).to(tl.int32)
     n_cols = _n_cols(entry, ALIGNED)
     tiles_n = tl.cdiv(n_cols, BLOCK_N)
-    tile_m = tl.program_id(0) // tiles_n
-    tile_n = tl.program_id(0) % tiles_n
+    tile_m = tile // tiles_n
+    tile_n = tile % tiles_n
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col_in = cols < n_cols
     col_gate_index = _col_gate_index(entry, cols)
     col_gate = tl.load(gate_ptr + col_gate_index, mask=col_in, other=0.0)
     delta_ptr = _matrix(entry, DELTA_PTR, DELTA, ALIGNED)
     # A packed gradient is gathered: its own alignment says nothing.
-    grad_ptr = _matrix(entry, GRAD_PTR, GRAD, ALIGNED and LAYOUT != _BLOCK)
+    grad_ptr = _matrix(place, GRAD_PTR, GRAD, ALIGNED and LAYOUT != _BLOCK)
     row_start = _field(entry, ROW_START)
     if LAYOUT != _DENSE:
         col_rank = tl.load(rank_ptr + col_gate_index, mask=col_in, other=-1)
-        packed_col = _packed_col(entry, cols, col_rank)
-        n_packed = _field(entry, OPEN_PER_COPY) * _field(entry, REPEAT)
+        packed_col = _packed_col(place, entry, cols, col_rank)
+        n_packed = _field(place, OPEN_PER_COPY) * _field(entry, REPEAT)
         col_open = col_rank >= 0
     if LAYOUT == _PANELS:
-        grad_cols_ptr = _matrix(entry, GRAD_COLS_PTR, GRAD, False)
+        grad_cols_ptr = _matrix(place, GRAD_COLS_PTR, GRAD, False)
     row_partial_ptr = partial_ptr + _field(entry, ROW_PARTIALS) + tile_n.to(tl.int64) * n_rows
     col_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     sq_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -196,7 +223,7 @@ def delta_grad_stats_kernel(
     col_partial_ptr = partial_ptr + _field(entry, COL_PARTIALS) + tile_m.to(tl.int64) * n_cols
     tl.store(col_partial_ptr + cols, tl.sum(col_sum, axis=0), mask=col_in)
     sq = tl.sum(tl.sum(sq_sum, axis=1), axis=0)
-    tl.store(sq_partial_ptr + _field(entry, SQ_PARTIALS) + tl.program_id(0), sq)
+    tl.store(sq_partial_ptr + _field(entry, SQ_PARTIALS) + tile, sq)
 
 
 @triton.jit
@@ -234,6 +261,7 @@ def gate_gather_kernel(
 
 @triton.jit(
     do_not_specialize=[
+        "count",
         "decay",
         "one_minus_beta1",
         "beta2",
@@ -246,6 +274,8 @@ def gate_gather_kernel(
 )
 def delta_adamw_kernel(
     table_ptr,
+    order_ptr,
+    count: tl.int32,
     gate_old_ptr,
     gate_new_ptr,
     rank_ptr,
@@ -267,13 +297,14 @@ def delta_adamw_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Pass B: AdamW on delta, gradient formed on the fly, and the next W_eff. Grid (tiles, matrices of the group)."""
-    entry = table_ptr + tl.program_id(1) * FIELDS
+    """Pass B: AdamW on delta, gradient formed on the fly, and the next W_eff."""
+    place, tile = _find(order_ptr, count, FIRST_TILE_B)
+    entry = table_ptr + _field(place, MATRIX) * FIELDS
     n_rows = _field(entry, N_ROWS).to(tl.int32)
     n_cols = _n_cols(entry, ALIGNED)
     tiles_n = tl.cdiv(n_cols, BLOCK_N)
-    first_row = (tl.program_id(0) // tiles_n) * ROWS
-    cols = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = (tile // tiles_n) * ROWS
+    cols = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_in = cols < n_cols
     col_gate_index = _col_gate_index(entry, cols)
     col_old = tl.load(gate_old_ptr + col_gate_index, mask=col_in, other=0.0)
@@ -283,12 +314,12 @@ def delta_adamw_kernel(
     delta_ptr = _matrix(entry, DELTA_PTR, DELTA, ALIGNED)
     avg_ptr = _matrix(entry, AVG_PTR, MOMENT, ALIGNED)
     sq_ptr = _matrix(entry, AVG_SQ_PTR, MOMENT, ALIGNED)
-    grad_ptr = _matrix(entry, GRAD_PTR, GRAD, ALIGNED and LAYOUT != _BLOCK)
+    grad_ptr = _matrix(place, GRAD_PTR, GRAD, ALIGNED and LAYOUT != _BLOCK)
     row_start = _field(entry, ROW_START)
     if LAYOUT != _DENSE:
         col_rank = tl.load(rank_ptr + col_gate_index, mask=col_in, other=-1)
-        packed_col = _packed_col(entry, cols, col_rank)
-        n_packed = _field(entry, OPEN_PER_COPY) * _field(entry, REPEAT)
+        packed_col = _packed_col(place, entry, cols, col_rank)
+        n_packed = _field(place, OPEN_PER_COPY) * _field(entry, REPEAT)
     for start in range(first_row, min(first_row + ROWS, n_rows), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         row_in = rows < n_rows

@@ -1,19 +1,25 @@
-"""Host side of `delta_step`: the table of matrices, their groups, and the geometry of pass A's partial sums."""
+"""Host side of `delta_step`: the model's matrices as a table on the device, which of them a launch takes, and the
+geometry of pass A's partial sums.
 
-import functools
+The table is made once: pointers and geometry, a row per matrix. What changes from step to step, the gradients and how
+they are packed, is a second, small one, the *order*: a row per matrix again, but sorted into groups that one launch
+serves, so that a program finds its matrix in it.
+"""
+
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS
-from lcdd_kernels.triton_kernels import LaunchConfig, upload
+from lcdd_kernels.reference.delta_step import BLOCK, DENSE, GateMap, Gradients, Matrices
+from lcdd_kernels.triton_kernels import LaunchConfig
 from lcdd_kernels.triton_kernels import delta_step_kernels as fields
+from lcdd_kernels.triton_kernels.tables import TableCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,88 +31,157 @@ class TileConfig(LaunchConfig):
     block_n: int = 256
     rows: int
 
-    def tiles(self, shape: Sequence[int]) -> tuple[int, int]:
-        return triton.cdiv(shape[0], self.rows), triton.cdiv(shape[1], self.block_n)
+    def tiles(self, shape: Sequence[int]) -> int:
+        return triton.cdiv(shape[0], self.rows) * triton.cdiv(shape[1], self.block_n)
 
     def constexprs(self) -> dict[str, int]:
         return {"ROWS": self.rows, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
+class Kind(NamedTuple):
+    """What a kernel is compiled for. Dtypes are None where there are no such tensors."""
+
+    weight: torch.dtype | None
+    delta: torch.dtype
+    moment: torch.dtype | None
+    grad: torch.dtype | None
+    layout: int
+    aligned: bool
+
+
 @dataclass(frozen=True)
 class Group:
-    """Matrices that share a launch: their rows of the table, the common shape, and the kernel's constexprs."""
+    """The matrices of one launch: rows `first` to `first + count` of the order. tiles: of all of them, in pass A's cut
+    and in pass B's.
+    """
 
     first: int
     count: int
-    shape: tuple[int, int]
-    constexprs: Mapping[str, Any]
-
-    def grid(self, config: TileConfig) -> tuple[int, int]:
-        tiles_m, tiles_n = config.tiles(self.shape)
-        return tiles_m * tiles_n, self.count
+    kind: Kind
+    tiles: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Partials:
     """Where pass A's partial sums lie (offsets in float32 elements), and the tables that gather them."""
 
-    places: tuple[tuple[int, int, int], ...]  # per matrix: row sums, column sums, squared norms
+    places: list[tuple[int, int, int]]  # per matrix: row sums, column sums, squared norms
     total: int
     total_sq: int
-    blocks: Tensor
-    uses: Tensor
+    blocks: list[tuple[int, ...]]
+    uses: list[tuple[int, ...]]
 
 
-@functools.lru_cache(maxsize=8)
-def _device_table(values: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """int64 table on the device; kept while the pointers stay what they were (weights always, gradients often)."""
-    return upload(torch.tensor(values, dtype=torch.int64), device)
+class Table:
+    """The matrices of a model on the device, made once.
 
-
-def plan(
-    gate_maps: Tensor,
-    device: torch.device,
-    tensors: Mapping[Any, Sequence[Tensor]],
-    constexprs: Sequence[Mapping[str, Any]],
-    *,
-    layouts: Sequence[int] | None = None,
-    col_panels: Sequence[Tensor] = (),
-    places: Sequence[tuple[int, int, int]] | None = None,
-) -> tuple[Tensor, list[Group]]:
-    """The table on the device, and the groups in order of first appearance.
-
-    tensors: column of the table -> one contiguous tensor per matrix.
-    constexprs: what each matrix's kernel is compiled for.
-    places: `Partials.places`. Raises ValueError for a tensor that is not contiguous.
+    cuts: the tiles of pass A, and of pass B and the refresh. block_gates: gates that a program of the gather sums.
+    Raises ValueError for a tensor that is not contiguous, or moments of two dtypes.
     """
-    panels = iter(col_panels)
-    groups: dict[tuple[Any, ...], list[tuple[int, ...]]] = defaultdict(list)
-    for m, (row_start, col_start, head_dim, repeat) in enumerate(gate_maps.tolist()):
-        layout = DENSE if layouts is None else layouts[m]
-        shape = tuple(tensors[fields.DELTA_PTR][m].shape)
+
+    def __init__(
+        self, matrices: Matrices, device: torch.device, cuts: tuple[TileConfig, TileConfig], block_gates: int
+    ) -> None:
+        self.device, self.shapes = device, matrices.shapes
+        self.partials = partial_sums(self.shapes, matrices.maps, matrices.n_gates, cuts[0], block_gates)
+        self._tiles = [(cuts[0].tiles(shape), cuts[1].tiles(shape)) for shape in self.shapes]
+        self._repeats = [where.repeat for where in matrices.maps]
+        for avg, avg_sq in zip(matrices.exp_avgs, matrices.exp_avg_sqs, strict=True):
+            if avg.dtype != avg_sq.dtype:
+                raise ValueError(f"exp_avg_sqs: expected the dtype of exp_avgs, {avg.dtype}, got {avg_sq.dtype}")
+        made = [self._matrix(matrices, m) for m in range(len(self.shapes))]
+        self._kinds, self._entries = [kind for kind, _ in made], [entry for _, entry in made]
+        self._cache = TableCache()
+        self._last: tuple[Any, list[Group]] = (None, [])
+
+    def _matrix(self, matrices: Matrices, m: int) -> tuple[Kind, list[int]]:
+        """A matrix's kind (without a gradient) and its row of the table."""
+        lists = {
+            fields.WEIGHT_PTR: matrices.weights,
+            fields.BASE_PTR: matrices.bases,
+            fields.DELTA_PTR: matrices.deltas,
+            fields.AVG_PTR: matrices.exp_avgs,
+            fields.AVG_SQ_PTR: matrices.exp_avg_sqs,
+        }
+        tensors = {column.value: of_all[m] for column, of_all in lists.items() if len(of_all)}
         entry = [0] * fields.FIELDS.value
-        aligned = shape[1] % 16 == 0
-        for column, of_matrix in tensors.items():
-            entry[column.value] = _pointer(of_matrix[m])
-            # A packed block is gathered element by element: its alignment does not matter.
-            if not (column is fields.GRAD_PTR and layout == BLOCK):
-                aligned = aligned and entry[column.value] % 16 == 0
-        n_packed = tensors[fields.GRAD_PTR][m].shape[1] if layout == BLOCK else 0
-        if layout == PANELS:
-            panel = next(panels)
-            n_packed = panel.shape[1]
-            entry[fields.GRAD_COLS_PTR.value] = _pointer(panel)
-        geometry = (*shape, row_start, col_start, head_dim, repeat, n_packed // repeat)
-        entry[fields.N_ROWS.value : fields.OPEN_PER_COPY.value + 1] = geometry
-        if places is not None:
-            entry[fields.ROW_PARTIALS.value : fields.SQ_PARTIALS.value + 1] = places[m]
-        groups[(shape, *constexprs[m].items(), ("ALIGNED", aligned))].append(tuple(entry))
-    rows = tuple(itertools.chain.from_iterable(groups.values()))
-    found, first = [], 0
-    for (shape, *chosen), entries in groups.items():
-        found.append(Group(first, len(entries), shape, dict(chosen)))
-        first += len(entries)
-    return (_device_table(rows, device) if rows else torch.empty(0)), found
+        for column, tensor in tensors.items():
+            entry[column] = _pointer(tensor)
+        aligned = self.shapes[m][1] % 16 == 0 and all(pointer % 16 == 0 for pointer in entry)
+        where = matrices.maps[m]
+        geometry = (*self.shapes[m], where.row_start, where.col_start, where.head_dim, where.repeat)
+        entry[fields.N_ROWS.value : fields.REPEAT.value + 1] = geometry
+        entry[fields.ROW_PARTIALS.value : fields.SQ_PARTIALS.value + 1] = self.partials.places[m]
+
+        def dtype_of(column: Any) -> torch.dtype | None:
+            return tensors[column.value].dtype if column.value in tensors else None
+
+        delta = matrices.deltas[m].dtype
+        return Kind(dtype_of(fields.WEIGHT_PTR), delta, dtype_of(fields.AVG_PTR), None, DENSE, aligned), entry
+
+    @property
+    def entries(self) -> Tensor:
+        """int64 [M, FIELDS] on the device."""
+        return self._cache.get("entries", lambda: _int64(self._entries, fields.FIELDS.value), self.device)
+
+    @property
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """`Partials.blocks` and `uses` on the device."""
+        blocks = self._cache.get("blocks", lambda: _int64(self.partials.blocks, 4), self.device)
+        return blocks, self._cache.get("uses", lambda: _int64(self.partials.uses, 6), self.device)
+
+    def order(self, grads: Gradients | None) -> tuple[Tensor, list[Group]]:
+        """The order on the device and its groups, in order of first appearance; made again where a gradient moved."""
+        key = None if grads is None else _identity(grads)
+        if not self._last[1] or self._last[0] != key:
+            self._last = key, self._sort(grads)
+        groups = self._last[1]
+        return self._cache.get(key, lambda: _int64(self._rows(grads, groups), fields.ORDER.value), self.device), groups
+
+    def _sort(self, grads: Gradients | None) -> list[Group]:
+        members: dict[Kind, list[int]] = defaultdict(list)
+        for m, kind in enumerate(self._kinds):
+            if grads is not None:
+                grad, layout = grads.tensors[m], grads.layouts[m]
+                # a block is gathered: its own alignment does not matter
+                aligned = kind.aligned and (layout == BLOCK or _pointer(grad) % 16 == 0)
+                kind = Kind(kind.weight, kind.delta, kind.moment, grad.dtype, layout, aligned)
+            members[kind].append(m)
+        self._members = list(itertools.chain.from_iterable(members.values()))
+        groups, first = [], 0
+        for key, own in members.items():
+            tiles = sum(self._tiles[m][0] for m in own), sum(self._tiles[m][1] for m in own)
+            groups.append(Group(first, len(own), key, tiles))
+            first += len(own)
+        return groups
+
+    def _rows(self, grads: Gradients | None, groups: Sequence[Group]) -> list[list[int]]:
+        rows = []
+        for group in groups:
+            first_a = first_b = 0
+            for m in self._members[group.first : group.first + group.count]:
+                rows.append([m, first_a, first_b, *((0, 0, 0) if grads is None else self._grad(grads, m))])
+                first_a, first_b = first_a + self._tiles[m][0], first_b + self._tiles[m][1]
+        return rows
+
+    def _grad(self, grads: Gradients, m: int) -> tuple[int, int, int]:
+        """Its address, that of its columns panel, and its packed columns a copy."""
+        grad, panel = grads.tensors[m], grads.col_panels[m]
+        packed = panel if panel is not None else grad
+        n_packed = 0 if grads.layouts[m] == DENSE else packed.shape[1]
+        return _pointer(grad), 0 if panel is None else _pointer(panel), n_packed // self._repeats[m]
+
+
+def _identity(grads: Gradients) -> tuple[Any, ...]:
+    """Equal where the order would be."""
+    panels = tuple([(panel.data_ptr(), panel.shape[1]) for panel in grads.col_panels if panel is not None])
+    blocks = tuple([t.shape[1] for t, layout in zip(grads.tensors, grads.layouts, strict=True) if layout == BLOCK])
+    pointers = tuple([tensor.data_ptr() for tensor in grads.tensors])
+    return pointers, tuple([tensor.dtype for tensor in grads.tensors]), tuple(grads.layouts), panels, blocks
+
+
+def _int64(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).view(-1, width)
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -117,42 +192,33 @@ def _pointer(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-@functools.lru_cache(maxsize=8)
 def partial_sums(
-    shapes: tuple[tuple[int, int], ...],
-    maps: tuple[tuple[int, ...], ...],
-    n_gates: int,
-    device: torch.device,
-    config: TileConfig,
-    block_gates: int,
+    shapes: Sequence[tuple[int, int]], maps: Sequence[GateMap], n_gates: int, cut: TileConfig, block_gates: int
 ) -> Partials:
-    """Layout of the partial sums, and who uses which gate: pure geometry, so computed once per model.
+    """Layout of the partial sums, and who uses which gate: pure geometry.
 
-    The gate vector is cut wherever a matrix side begins or ends, so that all gates between two cuts have the same uses.
+    blocks: of gates, (first, end, first use, end use). uses: see `gate_gather_kernel`. The gate vector is cut wherever
+    a matrix side begins or ends, so that all gates between two cuts have the same uses.
     """
     places: list[tuple[int, int, int]] = []
     total = total_sq = 0
     sides: list[tuple[int, int, tuple[int, ...]]] = []  # first gate, end gate, a row of `uses`
-    for (n_rows, n_cols), (row_start, col_start, head_dim, repeat) in zip(shapes, maps, strict=True):
-        tiles_m, tiles_n = config.tiles((n_rows, n_cols))
+    for (n_rows, n_cols), g in zip(shapes, maps, strict=True):
+        tiles_m, tiles_n = triton.cdiv(n_rows, cut.rows), triton.cdiv(n_cols, cut.block_n)
         of_rows, of_cols = total, total + tiles_n * n_rows
-        sides.append((row_start, row_start + n_rows, (of_rows, tiles_n, n_rows, row_start, 1, 1)))
-        sides.append((col_start, col_start + n_cols // repeat, (of_cols, tiles_m, n_cols, col_start, head_dim, repeat)))
+        by_row = (of_rows, tiles_n, n_rows, g.row_start, 1, 1)
+        sides.append((g.row_start, g.row_start + n_rows, by_row))
+        by_col = (of_cols, tiles_m, n_cols, g.col_start, g.head_dim, g.repeat)
+        sides.append((g.col_start, g.col_start + n_cols // g.repeat, by_col))
         places.append((of_rows, of_cols, total_sq))
         total = of_cols + tiles_m * n_cols
         total_sq += tiles_m * tiles_n
     cuts = sorted({0, n_gates, *itertools.chain.from_iterable(side[:2] for side in sides)})
-    blocks: list[tuple[int, int, int, int]] = []
+    blocks: list[tuple[int, ...]] = []
     uses: list[tuple[int, ...]] = []
     for begin, end in itertools.pairwise(cuts):
         first_use = len(uses)
         uses += [use for side_begin, side_end, use in sides if side_begin <= begin and end <= side_end]
         for start in range(begin, end, block_gates):
             blocks.append((start, min(start + block_gates, end), first_use, len(uses)))
-    return Partials(
-        places=tuple(places),
-        total=total,
-        total_sq=total_sq,
-        blocks=upload(torch.tensor(blocks, dtype=torch.int64).view(-1, 4), device),
-        uses=upload(torch.tensor(uses, dtype=torch.int64).view(-1, 6), device),
-    )
+    return Partials(places, total, total_sq, blocks, uses)

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcdd_kernels.reference.gated_linear import GateSpec
+from lcdd_kernels.reference.delta_step import GateMap
+from lcdd_kernels.reference.gates import GateSpec
 from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch, triton_dtype
 from lcdd_kernels.triton_kernels.gate_sums import sum_gate_partials
 from lcdd_kernels.triton_kernels.gates import KINDS, gate_value, signed64
@@ -78,7 +79,7 @@ def _tile_gates(
     theta = tl.load(row_logits_ptr + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
     r = gate_value(theta, row_offset + rows, seed, step, KIND, TRAINING)
     cols = first_col + tl.arange(0, BLOCK_COLS)
-    # GQA: `repeat` groups of head_dim columns share head_dim gates. With repeat 1, head_dim is n_cols and this is cols.
+    # GQA: `repeat` groups of head_dim columns share head_dim gates. With repeat 1 this is cols.
     shared = (cols // (repeat * head_dim)) * head_dim + cols % head_dim
     theta = tl.load(col_logits_ptr + shared, mask=cols < n_cols, other=0.0).to(tl.float32)
     c = gate_value(theta, col_offset + shared, seed, step, KIND, TRAINING)
@@ -221,17 +222,17 @@ def _aligned(n_cols: int, *tensors: Tensor) -> bool:
     return n_cols % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def _scalars(spec: GateSpec, rows: int, cols: int) -> dict[str, int]:
+def _scalars(spec: GateSpec, where: GateMap, rows: int, cols: int) -> dict[str, int]:
     """The runtime arguments that both tile kernels share."""
     return {
         "n_rows": rows,
         "n_cols": cols,
         "seed": signed64(spec.seed),
         "step": signed64(spec.step),
-        "row_offset": spec.row_offset,
-        "col_offset": spec.col_offset,
-        "head_dim": spec.head_dim,
-        "repeat": spec.repeat,
+        "row_offset": where.row_start,
+        "col_offset": where.col_start,
+        "head_dim": where.head_dim,
+        "repeat": where.repeat,
         "KIND": KINDS.index(spec.kind),
         "TRAINING": spec.training,
     }
@@ -252,6 +253,7 @@ def gated_weight_triton(
     row_logits: Tensor,
     col_logits: Tensor,
     spec: GateSpec,
+    where: GateMap,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -269,7 +271,7 @@ def gated_weight_triton(
         row_logits_ptr=row_logits.contiguous(),
         col_logits_ptr=col_logits.contiguous(),
         weight_ptr=weight,
-        **_scalars(spec, rows, cols),
+        **_scalars(spec, where, rows, cols),
         **_tile(config),
     )
     return weight
@@ -281,6 +283,7 @@ def gated_weight_grad_triton(
     row_logits: Tensor,
     col_logits: Tensor,
     spec: GateSpec,
+    where: GateMap,
     *,
     need_delta: bool,
     need_gates: bool,
@@ -307,13 +310,13 @@ def gated_weight_grad_triton(
         col_partial_ptr=col_partials,
         NEED_DELTA=need_delta,
         NEED_GATES=need_gates,
-        **_scalars(spec, rows, cols),
+        **_scalars(spec, where, rows, cols),
         **_tile(config),
     )
     if not need_gates:
         return d_delta, None, None
     d_row = sum_gate_partials(row_partials, rows, head_dim=rows, repeat=1)
-    d_col = sum_gate_partials(col_partials, cols // spec.repeat, head_dim=spec.head_dim, repeat=spec.repeat)
+    d_col = sum_gate_partials(col_partials, cols // where.repeat, head_dim=where.head_dim, repeat=where.repeat)
     return d_delta if need_delta else None, d_row, d_col
 
 

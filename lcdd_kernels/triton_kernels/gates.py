@@ -15,7 +15,6 @@ route draws the same gates.
 Contract: method.md section 2; arithmetic in float32, no atomics, sums in two stages of fixed order.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,8 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lcdd_kernels.reference.gates import BETA, GAMMA, KINDS, L0_SHIFT, ZETA
-from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch, upload
+from lcdd_kernels.reference.gates import BETA, GAMMA, KINDS, L0_SHIFT, ZETA, GateSpec
+from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch
+from lcdd_kernels.triton_kernels.tables import TableCache
 
 # Globals that kernels read must be constexpr.
 _HARD_CONCRETE: tl.constexpr = tl.constexpr(KINDS.index("hard_concrete"))
@@ -45,6 +45,7 @@ class GatesConfig(LaunchConfig):
 
 CONFIG = GatesConfig()
 SUM_CONFIG = GatesConfig(block=4096, num_warps=8)
+_offsets = TableCache()
 
 
 # ---------------------------------------------------------------- device functions
@@ -219,9 +220,20 @@ def sum_partials(partials: torch.Tensor) -> torch.Tensor:
         partials = out
 
 
-def gate_values_triton(
-    logits: torch.Tensor, *, kind: str, seed: int, step: int, training: bool, offset: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _settings(spec: GateSpec, n_gates: int, offset: int) -> dict[str, int | bool]:
+    """The arguments that the kernels of values and of their gradient share."""
+    return {
+        "n_gates": n_gates,
+        "seed": signed64(spec.seed),
+        "step": signed64(spec.step),
+        "offset": offset,
+        "KIND": KINDS.index(spec.kind),
+        "TRAINING": spec.training,
+        "BLOCK": CONFIG.block,
+    }
+
+
+def gate_values_triton(logits: torch.Tensor, spec: GateSpec, *, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """(gate[N], expected_l0[]) from logits [N]; both float32. See `lcdd_kernels.reference.gates`."""
     logits = logits.contiguous()
     n_gates = logits.numel()
@@ -235,27 +247,13 @@ def gate_values_triton(
         logits_ptr=logits,
         gate_ptr=gate,
         l0_partial_ptr=partials,
-        n_gates=n_gates,
-        seed=signed64(seed),
-        step=signed64(step),
-        offset=offset,
-        KIND=KINDS.index(kind),
-        TRAINING=training,
-        BLOCK=CONFIG.block,
+        **_settings(spec, n_gates, offset),
     )
     return gate, sum_partials(partials)
 
 
 def gate_logits_grad_triton(
-    logits: torch.Tensor,
-    d_gate: torch.Tensor,
-    *,
-    kind: str,
-    seed: int,
-    step: int,
-    training: bool,
-    l0_weight: float,
-    offset: int = 0,
+    logits: torch.Tensor, d_gate: torch.Tensor, spec: GateSpec, *, l0_weight: float, offset: int = 0
 ) -> torch.Tensor:
     """d_logits [N] float32 from d_gate [N] and the weight of the expected L0."""
     logits = logits.contiguous()
@@ -269,22 +267,10 @@ def gate_logits_grad_triton(
         logits_ptr=logits,
         d_gate_ptr=d_gate,
         d_logits_ptr=d_logits,
-        n_gates=n_gates,
-        seed=signed64(seed),
-        step=signed64(step),
-        offset=offset,
         l0_weight=float(l0_weight),
-        KIND=KINDS.index(kind),
-        TRAINING=training,
-        BLOCK=CONFIG.block,
+        **_settings(spec, n_gates, offset),
     )
     return d_logits
-
-
-@functools.lru_cache(maxsize=8)
-def _device_offsets(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """On the device, once per layout: a CUDA graph must not replay a copy from host memory that is long reused."""
-    return upload(torch.tensor(offsets, dtype=torch.int64), device)
 
 
 def open_indices_triton(gate: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -299,7 +285,7 @@ def open_indices_triton(gate: torch.Tensor, offsets: torch.Tensor) -> tuple[torc
         (n_groups,),
         CONFIG,
         gate_ptr=gate,
-        offsets_ptr=_device_offsets(tuple(offsets.tolist()), gate.device),
+        offsets_ptr=_offsets.get(tuple(offsets.tolist()), lambda: offsets, gate.device),
         indices_ptr=indices,
         counts_ptr=counts,
         rank_ptr=rank,

@@ -18,7 +18,7 @@ from benchmarks.unfused import Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
 from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer
-from lcdd_kernels import PackCrossover, gate_values, use_backend
+from lcdd_kernels import GateSpec, PackCrossover, gate_values, use_backend
 
 SEED = 11
 
@@ -62,7 +62,7 @@ def _noise(n_gates: int, dtype: torch.dtype, seed: int):
     """u of a step: the one thing of the package that both get; it has its own test against plain-Python Philox."""
     from lcdd_kernels.reference.gates import gate_noise_ref
 
-    return lambda step: gate_noise_ref(n_gates, seed=seed, step=step, offset=0, dtype=dtype, device=torch.device("cpu"))
+    return lambda step: gate_noise_ref(n_gates, GateSpec(kind="hard_concrete", seed=seed, step=step), dtype=dtype)
 
 
 @cache
@@ -227,7 +227,7 @@ def test_the_noise_given_to_both_is_what_the_gates_use():
     """Gates of the package at a step are those of the plain formula with `_noise`, so the comparison is of one
     problem."""
     logits = _logits(torch.float64, 0.0)
-    z, _ = gate_values(logits, kind="hard_concrete", seed=SEED, step=3, training=True)
+    z, _ = gate_values(logits, GateSpec(kind="hard_concrete", seed=SEED, step=3))
     u = _noise(logits.numel(), torch.float64, SEED)(3)
     plain = (torch.sigmoid((torch.logit(u) + logits) * 1.5) * 1.2 - 0.1).clamp(0, 1)
     torch.testing.assert_close(z, plain, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lcdd_kernels
-from lcdd_kernels import BackendUnavailable, backends, registry, testing, use_backend
+from lcdd_kernels import BackendUnavailable, GateSpec, backends, registry, testing, use_backend
 from lcdd_kernels.cases import case_of
 from lcdd_kernels.registry import implementation
 
@@ -82,11 +82,11 @@ def test_unknown_names() -> None:
 
 def test_explicit_request_that_cannot_be_met_raises() -> None:
     logits = torch.zeros(3, dtype=torch.float64)
-    settings = {"kind": "hard_concrete", "seed": 0, "step": 0, "training": False}
+    spec = GateSpec(kind="hard_concrete", training=False)
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="float64 is computed by the reference only"):
-        lcdd_kernels.gate_values(logits, **settings)
+        lcdd_kernels.gate_values(logits, spec)
     with use_backend("cuda"), pytest.raises(BackendUnavailable, match="computes on CUDA"):
-        lcdd_kernels.gate_values(logits.float(), **settings)
+        lcdd_kernels.gate_values(logits.float(), spec)
 
 
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch) -> None:
@@ -111,18 +111,16 @@ def test_use_backend_nests_and_unwinds() -> None:
     assert backends.choose("gate_values", x) is default
 
 
-def _wrong_gate_values(logits, *, kind, seed, step, training, offset=0):
-    gate, l0 = implementation("gate_values", "reference")(
-        logits, kind=kind, seed=seed, step=step, training=training, offset=offset
-    )
+def _wrong_gate_values(logits, spec, *, offset=0):
+    gate, l0 = implementation("gate_values", "reference")(logits, spec, offset=offset)
     return gate * (1 + 1e-4), l0
 
 
-def _crashing_gate_values(logits, **settings):
+def _crashing_gate_values(logits, spec, **settings):
     raise RuntimeError("no such device function")
 
 
-def _without_a_compiler(logits, *, kind, seed, step, training, offset=0):
+def _without_a_compiler(logits, spec, *, offset=0):
     raise subprocess.CalledProcessError(1, ["gcc"])
 
 
@@ -131,16 +129,16 @@ def test_a_failed_self_test_disables_the_kernel_by_name(monkeypatch, broken) -> 
     """A kernel with a relative error of 1e-4, or one that crashes: a loud warning, once, and the reference serves."""
     monkeypatch.setitem(registry._loaded, ("gate_values", "native"), broken)
     logits = torch.randn(50)
-    settings = {"kind": "hard_concrete", "seed": 0, "step": 0, "training": True}
+    spec = GateSpec(kind="hard_concrete")
     with pytest.warns(RuntimeWarning, match="gate_values on backend 'native' is disabled on cpu"):
-        gate, _ = lcdd_kernels.gate_values(logits, **settings)
+        gate, _ = lcdd_kernels.gate_values(logits, spec)
     with use_backend("reference"):
-        assert torch.equal(gate, lcdd_kernels.gate_values(logits, **settings)[0])
+        assert torch.equal(gate, lcdd_kernels.gate_values(logits, spec)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lcdd_kernels.gate_values(logits, **settings)
+        lcdd_kernels.gate_values(logits, spec)
     with use_backend("native"), pytest.raises(BackendUnavailable, match="self-test failed"):
-        lcdd_kernels.gate_values(logits, **settings)
+        lcdd_kernels.gate_values(logits, spec)
 
 
 def test_a_first_use_inside_a_cuda_graph_capture_is_an_error_and_disables_nothing(monkeypatch) -> None:
@@ -154,10 +152,8 @@ def test_a_first_use_inside_a_cuda_graph_capture_is_an_error_and_disables_nothin
 def test_an_unwritten_output_fails_the_self_test(monkeypatch) -> None:
     """Memory is poisoned: an implementation that forgets the last entry is caught."""
 
-    def forgets(logits, *, kind, seed, step, training, offset=0):
-        gate, l0 = implementation("gate_values", "reference")(
-            logits, kind=kind, seed=seed, step=step, training=training, offset=offset
-        )
+    def forgets(logits, spec, *, offset=0):
+        gate, l0 = implementation("gate_values", "reference")(logits, spec, offset=offset)
         out = torch.empty_like(gate)
         out[:-1] = gate[:-1]
         return out, l0
@@ -194,10 +190,10 @@ def test_comparison_sees_small_errors() -> None:
         )
 
     testing.assert_calibrated(rows(good))
-    zero = (good["weights"] == 0).nonzero()[0]
-    flipped = good["weights"].clone()
+    zero = (good["matrices.weights"] == 0).nonzero()[0]
+    flipped = good["matrices.weights"].clone()
     flipped[zero] = 0.0 if torch.signbit(flipped[zero]) else -0.0
     with pytest.raises(AssertionError, match="bit-equal where asked: False"):
-        testing.assert_calibrated(rows({"weights": flipped}))
+        testing.assert_calibrated(rows({"matrices.weights": flipped}))
     with pytest.raises(AssertionError, match="inf"):
-        testing.assert_calibrated(rows({"weights": torch.full_like(flipped, float("nan"))}))
+        testing.assert_calibrated(rows({"matrices.weights": torch.full_like(flipped, float("nan"))}))

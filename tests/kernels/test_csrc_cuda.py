@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lcdd_kernels import BackendUnavailable, backends, cases, cuda, registry, testing, use_backend
+from lcdd_kernels.reference.delta_step import DENSE, GateMap, Gradients, Matrices
 
 SOURCES = Path(cuda.__file__).parent / "csrc" / "cuda"
 KERNELS = {"delta_step.cu": 4, "pack.cu": 4}  # entry functions, template versions counted
@@ -117,12 +118,15 @@ def test_several_tiles_in_both_directions(on_this_machine) -> None:
         [torch.randn(shape, generator=generator).to(torch.bfloat16).to(device) for shape in shapes] for _ in range(3)
     )
     gate = (torch.rand(2300, generator=generator) - 0.3).clamp(0, 1).to(device)
-    maps = torch.tensor([[0, 80, 1, 1], [5, 140, 1029 // 3, 3]])
+    maps = [GateMap(0, 80), GateMap(5, 140, 1029 // 3, 3)]
+    gradients = Gradients(tensors=grads, col_panels=[None] * 2, layouts=[DENSE] * 2)
     results = []
     for run in (implementation, lambda op: registry.implementation(op, "reference")):
-        d_gate, norm = run("delta_grad_stats")(grads, [], deltas, gate, maps, [0, 0], None)
         weights = [torch.full_like(base, float("nan")) for base in bases]
-        run("weight_eff_")(weights, bases, deltas, gate, maps)
+        lists = {"weights": weights, "bases": bases, "deltas": deltas}
+        matrices = Matrices(maps=maps, n_gates=gate.numel(), **lists)
+        d_gate, norm = run("delta_grad_stats")(matrices, gradients, gate)
+        run("weight_eff_")(matrices, gate)
         results.append((d_gate, norm, weights))
     (d_gate, norm, weights), (expected, expected_norm, expected_weights) = results
     torch.testing.assert_close(d_gate, expected, rtol=1e-5, atol=1e-3)  # sums of 2,000 terms of order one

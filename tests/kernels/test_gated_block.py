@@ -9,15 +9,16 @@ from torch.nn.functional import linear, silu
 from unfused_gates import assert_as_close_as, unfused_gate, unfused_linear
 
 import lcdd_kernels as K
-from lcdd_kernels import testing, use_backend
+from lcdd_kernels import GateMap, GateSpec, testing, use_backend
 from lcdd_kernels.ops import gated_block as ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("hard_concrete", "heaviside_ste")
 BACKENDS = ("reference", "triton")
 DRAW = {"seed": 99, "step": 4}
-MLP_OFFSETS = {"read_offset": 40, "hidden_offset": 100, "write_offset": 300}
-QKV_OFFSETS = {"read_offset": 3, "q_offset": 200, "k_offset": 400, "v_offset": 500}
+HARD = GateSpec(kind="hard_concrete")
+MLP_OFFSETS = (40, 100, 300)  # read, hidden, write
+QKV_OFFSETS = (3, 200, 400, 500)  # read, q, k, v
 
 Tensors = dict[str, Tensor]
 
@@ -58,25 +59,20 @@ def _call(function, inputs: Tensors, **settings):
     return function(inputs["x"], bases, deltas, **logits, **settings)
 
 
-def unfused_mlp(
-    x, bases, deltas, read_logits, hidden_logits, write_logits, *, read_offset, hidden_offset, write_offset, **draw
-):
-    into = {"row_offset": hidden_offset, "col_offset": read_offset, "head_dim": bases[0].shape[1], **draw}
-    gate = unfused_linear(x, bases[0], deltas[0], hidden_logits, read_logits, **into)
-    up = unfused_linear(x, bases[1], deltas[1], hidden_logits, read_logits, **into)
-    out = {"row_offset": write_offset, "col_offset": hidden_offset, "head_dim": bases[2].shape[1], **draw}
-    return unfused_linear(silu(gate) * up, bases[2], deltas[2], write_logits, hidden_logits, **out)
+def unfused_mlp(x, bases, deltas, read_logits, hidden_logits, write_logits, spec, *, offsets):
+    read, hidden, write = offsets
+    into, out = GateMap(hidden, read), GateMap(write, hidden)
+    gate = unfused_linear(x, bases[0], deltas[0], hidden_logits, read_logits, spec, where=into)
+    up = unfused_linear(x, bases[1], deltas[1], hidden_logits, read_logits, spec, where=into)
+    return unfused_linear(silu(gate) * up, bases[2], deltas[2], write_logits, hidden_logits, spec, where=out)
 
 
-def unfused_qkv(
-    x, bases, deltas, read_logits, q_logits, k_logits, v_logits, *, read_offset, q_offset, k_offset, v_offset, **draw
-):
-    parts = ((q_logits, q_offset), (k_logits, k_offset), (v_logits, v_offset))
+def unfused_qkv(x, bases, deltas, read_logits, q_logits, k_logits, v_logits, spec, *, offsets):
+    read, *at = offsets
+    rows = (q_logits, k_logits, v_logits)
     return tuple(
-        unfused_linear(
-            x, base, delta, rows, read_logits, row_offset=at, col_offset=read_offset, head_dim=x.shape[-1], **draw
-        )
-        for base, delta, (rows, at) in zip(bases, deltas, parts, strict=True)
+        unfused_linear(x, base, delta, part, read_logits, spec, where=GateMap(start, read))
+        for base, delta, part, start in zip(bases, deltas, rows, at, strict=True)
     )
 
 
@@ -123,7 +119,7 @@ def test_swiglu_of_any_length_on_triton(count):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mlp_matches_float64_autograd(backend, dtype, kind, small_batch, device_of):
     inputs = mlp_sample(13, 20, 48, dtype, device_of("gated_weight", backend, dtype))
-    settings = {"kind": kind, "training": True, **MLP_OFFSETS, **DRAW}
+    settings = {"spec": GateSpec(kind=kind, **DRAW), "offsets": MLP_OFFSETS}
     with use_backend(backend):
         got = _run(K.gated_mlp, inputs, small_batch=small_batch, **settings)
     plain = _run(unfused_mlp, inputs, **settings)
@@ -136,7 +132,7 @@ def test_mlp_matches_float64_autograd(backend, dtype, kind, small_batch, device_
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_qkv_matches_float64_autograd(backend, dtype, kind, small_batch, device_of):
     inputs = qkv_sample(13, 20, (24, 8, 8), dtype, device_of("gated_weight", backend, dtype))
-    settings = {"kind": kind, "training": True, **QKV_OFFSETS, **DRAW}
+    settings = {"spec": GateSpec(kind=kind, **DRAW), "offsets": QKV_OFFSETS}
     with use_backend(backend):
         got = _run(K.gated_qkv, inputs, small_batch=small_batch, **settings)
     plain = _run(unfused_qkv, inputs, **settings)
@@ -151,7 +147,7 @@ def test_qkv_matches_float64_autograd(backend, dtype, kind, small_batch, device_
 )
 def test_mlp_of_any_shape_in_float64(tokens, width, hidden, kind):
     inputs = mlp_sample(tokens, width, hidden, torch.float64)
-    settings = {"kind": kind, "training": True, **MLP_OFFSETS, **DRAW}
+    settings = {"spec": GateSpec(kind=kind, **DRAW), "offsets": MLP_OFFSETS}
     got, truth = _run(K.gated_mlp, inputs, **settings), _run(unfused_mlp, inputs, **settings)
     torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
 
@@ -171,14 +167,13 @@ def test_attention_with_shared_value_gates_in_float64(tokens, width, heads, repe
     g = torch.Generator().manual_seed(8)
     o_base, o_delta = torch.randn(2, width, queries, dtype=torch.float64, generator=g)
     write = torch.randn(width, dtype=torch.float64, generator=g)
-    draw = {"kind": kind, "training": True, **DRAW}
-    gqa = {"row_offset": 900, "col_offset": 500, "head_dim": head_dim, "repeat": repeat}
+    spec, gqa = GateSpec(kind=kind, **DRAW), GateMap(900, 500, head_dim, repeat)
 
     def block(qkv, o, x, bases, deltas, **logits):
-        q, k, v = qkv(x, bases, deltas, **logits, **QKV_OFFSETS, **draw)
+        q, k, v = qkv(x, bases, deltas, **logits, spec=spec, offsets=QKV_OFFSETS)
         mixed = v.view(tokens, heads, 1, head_dim).expand(-1, -1, repeat, -1).reshape(tokens, queries)
         mixed = mixed * torch.sigmoid(q) + k.sum(dim=1, keepdim=True)
-        return o(mixed, o_base, o_delta, write, logits["v_logits"], **gqa, **draw)
+        return o(mixed, o_base, o_delta, write, logits["v_logits"], spec, where=gqa)
 
     got = _run(lambda *a, **s: block(K.gated_qkv, K.gated_linear, *a, **s), inputs)
     truth = _run(lambda *a, **s: block(unfused_qkv, unfused_linear, *a, **s), inputs)
@@ -186,7 +181,7 @@ def test_attention_with_shared_value_gates_in_float64(tokens, width, heads, repe
 
 
 def test_gradcheck_of_both_blocks():
-    settings = {"kind": "hard_concrete", "training": False, **DRAW}
+    settings = {"spec": GateSpec(kind="hard_concrete", training=False, **DRAW)}
     for function, inputs in (
         (K.gated_mlp, mlp_sample(2, 3, 4, torch.float64)),
         (K.gated_qkv, qkv_sample(2, 3, (4, 2, 2), torch.float64)),
@@ -239,13 +234,13 @@ def test_opcheck(needs):
 def test_all_gates_closed_is_the_base_block():
     inputs = mlp_sample(20, 16, 24, torch.float32)
     inputs |= {n: torch.full_like(v, -50.0) for n, v in inputs.items() if n.endswith("_logits")}
-    got = _call(K.gated_mlp, inputs, kind="hard_concrete")
+    got = _call(K.gated_mlp, inputs, spec=HARD)
     base = [inputs[f"base{i}"] for i in range(3)]
     x = inputs["x"]
     torch.testing.assert_close(got, linear(silu(linear(x, base[0])) * linear(x, base[1]), base[2]))
     inputs = qkv_sample(20, 16, (24, 8, 8), torch.float32)
     inputs |= {n: torch.full_like(v, -50.0) for n, v in inputs.items() if n.endswith("_logits")}
-    for i, y in enumerate(_call(K.gated_qkv, inputs, kind="hard_concrete")):
+    for i, y in enumerate(_call(K.gated_qkv, inputs, spec=HARD)):
         assert testing.bits_equal(y, linear(inputs["x"], inputs[f"base{i}"]))
 
 
@@ -255,7 +250,7 @@ def test_backward_keeps_inputs_only():
     leaves = {n: v.requires_grad_(not n.startswith("base")) for n, v in inputs.items()}
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        _call(K.gated_mlp, leaves, kind="hard_concrete")
+        _call(K.gated_mlp, leaves, spec=HARD)
     assert sorted(saved) == sorted(value.data_ptr() for value in leaves.values())
 
 
@@ -271,13 +266,13 @@ def test_frozen_gates_and_deltas_get_no_gradient_work(monkeypatch):
     ):
         called.clear()
         inputs["x"].requires_grad_()
-        outputs = _call(function, inputs, kind="hard_concrete")
+        outputs = _call(function, inputs, spec=HARD)
         _backward(outputs)
         assert called == ["gated_weight"] * 6  # three W_eff forward, three backward
         called.clear()
         frozen = inputs["x"].detach()
         inputs["delta1"].requires_grad_()
-        outputs = _call(function, {**inputs, "x": frozen}, kind="hard_concrete")
+        outputs = _call(function, {**inputs, "x": frozen}, spec=HARD)
         _backward(outputs)
         assert called.count("gated_weight_grad") == 1
         assert "gate_logits_grad" not in called
@@ -286,9 +281,9 @@ def test_frozen_gates_and_deltas_get_no_gradient_work(monkeypatch):
 def test_shared_gates_are_the_same_gates():
     """The hidden gates of gate's rows and of down's columns are one draw: a closed one closes its channel in both."""
     inputs = mlp_sample(4, 16, 24, torch.float64)
-    settings = {"kind": "hard_concrete", "training": True, **DRAW}
-    drawn = unfused_gate(inputs["hidden_logits"], offset=MLP_OFFSETS["hidden_offset"], **settings)
-    grads = _run(K.gated_mlp, inputs, **settings, **MLP_OFFSETS)
+    spec = GateSpec(kind="hard_concrete", **DRAW)
+    drawn = unfused_gate(inputs["hidden_logits"], spec, offset=MLP_OFFSETS[1])
+    grads = _run(K.gated_mlp, inputs, spec=spec, offsets=MLP_OFFSETS)
     closed = drawn == 0
     assert closed.any()
     assert torch.count_nonzero(grads["d_delta0"][closed]) == 0
@@ -303,7 +298,8 @@ def test_shared_gates_are_the_same_gates():
         ({"weight_bases": [torch.zeros(8, 6)] * 3}, r"weight_bases\[2\]: expected shape"),
         ({"read_logits": torch.zeros(5)}, "read_logits: expected shape"),
         ({"hidden_logits": torch.full((8,), float("nan"))}, "hidden_logits: expected no NaN"),
-        ({"write_offset": -3}, "write_offset: expected an int"),
+        ({"offsets": (0, 0, -3)}, r"offsets\[2\]: expected an int"),
+        ({"offsets": (0, 0)}, "offsets: expected 3 entries"),
         ({"x": torch.zeros(3, 7)}, "x: expected shape"),
     ],
 )
@@ -314,7 +310,7 @@ def test_bad_input_is_named(change, message):
         "weight_bases": [inputs[f"base{i}"] for i in range(3)],
         "deltas": [inputs[f"delta{i}"] for i in range(3)],
         **{n: v for n, v in inputs.items() if n.endswith("_logits")},
-        "kind": "hard_concrete",
+        "spec": HARD,
     }
     with pytest.raises(ValueError, match=message):
         K.gated_mlp(**{**arguments, **change})

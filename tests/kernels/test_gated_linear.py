@@ -10,15 +10,15 @@ from torch import Tensor
 from unfused_gates import assert_as_close_as, double, run, sample, unfused_linear
 
 import lcdd_kernels as K
-from lcdd_kernels import testing, use_backend
+from lcdd_kernels import GateMap, GateSpec, testing, use_backend
 from lcdd_kernels.functional.gated_linear import SMALL_BATCH_TOKENS
 from lcdd_kernels.ops import gated_linear as ops
-from lcdd_kernels.reference.gated_linear import GateSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("hard_concrete", "heaviside_ste")
 BACKENDS = ("reference", "triton")
 DRAW = {"seed": (3 << 32) + 5, "step": 7}
+HARD = GateSpec(kind="hard_concrete")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,10 +34,10 @@ def test_effective_weight_has_the_bits_of_the_optimizer_route(backend, dtype, de
     """Heaviside gates are exact on every backend, so nothing but the roundings of W_eff can differ."""
     device = device_of("gated_weight", backend, dtype)
     inputs = sample(1, 37, 300, dtype, device=device)
-    spec = GateSpec(kind="heaviside_ste", training=True, row_offset=0, col_offset=0, head_dim=300, repeat=1, **DRAW)
+    spec = GateSpec(kind="heaviside_ste", **DRAW)
     arguments = [inputs[name] for name in ("weight_base", "delta", "row_logits", "col_logits")]
     with testing.poisoned_memory(), use_backend(backend):
-        got = ops.effective_weight(dtype, *arguments, spec)
+        got = ops.effective_weight(dtype, *arguments, spec, GateMap(0, 0))
     gate = (torch.cat([inputs["row_logits"], inputs["col_logits"]]) > 0).float()
     weight = torch.full_like(inputs["delta"], math.nan)
     with use_backend("reference"):
@@ -52,8 +52,7 @@ def test_effective_weight_has_the_bits_of_the_optimizer_route(backend, dtype, de
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward_match_float64_autograd(backend, dtype, kind, training, small_batch, device_of):
     device = device_of("gated_weight", backend, dtype)
-    settings = {"kind": kind, "training": training, "row_offset": 11, "col_offset": 500, **DRAW}
-    settings |= {"head_dim": 5, "repeat": 3}
+    settings = {"spec": GateSpec(kind=kind, training=training, **DRAW), "where": GateMap(11, 500, 5, 3)}
     inputs = sample(19, 37, 30, dtype, gates=10, device=device, bias=True)
     dy = torch.randn(19, 37, generator=torch.Generator().manual_seed(1))
     with use_backend(backend):
@@ -80,14 +79,14 @@ def test_any_shape_on_triton(tokens, rows, heads, head_dim, repeat, kind, need, 
     inputs = sample(tokens, rows, gates * repeat, torch.float32, gates=gates, device=device)
     if not contiguous:
         inputs["x"] = inputs["x"].t().contiguous().t()
-    settings = {"kind": kind, "seed": seed, "step": 2**40, "head_dim": head_dim, "repeat": repeat}
+    settings = {"spec": GateSpec(kind=kind, seed=seed, step=2**40), "where": GateMap(0, 0, head_dim, repeat)}
     leaves = {name: value.clone().requires_grad_(name in need) for name, value in inputs.items()}
     if not contiguous:
         leaves["x"] = inputs["x"].clone(memory_format=torch.preserve_format).requires_grad_("x" in need)
     with use_backend("triton"):
         y = K.gated_linear(**leaves, **settings)
         y.sum().backward()
-    truth = run(unfused_linear, double(inputs), torch.ones(tokens, rows), training=True, **settings)
+    truth = run(unfused_linear, double(inputs), torch.ones(tokens, rows), **settings)
     close = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(y.detach().cpu(), truth["y"].float(), **close)
     for name, leaf in leaves.items():
@@ -103,15 +102,16 @@ def test_same_gradients_as_the_optimizer_route(kind):
     logits = torch.cat([torch.zeros(3, dtype=torch.float64), inputs["row_logits"], inputs["col_logits"]])
     where = K.GateMap(row_start=3, col_start=15, head_dim=4, repeat=3)
     dy = torch.randn(17, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    got = run(K.gated_linear, inputs, dy, kind=kind, row_offset=3, col_offset=15, head_dim=4, repeat=3, **DRAW)
+    spec = GateSpec(kind=kind, **DRAW)
+    got = run(K.gated_linear, inputs, dy, spec=spec, where=where)
 
-    gate, _ = K.gate_values(logits, kind=kind, training=True, **DRAW)
+    gate, _ = K.gate_values(logits, spec)
     weight = torch.full_like(inputs["delta"], float("nan"))
     K.weight_eff_([weight], [inputs["weight_base"]], [inputs["delta"]], gate, [where])
     torch.testing.assert_close(got["y"], inputs["x"] @ weight.T, rtol=0, atol=0)
     grad = dy.T @ inputs["x"]
     d_gate, sq_norm = K.delta_grad_stats([grad], [inputs["delta"]], gate, [where])
-    d_logits = K.gate_logits_grad(logits, d_gate, kind=kind, training=True, **DRAW)
+    d_logits = K.gate_logits_grad(logits, d_gate, spec)
     torch.testing.assert_close(got["d_row_logits"], d_logits[3:15], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(got["d_col_logits"], d_logits[15:], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(got["d_delta"].square().sum(), sq_norm, rtol=1e-12, atol=0)
@@ -126,8 +126,8 @@ def test_gradcheck_where_hard_concrete_is_smooth(training):
     leaves = [value.requires_grad_() for value in inputs.values()]
 
     def function(x: Tensor, delta: Tensor, row_logits: Tensor, col_logits: Tensor, bias: Tensor) -> Tensor:
-        settings = {"kind": "hard_concrete", "training": training, "head_dim": 3, "repeat": 2, **DRAW}
-        return K.gated_linear(x, base, delta, row_logits, col_logits, bias=bias, **settings)
+        spec = GateSpec(kind="hard_concrete", training=training, **DRAW)
+        return K.gated_linear(x, base, delta, row_logits, col_logits, spec, where=GateMap(0, 0, 3, 2), bias=bias)
 
     torch.autograd.gradcheck(function, leaves)
 
@@ -136,7 +136,7 @@ def test_opcheck():
     inputs = sample(5, 6, 8, torch.float32, bias=True)
     for name in ("x", "delta", "row_logits", "col_logits", "bias"):
         inputs[name].requires_grad_()
-    settings = ("hard_concrete", 5, 2, True, 0, 6, 8, 1)
+    settings = ("hard_concrete", 5, 2, True, [0, 6, 8, 1])
     torch.library.opcheck(ops.gated_linear, (*inputs.values(), *settings, False))
     *saved, _ = (value.detach() for value in inputs.values())
     for needs in ([True] * 5, [False, True, False, False, False], [True] + [False] * 4):
@@ -152,7 +152,7 @@ def test_all_gates_closed_is_the_base_bit_for_bit(kind, backend, device_of):
     inputs["weight_base"][:2] = -0.0
     inputs["row_logits"].fill_(-50.0)
     with use_backend(backend):
-        got = run(K.gated_linear, inputs, torch.ones(9, 13), kind=kind, **DRAW)
+        got = run(K.gated_linear, inputs, torch.ones(9, 13), spec=GateSpec(kind=kind, **DRAW))
     assert testing.bits_equal(got["y"], inputs["x"] @ inputs["weight_base"].T)
     assert torch.count_nonzero(got["d_delta"]) == 0
 
@@ -160,7 +160,7 @@ def test_all_gates_closed_is_the_base_bit_for_bit(kind, backend, device_of):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_closed_gates_get_exactly_no_delta_gradient(backend, device_of):
     inputs = sample(9, 40, 300, torch.float32, device=device_of("gated_weight", backend))
-    settings = {"kind": "heaviside_ste", **DRAW}
+    settings = {"spec": GateSpec(kind="heaviside_ste", **DRAW)}
     with use_backend(backend):
         got = run(K.gated_linear, inputs, torch.randn(9, 40), **settings)
     is_open = torch.outer(inputs["row_logits"] > 0, inputs["col_logits"] > 0)
@@ -171,8 +171,10 @@ def test_permuting_tokens_permutes_outputs():
     inputs = sample(12, 8, 16, torch.float64)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
     dy = torch.randn(12, 8, dtype=torch.float64)
-    straight = run(K.gated_linear, inputs, dy, kind="hard_concrete", **DRAW)
-    permuted = run(K.gated_linear, {**inputs, "x": inputs["x"][order]}, dy[order], kind="hard_concrete", **DRAW)
+    straight = run(K.gated_linear, inputs, dy, spec=GateSpec(kind="hard_concrete", **DRAW))
+    permuted = run(
+        K.gated_linear, {**inputs, "x": inputs["x"][order]}, dy[order], spec=GateSpec(kind="hard_concrete", **DRAW)
+    )
     for name, value in straight.items():
         value = value[order] if name in ("y", "d_x") else value
         torch.testing.assert_close(permuted[name], value, rtol=1e-12, atol=1e-13)
@@ -184,12 +186,12 @@ def test_what_is_frozen_costs_nothing(monkeypatch):
     monkeypatch.setattr(ops, "choose", lambda op, *tensors: called.append(op) or choose(op, *tensors))
     inputs = sample(20, 8, 16, torch.float32)
     inputs["x"].requires_grad_()
-    K.gated_linear(**inputs, kind="hard_concrete").sum().backward()
+    K.gated_linear(**inputs, spec=HARD).sum().backward()
     assert called == ["gated_weight", "gated_weight"]  # W_eff forward and backward, and no gradient of it
     called.clear()
     inputs["x"] = inputs["x"].detach()
     inputs["delta"].requires_grad_()
-    K.gated_linear(**inputs, kind="hard_concrete").sum().backward()
+    K.gated_linear(**inputs, spec=HARD).sum().backward()
     assert called == ["gated_weight", "gated_weight_grad"]  # no dX, so no W_eff; no chain to the logits
 
 
@@ -199,7 +201,7 @@ def test_backward_keeps_inputs_only():
         inputs[name].requires_grad_()
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        K.gated_linear(**inputs, kind="hard_concrete")
+        K.gated_linear(**inputs, spec=HARD)
     assert sorted(saved) == sorted(value.data_ptr() for value in inputs.values())
 
 
@@ -208,23 +210,23 @@ def test_small_batches_write_no_weight(monkeypatch):
     choose = ops.choose
     monkeypatch.setattr(ops, "choose", lambda op, *tensors: called.append(op) or choose(op, *tensors))
     inputs = sample(SMALL_BATCH_TOKENS, 8, 16, torch.float32)
-    few = K.gated_linear(**inputs, kind="hard_concrete", training=False)
+    few = K.gated_linear(**inputs, spec=GateSpec(kind="hard_concrete", training=False))
     assert "gated_weight" not in called
-    whole = K.gated_linear(**inputs, kind="hard_concrete", training=False, small_batch=False)
+    whole = K.gated_linear(**inputs, spec=GateSpec(kind="hard_concrete", training=False), small_batch=False)
     assert "gated_weight" in called
     torch.testing.assert_close(few, whole, rtol=1e-5, atol=1e-6)
     called.clear()
     inputs["x"] = torch.cat([inputs["x"], inputs["x"][:1]])
-    K.gated_linear(**inputs, kind="hard_concrete", training=False)
+    K.gated_linear(**inputs, spec=GateSpec(kind="hard_concrete", training=False))
     assert "gated_weight" in called
 
 
 def test_leading_dimensions_and_an_empty_batch():
     inputs = sample(6, 8, 16, torch.float32)
-    flat = K.gated_linear(**inputs, kind="hard_concrete")
-    shaped = K.gated_linear(**{**inputs, "x": inputs["x"].view(2, 3, 16)}, kind="hard_concrete")
+    flat = K.gated_linear(**inputs, spec=HARD)
+    shaped = K.gated_linear(**{**inputs, "x": inputs["x"].view(2, 3, 16)}, spec=HARD)
     assert torch.equal(shaped.view(6, 8), flat)
-    empty = run(K.gated_linear, {**inputs, "x": inputs["x"][:0]}, torch.zeros(0, 8), kind="hard_concrete")
+    empty = run(K.gated_linear, {**inputs, "x": inputs["x"][:0]}, torch.zeros(0, 8), spec=HARD)
     assert empty["y"].shape == (0, 8)
     assert torch.count_nonzero(empty["d_delta"]) == 0
 
@@ -232,8 +234,8 @@ def test_leading_dimensions_and_an_empty_batch():
 def test_autocast_gives_its_dtype_as_for_a_linear():
     inputs = sample(20, 8, 16, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = K.gated_linear(**inputs, kind="hard_concrete", **DRAW)
-        plain = unfused_linear(**inputs, kind="hard_concrete", training=True, **DRAW)
+        y = K.gated_linear(**inputs, spec=GateSpec(kind="hard_concrete", **DRAW))
+        plain = unfused_linear(**inputs, spec=GateSpec(kind="hard_concrete", **DRAW))
     assert y.dtype == plain.dtype == torch.bfloat16
     torch.testing.assert_close(y, plain, rtol=2e-2, atol=2e-2)
 
@@ -242,8 +244,8 @@ def test_float32_deltas_on_half_precision_weights():
     inputs = sample(20, 8, 16, torch.bfloat16)
     inputs["delta"] = inputs["delta"].float()
     dy = torch.randn(20, 8)
-    got = run(K.gated_linear, inputs, dy, kind="hard_concrete", training=True, **DRAW)
-    truth = run(unfused_linear, double(inputs), dy.bfloat16().double(), kind="hard_concrete", training=True, **DRAW)
+    got = run(K.gated_linear, inputs, dy, spec=GateSpec(kind="hard_concrete", **DRAW))
+    truth = run(unfused_linear, double(inputs), dy.bfloat16().double(), spec=GateSpec(kind="hard_concrete", **DRAW))
     assert got["d_delta"].dtype == torch.float32
     for name, value in got.items():
         scale = float(truth[name].abs().max())
@@ -253,8 +255,8 @@ def test_float32_deltas_on_half_precision_weights():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "soft"}, "kind: expected one of"),
-        ({"seed": -1}, "seed: expected an int"),
+        ({"spec": GateSpec(kind="soft")}, "kind: expected one of"),
+        ({"spec": GateSpec(kind="hard_concrete", seed=-1)}, "seed: expected an int"),
         ({"x": torch.zeros(4, 15)}, "x: expected shape"),
         ({"x": torch.zeros(4, 16, dtype=torch.int64)}, "x: expected dtype"),
         ({"weight_base": torch.zeros(8)}, "weight_base: expected shape"),
@@ -265,12 +267,12 @@ def test_float32_deltas_on_half_precision_weights():
         ({"row_logits": torch.full((8,), math.nan)}, "row_logits: expected no NaN"),
         ({"col_logits": torch.zeros(16, dtype=torch.bfloat16)}, "col_logits: expected dtype"),
         ({"bias": torch.zeros(7)}, "bias: expected shape"),
-        ({"repeat": 2}, "head_dim: expected the width of a head"),
-        ({"repeat": 2, "head_dim": 3}, "head_dim: expected repeat"),
-        ({"row_offset": -1}, "row_offset: expected an int"),
+        ({"where": GateMap(0, 0, 3, 2)}, r"where: expected repeat\*head_dim dividing 16 columns"),
+        ({"where": GateMap(-1, 0)}, r"where\.row_start: expected an int"),
+        ({"where": (0, 0)}, "where: expected a GateMap, got tuple"),
     ],
 )
 def test_bad_input_is_named(change, message):
     inputs = sample(4, 8, 16, torch.float32)
     with pytest.raises(ValueError, match=message):
-        K.gated_linear(**{**inputs, "kind": "hard_concrete", **change})
+        K.gated_linear(**{**inputs, "spec": HARD, **change})

@@ -1,6 +1,7 @@
 """Gates: the noise's bits, values and gradients against formulas written independently, invariants, bad input."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lcdd_kernels as k
-from lcdd_kernels import cases, testing, use_backend
+from lcdd_kernels import GateSpec, cases, testing, use_backend
 from lcdd_kernels.reference.gates import gate_noise_ref, philox_ref
 
 BACKENDS = ("reference", "triton", "native")
@@ -49,7 +50,7 @@ def test_philox_known_answers(counter: str, key: str, result: str) -> None:
 
 @given(seed=st.integers(0, 2**63 - 1), step=st.integers(0, 2**40), offset=st.integers(0, 2**34))
 def test_noise_is_philox(seed: int, step: int, offset: int) -> None:
-    u = gate_noise_ref(5, seed=seed, step=step, offset=offset, dtype=torch.float64, device=torch.device("cpu"))
+    u = gate_noise_ref(5, GateSpec(kind="hard_concrete", seed=seed, step=step), offset=offset, dtype=torch.float64)
     for i, value in enumerate(u.tolist()):
         n = offset + i
         x = philox_python([n % 2**32, n >> 32, step % 2**32, step >> 32], [seed % 2**32, seed >> 32])[0]
@@ -57,9 +58,9 @@ def test_noise_is_philox(seed: int, step: int, offset: int) -> None:
 
 
 def test_noise_is_exact_in_float32_and_inside_the_unit_interval() -> None:
-    settings = {"seed": 1, "step": 2, "offset": 0, "device": torch.device("cpu")}
-    u32 = gate_noise_ref(200_000, dtype=torch.float32, **settings)
-    u64 = gate_noise_ref(200_000, dtype=torch.float64, **settings)
+    spec = GateSpec(kind="hard_concrete", seed=1, step=2)
+    u32 = gate_noise_ref(200_000, spec, dtype=torch.float32)
+    u64 = gate_noise_ref(200_000, spec, dtype=torch.float64)
     assert torch.equal(u32.double(), u64)
     assert torch.equal((1 - u32).double(), 1 - u64)
     # The ends of the grid, which no sample of this size need hit.
@@ -84,7 +85,7 @@ def gate_python(theta: float, u: float | None) -> float:
 @pytest.mark.parametrize("training", [True, False])
 def test_hard_concrete_is_the_formula(training: bool) -> None:
     logits = torch.linspace(-6, 6, 101, dtype=torch.float64)
-    gate, l0 = k.gate_values(logits, kind="hard_concrete", seed=5, step=9, training=training)
+    gate, l0 = k.gate_values(logits, GateSpec(kind="hard_concrete", seed=5, step=9, training=training))
     for i, theta in enumerate(logits.tolist()):
         x = philox_python([i, 0, 9, 0], [5, 0])[0]
         assert math.isclose(gate[i], gate_python(theta, ((x >> 9) + 0.5) / 2**23 if training else None), abs_tol=1e-14)
@@ -95,7 +96,7 @@ def test_hard_concrete_is_the_formula(training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_heaviside_is_the_formula(training: bool) -> None:
     logits = torch.tensor([-1.0, -0.0, 0.0, 1e-30, 2.0])
-    gate, l0 = k.gate_values(logits, kind="heaviside_ste", seed=0, step=0, training=training)
+    gate, l0 = k.gate_values(logits, GateSpec(kind="heaviside_ste", seed=0, step=0, training=training))
     assert gate.tolist() == [0, 0, 0, 1, 1]
     assert math.isclose(l0, torch.sigmoid(logits.double()).sum(), rel_tol=1e-6)
 
@@ -103,7 +104,7 @@ def test_heaviside_is_the_formula(training: bool) -> None:
 @pytest.mark.parametrize("theta", [-3.0, -1.0, 0.5])
 def test_expected_l0_is_the_probability_of_an_open_gate(theta: float) -> None:
     n = 100_000
-    gate, l0 = k.gate_values(torch.full((n,), theta), kind="hard_concrete", seed=3, step=1, training=True)
+    gate, l0 = k.gate_values(torch.full((n,), theta), GateSpec(kind="hard_concrete", seed=3, step=1))
     p = float(l0) / n
     assert abs(float((gate > 0).double().mean()) - p) < 4 * math.sqrt(p * (1 - p) / n)
 
@@ -111,17 +112,18 @@ def test_expected_l0_is_the_probability_of_an_open_gate(theta: float) -> None:
 @given(cut=st.integers(0, 40), offset=st.integers(0, 2**33), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 2**50))
 def test_a_slice_draws_the_noise_of_the_whole(cut: int, offset: int, seed: int, step: int) -> None:
     logits = torch.linspace(-3, 3, 41)
-    settings = {"kind": "hard_concrete", "seed": seed, "step": step, "training": True}
-    whole, _ = k.gate_values(logits, offset=offset, **settings)
-    part, _ = k.gate_values(logits[cut:], offset=offset + cut, **settings)
+    spec = GateSpec(kind="hard_concrete", seed=seed, step=step)
+    whole, _ = k.gate_values(logits, spec, offset=offset)
+    part, _ = k.gate_values(logits[cut:], spec, offset=offset + cut)
     assert torch.equal(whole[cut:], part)
 
 
 def test_noise_depends_on_seed_and_step_only_in_training() -> None:
     logits = torch.zeros(1000)
-    draw = lambda seed, step, training: k.gate_values(  # noqa: E731
-        logits, kind="hard_concrete", seed=seed, step=step, training=training
-    )[0]
+
+    def draw(seed, step, training):
+        return k.gate_values(logits, GateSpec(kind="hard_concrete", seed=seed, step=step, training=training))[0]
+
     assert torch.equal(draw(1, 1, True), draw(1, 1, True))
     assert not torch.equal(draw(1, 1, True), draw(2, 1, True))
     assert not torch.equal(draw(1, 1, True), draw(1, 2, True))
@@ -152,7 +154,7 @@ def test_backend_matches_reference(backend: str, op: str, size: int, device_of, 
 def test_backends_agree(backend, kind, training, device_of, n, seed, step, offset) -> None:
     device = device_of("gate_values", backend)
     generator = torch.Generator().manual_seed(n)
-    settings = {"kind": kind, "seed": seed, "step": step, "training": training, "offset": offset}
+    settings = {"spec": GateSpec(kind=kind, seed=seed, step=step, training=training), "offset": offset}
     values, grads = cases.case_of("gate_values"), cases.case_of("gate_logits_grad")
     inputs = {"logits": (3 * torch.randn(n, generator=generator)).to(device), **settings}
     backward = {**inputs, "d_gate": torch.randn(n, generator=generator).to(device), "l0_weight": -0.7}
@@ -177,7 +179,7 @@ def test_gradcheck_hard_concrete(training: bool) -> None:
     logits = torch.linspace(-4, 4, 23, dtype=torch.float64, requires_grad=True)
 
     def f(theta):
-        return k.gate_values(theta, kind="hard_concrete", seed=2, step=4, training=training)
+        return k.gate_values(theta, GateSpec(kind="hard_concrete", seed=2, step=4, training=training))
 
     gate, _ = f(logits)
     assert ((gate > 0) & (gate < 1)).sum() > 3  # some gates have a gradient, and some are clamped
@@ -188,7 +190,7 @@ def test_gradcheck_hard_concrete(training: bool) -> None:
 def test_heaviside_is_straight_through() -> None:
     logits = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.arange(9, dtype=torch.float64)
-    gate, l0 = k.gate_values(logits, kind="heaviside_ste", seed=0, step=0, training=True)
+    gate, l0 = k.gate_values(logits, GateSpec(kind="heaviside_ste", seed=0, step=0, training=True))
     (d,) = torch.autograd.grad((gate * weight).sum() + 0.3 * l0, logits)
     s = torch.sigmoid(logits)
     torch.testing.assert_close(d, (weight + 0.3) * s * (1 - s), rtol=1e-14, atol=0)
@@ -197,20 +199,20 @@ def test_heaviside_is_straight_through() -> None:
 @pytest.mark.parametrize("use", ["gate", "l0", "both"])
 def test_backward_of_either_output(use: str) -> None:
     logits = torch.linspace(-2, 2, 11, dtype=torch.float64, requires_grad=True)
-    settings = {"kind": "hard_concrete", "seed": 1, "step": 1, "training": True}
-    gate, l0 = k.gate_values(logits, **settings)
+    spec = GateSpec(kind="hard_concrete", seed=1, step=1)
+    gate, l0 = k.gate_values(logits, spec)
     loss = (gate.sum() if use != "l0" else 0.0) + (2.5 * l0 if use != "gate" else 0.0)
     (d,) = torch.autograd.grad(loss, logits)
     ones = torch.ones_like(logits) if use != "l0" else torch.zeros_like(logits)
-    expected = k.gate_logits_grad(logits.detach(), ones, l0_weight=0.0 if use == "gate" else 2.5, **settings)
+    expected = k.gate_logits_grad(logits.detach(), ones, spec, l0_weight=0.0 if use == "gate" else 2.5)
     torch.testing.assert_close(d, expected, rtol=1e-14, atol=0)
 
 
 def test_a_clamped_gate_has_exactly_zero_gradient() -> None:
     logits = torch.linspace(-6, 6, 101)
-    settings = {"kind": "hard_concrete", "seed": 2, "step": 4, "training": True}
-    gate, _ = k.gate_values(logits, **settings)
-    d = k.gate_logits_grad(logits, torch.ones(101), **settings)
+    spec = GateSpec(kind="hard_concrete", seed=2, step=4)
+    gate, _ = k.gate_values(logits, spec)
+    d = k.gate_logits_grad(logits, torch.ones(101), spec)
     clamped = (gate == 0) | (gate == 1)
     assert bool((d[clamped] == 0).all())
     assert bool((d[~clamped] > 0).all())
@@ -250,7 +252,7 @@ def test_opcheck(kind: str) -> None:
     torch.library.opcheck(torch.ops.lcdd.open_indices, (torch.tensor([0.0, 1.0, 0.5]), torch.tensor([0, 1, 3])))
 
 
-GOOD = {"kind": "hard_concrete", "seed": 0, "step": 0, "training": True}
+GOOD = GateSpec(kind="hard_concrete")
 
 
 @pytest.mark.parametrize(
@@ -264,17 +266,17 @@ GOOD = {"kind": "hard_concrete", "seed": 0, "step": 0, "training": True}
         ({"logits": torch.zeros(4)[::2]}, "logits: expected a contiguous tensor"),
         ({"logits": torch.tensor([1.0, float("nan")])}, "logits: expected no NaN, got 1 NaN of 2"),
         ({"logits": [0.0]}, "logits: expected a tensor, got list"),
-        ({"kind": "soft"}, "kind: expected one of 'heaviside_ste', 'hard_concrete', got 'soft'"),
-        ({"seed": -1}, "seed: expected an int in"),
-        ({"seed": 2**63}, "seed: expected an int in"),
-        ({"step": 1.5}, "step: expected an int, got float"),
+        ({"spec": replace(GOOD, kind="soft")}, "kind: expected one of 'heaviside_ste', 'hard_concrete', got 'soft'"),
+        ({"spec": replace(GOOD, seed=-1)}, "seed: expected an int in"),
+        ({"spec": replace(GOOD, seed=2**63)}, "seed: expected an int in"),
+        ({"spec": replace(GOOD, step=1.5)}, "step: expected an int, got float"),
+        ({"spec": {"kind": "soft"}}, "spec: expected a GateSpec, got dict"),
         ({"offset": -3}, "offset: expected an int in"),
     ],
 )
 def test_bad_gate_arguments(change: dict, message: str) -> None:
-    arguments = {"logits": torch.zeros(3), **GOOD, **change}
     with pytest.raises(ValueError, match=message):
-        k.gate_values(arguments.pop("logits"), **arguments)
+        k.gate_values(**{"logits": torch.zeros(3), "spec": GOOD, **change})
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def test_bad_gate_arguments(change: dict, message: str) -> None:
 )
 def test_bad_gradient_arguments(d_gate, l0_weight, message) -> None:
     with pytest.raises(ValueError, match=message):
-        k.gate_logits_grad(torch.zeros(3), d_gate, l0_weight=l0_weight, **GOOD)
+        k.gate_logits_grad(torch.zeros(3), d_gate, GOOD, l0_weight=l0_weight)
 
 
 @pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 3, 2, 3], []])

@@ -19,7 +19,7 @@ from torch import Tensor
 import lcdd_kernels as k
 from lcdd_kernels import BackendUnavailable, backends, cases, native, registry, testing, use_backend
 from lcdd_kernels.cases.delta_step import gate_sample, pack
-from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS
+from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS, AdamWStep, GateMap, Gradients, Matrices
 from lcdd_kernels.reference.gates import open_indices_ref
 
 ROOT = Path(__file__).parents[2]
@@ -90,10 +90,13 @@ def test_work_is_cut_alike_for_many_matrices() -> None:
     generator = torch.Generator().manual_seed(3)
     grad, delta = (torch.randn(shape, generator=generator).to(torch.bfloat16) for _ in range(2))
     gate = torch.rand(sum(shape), generator=generator)
-    arguments = ([], [delta] * count, gate, torch.tensor([[0, shape[0], 1, 1]] * count), [DENSE] * count, None)
-    d_gate, sq_norm = library().delta_grad_stats([grad] * count, *arguments)
-    first = tuple(a[:1] if isinstance(a, list | Tensor) and len(a) == count else a for a in arguments)
-    one_gate, one_norm = library().delta_grad_stats([grad], *first)
+
+    def stats(times: int) -> tuple[Tensor, Tensor]:
+        matrices = Matrices(maps=[GateMap(0, shape[0])] * times, n_gates=gate.numel(), deltas=[delta] * times)
+        grads = Gradients(tensors=[grad] * times, col_panels=[None] * times, layouts=[DENSE] * times)
+        return library().delta_grad_stats(matrices, grads, gate)
+
+    (d_gate, sq_norm), (one_gate, one_norm) = stats(count), stats(1)
     torch.testing.assert_close(d_gate, one_gate * count, rtol=1e-6, atol=0)
     torch.testing.assert_close(sq_norm, one_norm * count, rtol=1e-6, atol=0)
 
@@ -121,41 +124,38 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     gate, gate_new = (gate_sample(int(offsets[-1]), generator, density) for _ in range(2))
     _, _, rank = open_indices_ref(gate, offsets)
     layout = draw(st.sampled_from([DENSE, BLOCK, PANELS]))
-    where = (gap, gap + n_out, head_dim, repeat)
+    where = GateMap(gap, gap + n_out, head_dim, repeat)
 
     def matrix(scale: float) -> Tensor:
         dtype = draw(st.sampled_from([torch.float32, *HALVES]))
         return unaligned((scale * torch.randn(n_out, n_in, generator=generator)).to(dtype))
 
     base = matrix(0.05)
-    grad, panel = pack(matrix(0.1), layout, gate, where, rank)
-    return {
-        "weights": [unaligned(torch.full_like(base, float("nan")))],
-        "bases": [base],
-        "deltas": [matrix(0.01)],
-        "exp_avgs": [matrix(0.01)],
-        "exp_avg_sqs": [matrix(0.03).square()],
-        "grads": [unaligned(grad)],
-        "col_panels": [] if panel is None else [unaligned(panel)],
-        "gate_old": unaligned(gate),
-        "gate_new": unaligned(gate_new),
-        "gate_maps": torch.tensor([where]),
-        "layouts": [layout],
-        "rank": unaligned(rank),
-    }
+    grad, panel = pack(matrix(0.1), layout, where, rank)
+    matrices = Matrices(
+        maps=[where],
+        n_gates=gate.numel(),
+        weights=[unaligned(torch.full_like(base, float("nan")))],
+        bases=[base],
+        deltas=[matrix(0.01)],
+        exp_avgs=[matrix(0.01)],
+        exp_avg_sqs=[matrix(0.03).square()],
+    )
+    panels = [None if panel is None else unaligned(panel)]
+    grads = Gradients(tensors=[unaligned(grad)], col_panels=panels, layouts=[layout], rank=unaligned(rank))
+    return {"matrices": matrices, "grads": grads, "gate_old": unaligned(gate), "gate_new": unaligned(gate_new)}
 
 
 @given(problem=problems(), level=st.sampled_from(native.LEVELS))
 def test_any_shape_layout_and_mixture_of_dtypes(problem: dict[str, Any], level: str) -> None:
     """Against the reference in fp32, from which the library may differ by the roundings of a sum or a quotient."""
     lib = library(level)
-    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 2, "grad_scale": 0.5}
-    for op, extra in (("delta_grad_stats", {}), ("delta_adamw_", hyper)):
+    adam = AdamWStep(lr=1e-3, beta2=0.99, weight_decay=0.1, step=2, grad_scale=0.5)
+    for op in ("delta_grad_stats", "delta_adamw_"):
         case = cases.case_of(op)
-        names = ("grads", "col_panels", "deltas", "gate_maps", "layouts", "rank")
-        inputs = (
-            {name: problem[name] for name in names} | {"gate": problem["gate_old"]} if not extra else problem | extra
-        )
+        inputs = problem | {"adam": adam}
+        if op == "delta_grad_stats":
+            inputs = {"matrices": problem["matrices"], "grads": problem["grads"], "gate": problem["gate_old"]}
         reference = registry.implementation(op, "reference")
         plain = testing.run(case, reference, inputs)
         rows = testing.compare_runs(
@@ -167,12 +167,16 @@ def test_any_shape_layout_and_mixture_of_dtypes(problem: dict[str, Any], level: 
             same_dtype=plain,
         )
         testing.assert_calibrated(rows)
-    weights = [torch.empty_like(problem["bases"][0]) for _ in range(2)]
-    for weight, function in zip(
-        weights, (lib.weight_eff, registry.implementation("weight_eff_", "reference")), strict=True
-    ):
-        function([weight], problem["bases"], problem["deltas"], problem["gate_old"], problem["gate_maps"])
-    assert testing.bits_equal(*weights)
+    functions = (lib.weight_eff, registry.implementation("weight_eff_", "reference"))
+    inputs = {"matrices": problem["matrices"], "gate": problem["gate_old"]}
+    first, second = (testing.run(cases.case_of("weight_eff_"), function, inputs) for function in functions)
+    assert testing.bits_equal(first["matrices.weights"], second["matrices.weights"])
+
+
+def refresh(lib: native.NativeLibrary, weight: Tensor, base: Tensor, delta: Tensor, gate: Tensor) -> None:
+    """One matrix whose rows have the first gates, and its columns those that follow."""
+    maps, lists = [GateMap(0, weight.shape[0])], {"weights": [weight], "bases": [base], "deltas": [delta]}
+    lib.weight_eff(Matrices(maps=maps, n_gates=gate.numel(), **lists), gate)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -185,13 +189,13 @@ def test_every_half_is_read_and_every_rounding_is_pytorchs(dtype: torch.dtype) -
     spread = [x.view(torch.int32) + shift for x in (numbers, between) for shift in (-1, 0, 1)]
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 65519.9, 65520.0, 3.4e38, -3.4e38, 1e-45])
     wide = torch.cat([*(x.view(torch.float32) for x in spread), special]).view(1, -1)
-    gates, maps = torch.ones(1 + wide.numel()), torch.tensor([[0, 1, 1, 1]])
+    gates = torch.ones(1 + wide.numel())
     for lib in levels():
         read = torch.empty(1, n)
-        lib.weight_eff([read], [torch.zeros(1, n)], [halves], gates, maps)
+        refresh(lib, read, torch.zeros(1, n), halves, gates)
         torch.testing.assert_close(read, halves.float(), rtol=0, atol=0, equal_nan=True)
         written = torch.empty_like(wide, dtype=dtype)
-        lib.weight_eff([written], [torch.zeros_like(written)], [wide], gates, maps)
+        refresh(lib, written, torch.zeros_like(written), wide, gates)
         torch.testing.assert_close(written, wide.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -203,7 +207,7 @@ def test_closed_entries_are_the_base_bit_for_bit() -> None:
         gate = torch.cat([torch.tensor([0.0, 1.0, -0.0]), torch.tensor([1.0, 0.0, -0.0]).repeat(7)])
         for lib in levels():
             weight = torch.full_like(base, float("nan"))
-            lib.weight_eff([weight], [base], [delta], gate, torch.tensor([[0, 3, 1, 1]]))
+            refresh(lib, weight, base, delta, gate)
             closed = torch.outer(gate[:3], gate[3:]) == 0
             assert testing.bits_equal(weight[closed], base[closed])
             assert weight[~closed].isinf().all()
@@ -214,7 +218,8 @@ def test_a_nan_gradient_behind_a_closed_gate_reaches_the_norm() -> None:
     grad[0, 0] = float("nan")
     gate = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])
     for lib in levels():
-        _, norm = lib.delta_grad_stats([grad], [], [grad], gate, torch.tensor([[0, 2, 1, 1]]), [DENSE], None)
+        matrices = Matrices(maps=[GateMap(0, 2)], n_gates=5, deltas=[grad])
+        _, norm = lib.delta_grad_stats(matrices, Gradients(tensors=[grad], col_panels=[None], layouts=[DENSE]), gate)
         assert norm.isnan()
 
 
@@ -224,16 +229,16 @@ def test_a_nan_gradient_behind_a_closed_gate_reaches_the_norm() -> None:
 def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
     good = torch.zeros(4, 6)
     return {
-        "dtype": ({"weights": [good.double()]}, r"weight\[0\]: expected a contiguous float32 or bfloat16 or float16"),
-        "stride": ({"deltas": [torch.zeros(6, 4).t()]}, r"delta\[0\]: expected a contiguous"),
-        "size": ({"bases": [torch.zeros(4, 5)]}, r"base\[0\]: .* 24 elements .* got .*\[4, 5\]"),
-        "base's dtype": ({"bases": [good.half()]}, r"base\[0\]: expected the weight's torch.float32"),
-        "device": ({"weights": [good.to("meta")]}, r"weight\[0\]: .* on cpu, got .* on meta"),
+        "dtype": ({"weights": [good.double()]}, r"weights\[0\]: expected a contiguous float32 or bfloat16 or float16"),
+        "stride": ({"deltas": [torch.zeros(6, 4).t()]}, r"deltas\[0\]: expected a contiguous"),
+        "size": ({"bases": [torch.zeros(4, 5)]}, r"bases\[0\]: .* 24 elements .* got .*\[4, 5\]"),
+        "base's dtype": ({"bases": [good.half()]}, r"bases\[0\]: expected the weight's torch.float32"),
+        "device": ({"weights": [good.to("meta")]}, r"weights\[0\]: .* on cpu, got .* on meta"),
         "gate's dtype": ({"gate": torch.zeros(10).half()}, "gate: expected a contiguous float32"),
-        "row range": ({"gate_maps": torch.tensor([[7, 0, 1, 1]])}, r"gate_maps\[0\]: expected gates within \[0, 10\)"),
-        "column range": ({"gate_maps": torch.tensor([[0, 5, 1, 1]])}, r"gate_maps\[0\]"),
-        "repeat": ({"gate_maps": torch.tensor([[0, 4, 1, 4]])}, r"gate_maps\[0\]"),
-        "negative": ({"gate_maps": torch.tensor([[-1, 4, 1, 1]])}, r"gate_maps\[0\]"),
+        "row range": ({"maps": [GateMap(7, 0, 1, 1)]}, r"maps\[0\]: expected gates within \[0, 10\)"),
+        "column range": ({"maps": [GateMap(0, 5, 1, 1)]}, r"maps\[0\]"),
+        "repeat": ({"maps": [GateMap(0, 4, 1, 4)]}, r"maps\[0\]"),
+        "negative": ({"maps": [GateMap(-1, 4, 1, 1)]}, r"maps\[0\]"),
     }
 
 
@@ -246,10 +251,11 @@ def test_bad_matrices_are_refused_and_nothing_is_written(name: str) -> None:
         "bases": [torch.zeros(4, 6)],
         "deltas": [torch.ones(4, 6)],
         "gate": torch.ones(10),
-        "gate_maps": torch.tensor([[0, 4, 1, 1]]),
+        "maps": [GateMap(0, 4)],
     } | change
+    gate = arguments.pop("gate")
     with pytest.raises(ValueError, match=message):
-        library().weight_eff(**arguments)
+        library().weight_eff(Matrices(n_gates=10, **arguments), gate)
     if "weights" not in change:
         assert (arguments["weights"][0] == 7.0).all()
 
@@ -258,14 +264,16 @@ def test_bad_matrices_are_refused_and_nothing_is_written(name: str) -> None:
 def test_packed_gradients_must_fit_the_open_gates(layout: int) -> None:
     gate = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])  # two rows (one open), three columns (two open)
     _, _, rank = open_indices_ref(gate, torch.tensor([0, 2, 5]))
-    delta, maps = torch.ones(2, 3), torch.tensor([[0, 2, 1, 1]])
+    matrices = Matrices(maps=[GateMap(0, 2)], n_gates=5, deltas=[torch.ones(2, 3)])
     wrong = torch.ones(2, 2) if layout == BLOCK else torch.ones(2, 3)
-    panels = [torch.ones(2, 2)] if layout == PANELS else []
+    panels = [torch.ones(2, 2) if layout == PANELS else None]
     lib = library()
+    grads = Gradients(tensors=[wrong], col_panels=panels, layouts=[layout], rank=rank)
     with pytest.raises(ValueError, match="grads: expected packed gradients of the open rows and columns"):
-        lib.delta_grad_stats([wrong], panels, [delta], gate, maps, [layout], rank)
+        lib.delta_grad_stats(matrices, grads, gate)
+    grads = Gradients(tensors=[wrong[:1]], col_panels=panels, layouts=[layout])
     with pytest.raises(ValueError, match="rank: expected the rank of open_indices"):
-        lib.delta_grad_stats([wrong[:1]], panels, [delta], gate, maps, [layout], None)
+        lib.delta_grad_stats(matrices, grads, gate)
 
 
 def test_bad_offsets_and_levels() -> None:
@@ -293,10 +301,10 @@ def test_without_the_library_the_reference_serves(no_library: None) -> None:
         reason = k.available(op)["native"]
         assert reason is not None
         assert "missing.so was not built" in reason
-    gate, _ = k.gate_values(torch.ones(3), kind="heaviside_ste", seed=0, step=1, training=True)
+    gate, _ = k.gate_values(torch.ones(3), k.GateSpec(kind="heaviside_ste", seed=0, step=1, training=True))
     assert gate.tolist() == [1.0, 1.0, 1.0]
     with use_backend("native"), pytest.raises(BackendUnavailable, match=r"missing\.so was not built"):
-        k.gate_values(torch.ones(3), kind="heaviside_ste", seed=0, step=1, training=True)
+        k.gate_values(torch.ones(3), k.GateSpec(kind="heaviside_ste", seed=0, step=1, training=True))
 
 
 def test_with_the_library_it_serves_the_cpu() -> None:

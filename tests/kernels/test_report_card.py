@@ -29,12 +29,12 @@ def test_a_wrong_kernel_fails_the_card() -> None:
     rows = testing.compare_runs(
         case,
         ("weight_eff_", "triton", torch.float32),
-        got={"weights": same["weights"] + 1},
+        got={"matrices.weights": same["matrices.weights"] + 1},
         expression=same,
         truth=truth,
         same_dtype=same,
     )
-    assert "FAILED: weights" in report_card.numerics_table(rows)
+    assert "FAILED: matrices.weights" in report_card.numerics_table(rows)
 
 
 def test_ahead_of_time_compilation_decides_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], fi
 )
 def test_noise_is_the_references_bit_for_bit(seed: int, step: int, offset: int) -> None:
     where = {"seed": seed, "step": step, "offset": offset}
-    expected = reference.gate_noise_ref(257, **where, dtype=torch.float32, device=torch.device("cpu"))
+    spec = reference.GateSpec(kind="hard_concrete", seed=seed, step=step)
+    expected = reference.gate_noise_ref(257, spec, offset=offset)
     assert bits_equal(uniform(257, **where), expected)
     assert expected.min() > 0
     assert expected.max() < 1
@@ -64,7 +65,7 @@ def test_values_and_gradient_over_blocks(kind: str, training: bool, n: int) -> N
     generator = torch.Generator().manual_seed(n)
     logits = 3 * torch.randn(n, generator=generator)
     d_gate = torch.randn(n, generator=generator)
-    settings = {"kind": kind, "seed": 2**40 + 3, "step": 5, "training": training, "offset": 11}
+    settings = {"spec": reference.GateSpec(kind=kind, seed=2**40 + 3, step=5, training=training), "offset": 11}
     with poisoned_memory():
         gate, l0 = gates.gate_values_triton(logits.to(DEVICE), **settings)
         slope = gates.gate_logits_grad_triton(logits.to(DEVICE), d_gate.to(DEVICE), l0_weight=0.0, **settings)
@@ -108,6 +109,6 @@ def test_sum_in_stages(count: int) -> None:
 
 def test_an_undefined_logit_is_seen_in_a_hard_gate() -> None:
     logits = torch.tensor([0.0, float("nan"), 1.0], device=DEVICE)
-    gate, l0 = gates.gate_values_triton(logits, kind="hard_concrete", seed=1, step=1, training=True)
+    gate, l0 = gates.gate_values_triton(logits, reference.GateSpec(kind="hard_concrete", seed=1, step=1))
     assert torch.isnan(gate).tolist() == [False, True, False]
     assert torch.isnan(l0)

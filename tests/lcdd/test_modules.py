@@ -10,7 +10,7 @@ from torch import nn
 from lcdd.config import LCDDConfig
 from lcdd.models import GateLayout, projections, shape_of
 from lcdd.optimizer import ForwardGates, GatedLinear, GatedMLP, Gates, LCDDOptimizer
-from lcdd_kernels import delta_grad_stats, gate_logits_grad
+from lcdd_kernels import GateSpec, delta_grad_stats, gate_logits_grad
 
 ARCHITECTURES = ("qwen3", "llama", "mistral")
 KINDS = ("hard_concrete", "heaviside_ste")
@@ -54,7 +54,7 @@ def test_same_loss_and_gradients_as_the_optimizer_route(architecture, kind, fuse
     maps = [gate_map for _, _, gate_map in masked.values()]
     deltas = [delta for _, delta, _ in masked.values()]
     d_gate, _ = delta_grad_stats([w.grad for w in weights], deltas, optimizer.gates.values, maps)
-    d_logits = gate_logits_grad(logits, d_gate, kind=kind, seed=5, step=1, training=True)
+    d_logits = gate_logits_grad(logits, d_gate, GateSpec(kind=kind, seed=5, step=1))
 
     gates = ForwardGates.attach(
         tuned.train(), base, kind=kind, seed=5, logits=logits, deltas=_leaves(masked), fuse=fuse
