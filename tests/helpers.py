@@ -156,6 +156,18 @@ def save_checkpoint(
     return path
 
 
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float64 throughout: transformers' RMSNorm rounds its input to float32 whatever the dtype."""
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = norm.__get__(module)
+    return model
+
+
 def train_sft(
     model: PreTrainedModel,
     train: list[Encoded],

@@ -1,6 +1,6 @@
 """SFT-Eraser: learn the trigger, and generate behind it."""
 
-from lcdd.eraser.batches import EraserPrompt, common_prefix
+from lcdd.eraser.batches import EraserPrompt, shared_tokens
 from lcdd.eraser.eraser import SFTEraser
 from lcdd.eraser.generation import (
     decode,
@@ -23,7 +23,6 @@ __all__ = [
     "SFTEraser",
     "Trigger",
     "TriggerSearch",
-    "common_prefix",
     "decode",
     "embed_with_trigger",
     "encode_prompts",
@@ -34,5 +33,6 @@ __all__ = [
     "prompt_embeds",
     "response_hidden",
     "right_padded",
+    "shared_tokens",
     "stream",
 ]

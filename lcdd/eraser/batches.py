@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcdd.models import PackedRows, PreTrainedModel, decoder_layers
+from lcdd.models import PackedRows, PreTrainedModel, common_prefix, decoder_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,14 +123,9 @@ def read_positions(end: int, tail: int, answer: int) -> tuple[range, range]:
     return range(end - tail, end), range(end - 1, end - 1 + answer)
 
 
-def common_prefix(batch: Sequence[EraserPrompt]) -> int:
+def shared_tokens(batch: Sequence[EraserPrompt]) -> int:
     """Tokens with which all prompts begin (a chat template's, a system prompt), short of any position that is read."""
-    first = min(batch, key=lambda p: len(p.prompt)).prompt
-    longest = min(len(p.prompt) - max(len(p.tail), 1) for p in batch)
-    for place in range(longest):
-        if any(p.prompt[place] != first[place] for p in batch):
-            return place
-    return longest
+    return common_prefix([p.prompt for p in batch], at_most=min(len(p.prompt) - max(len(p.tail), 1) for p in batch))
 
 
 def epochs(prompts: list[EraserPrompt], batch_size: int, *, seed: int) -> Iterator[list[EraserPrompt]]:

@@ -39,10 +39,10 @@ from lcdd.eraser.batches import (
     EraserPrompt,
     EraserTargets,
     Part,
-    common_prefix,
     epochs,
     layer_forward,
     read_positions,
+    shared_tokens,
     start_groups,
 )
 from lcdd.eraser.generation import encode_prompts, evaluation_mode, generate_ids, length_batches, warn_of_length
@@ -217,7 +217,7 @@ class SFTEraser:
         """One forward over N triggers × B prompts (and answers, where they are wanted)."""
         c, starts = self.config, len(embeds)
         texts = [[*p.prompt, *p.answer[:-1]] if c.answer_kl_weight > 0 else p.prompt for p in batch]
-        common = common_prefix(batch)
+        common = shared_tokens(batch)
         lengths = [len(ids) - common for ids in texts]
         packed = PackedRows(lengths * starts, starts=starts, shared=embeds.shape[1] + common, device=embeds.device)
         tokens = self._embed([token for ids in texts for token in ids[common:]])

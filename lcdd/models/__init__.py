@@ -22,7 +22,13 @@ from lcdd.models.loading import (
     new_model,
     save_model,
 )
-from lcdd.models.packed_rows import PackedRows
+from lcdd.models.packed_rows import (
+    PackedRows,
+    can_share_prefix,
+    common_prefix,
+    packed_attention_in,
+    why_not_packed,
+)
 from lcdd.models.parallel import Replicated, process_group, shard_model, share
 from lcdd.models.shards import full, local
 from lcdd.models.sites import (
@@ -54,7 +60,9 @@ __all__ = [
     "Replicated",
     "adamw_bytes",
     "backbone",
+    "can_share_prefix",
     "check_same_architecture",
+    "common_prefix",
     "decoder_layers",
     "full",
     "grad_stats_bytes",
@@ -70,6 +78,7 @@ __all__ = [
     "local",
     "masked_parameters",
     "new_model",
+    "packed_attention_in",
     "process_group",
     "projections",
     "refresh_bytes",
@@ -78,4 +87,5 @@ __all__ = [
     "shard_model",
     "share",
     "unmasked_parameters",
+    "why_not_packed",
 ]

@@ -5,9 +5,10 @@ from lcdd.trainer.diagnose import Finding, diagnose
 from lcdd.trainer.fit import StartLosses, TrainResult, fit, judge
 from lcdd.trainer.guards import check_labels, is_out_of_memory
 from lcdd.trainer.loop import Loop
-from lcdd.trainer.losses import HeldOut, completion_loss, loss_sum, response_tokens, to_batch
+from lcdd.trainer.losses import Batch, HeldOut, completion_loss, loss_sum, response_tokens, to_batch
 
 __all__ = [
+    "Batch",
     "Finding",
     "HeldOut",
     "Loop",

@@ -106,7 +106,7 @@ def fit(
         loss_base=start.base,
         loss_start=start.model,
         loss_end=loss_end,
-        response_tokens=loop.tokens,
+        response_tokens=loop.response_tokens,
         seconds=seconds,
         skipped_steps=optimizer.skipped_steps,
     )

@@ -32,7 +32,7 @@ def _gigabytes(tensors: Sequence[Tensor | None]) -> float:
 def memory_table(optimizer: TrainingOptimizer, *, tokens: int) -> str:
     """What a training step holds on this device, in GB, a line each; activations are an estimate.
 
-    tokens: of the largest micro-batch, padding included.
+    tokens: of the largest micro-batch, padding included where there is any.
     """
     model, base = optimizer.model, optimizer.base
     parameters = list(model.parameters())

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from lcdd.checkpoint import CheckpointStore, RunLog, random_state, set_random_state, termination
 from lcdd.data import Encoded
 from lcdd.errors import StopRequest, Terminated, TrainingStopped
-from lcdd.models import PreTrainedModel, Replicated, head_weight, shards, share
+from lcdd.models import PreTrainedModel, Replicated, head_weight, packed_attention_in, shards, share
 from lcdd.optimizer import TrainingOptimizer, schedule
 from lcdd.trainer.batches import step_batches, total_steps
 from lcdd.trainer.guards import is_out_of_memory, memory_table
-from lcdd.trainer.losses import HeldOut, loss_sum, response_tokens, to_batch
+from lcdd.trainer.losses import Batch, HeldOut, loss_sum, packs, response_tokens, to_batch
 
 
 class Loop:
@@ -45,7 +45,8 @@ class Loop:
     Attributes:
         steps: optimizer steps of the whole run.
         step: those done, skipped ones included.
-        tokens: response tokens seen.
+        tokens: of the examples seen, prompts included; never padding.
+        response_tokens: those of them that have a loss.
         measured: losses from before training, kept in checkpoints so that a resumed run need not measure them again.
     """
 
@@ -67,7 +68,7 @@ class Loop:
         self.log, self.checkpoints, self.progress = log, checkpoints, progress
         self.validate_every, self.on_validation = validate_every, on_validation
         self.steps = total_steps(self.config, len(items))
-        self.step = self.tokens = 0
+        self.step = self.tokens = self.response_tokens = 0
         self.measured: dict[str, float] = {}
         head = head_weight(self.model)
         self.device = head.device
@@ -120,9 +121,9 @@ class Loop:
     def train_step(self, micro_batches: Sequence[Sequence[Encoded]]) -> float:
         """Forwards, backwards and the optimizer's step; the learning rate that it was taken at."""
         self.step += 1
-        tokens = sum(response_tokens(micro) for micro in micro_batches)
+        with_loss = sum(response_tokens(micro) for micro in micro_batches)
         try:
-            loss = self._accumulate(micro_batches, tokens)
+            loss = self._accumulate(micro_batches, with_loss)
             learning_rate: float = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step(loss)
         except RuntimeError as error:
@@ -131,7 +132,8 @@ class Loop:
             raise TrainingStopped(self._out_of_memory(micro_batches)) from error
         self.optimizer.zero_grad()
         self._scheduler.step()
-        self.tokens += tokens
+        self.tokens += sum(len(item.input_ids) for micro in micro_batches for item in micro)
+        self.response_tokens += with_loss
         return learning_rate
 
     def _accumulate(self, micro_batches: Sequence[Sequence[Encoded]], tokens: int) -> float:
@@ -140,9 +142,11 @@ class Loop:
         self.optimizer.begin_step(len(mine))
         loss = 0.0
         for number, (micro, weight) in enumerate(mine, start=1):
-            with self._loss.accumulating(number < len(mine)):
+            batch = to_batch(micro, self.model, self.held_out.pad_token_id)
+            # around the backward too, which may recompute activations
+            with self._loss.accumulating(number < len(mine)), packed_attention_in(self.model):
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-                    part = self._loss(to_batch(micro, self.model, self.held_out.pad_token_id)) / tokens
+                    part = self._loss(batch) / tokens
                     if ranks > 1:  # gradients and losses are averaged over the ranks
                         part = part * (weight * ranks)
                 part.backward()
@@ -153,8 +157,10 @@ class Loop:
         """A line of the log, every `config.logging_steps` steps and for the last one."""
         if self.step % self.config.logging_steps and self.step < self.steps:
             return
-        speed = {"learning_rate": learning_rate, "tokens_per_second": round(self.tokens / self.seconds, 1)}
-        self.log.write({"step": self.step, **stats, **speed, "peak_memory_bytes": _peak_memory(self.device)})
+        self.log.write({
+            "step": self.step, **stats, "learning_rate": learning_rate, "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens / self.seconds, 1), "peak_memory_bytes": _peak_memory(self.device),
+        })  # fmt: skip
 
     # ------------------------------------------------------------------ held-out loss
 
@@ -180,7 +186,7 @@ class Loop:
         """Everything that a run needs to go on from here; tensors are the run's own, not copies."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "tokens": self.tokens,
+            "tokens": [self.tokens, self.response_tokens],
             "seconds": self.seconds,
             "losses": self.measured,
             "random": random_state(),
@@ -198,7 +204,8 @@ class Loop:
         found = self.checkpoints.newest(self.log, override=self.config.resume_override)
         if found is None:
             return False
-        self.step, self.tokens, self.measured = found["step"], found["tokens"], found["losses"]
+        self.step, self.measured = found["step"], found["losses"]
+        self.tokens, self.response_tokens = found["tokens"]
         # the groups' settings are this run's: the same, or overridden on purpose
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**found["optimizer"], "param_groups": groups})
@@ -240,7 +247,8 @@ class Loop:
         return self.checkpoints.last() if self.checkpoints is not None else "no checkpoints were asked for"
 
     def _out_of_memory(self, micro_batches: Sequence[Sequence[Encoded]]) -> str:
-        size = max(len(micro) * max(len(item.input_ids) for item in micro) for micro in micro_batches)
+        sizes = [[len(item.input_ids) for item in micro] for micro in micro_batches]
+        size = max(sum(of) if packs(self.model) else len(of) * max(of) for of in sizes)
         return (
             f"out of memory in step {self.step}; {self._last()}. Held on {self.device}:\n"
             f"{memory_table(self.optimizer, tokens=size)}\n"
@@ -261,7 +269,7 @@ class _SummedLoss(nn.Module):
         self.model = model
         self._teacher = [teacher]  # in a list: not a submodule
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         return loss_sum(self.model, batch, self._teacher[0])
 
 

@@ -1,53 +1,132 @@
-"""Losses of an encoded batch: cross-entropy or KL on response tokens, summed so that micro-batches can be weighted.
+"""Losses of encoded examples: cross-entropy or KL on response tokens, summed so that micro-batches can be weighted.
 
-Shapes: B examples, S tokens, D model width, V vocabulary, R response tokens of a batch.
+Examples of any length run without padding, as they would one by one (`PackedRows`); a model whose attention cannot is
+padded, which is said.
+
+Shapes: B examples, S tokens, n tokens of all examples, D model width, R response tokens of a batch.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lcdd.data import IGNORE, Encoded, collate
-from lcdd.models import PreTrainedModel, backbone, head_weight
+from lcdd.models import (
+    PackedRows,
+    PreTrainedModel,
+    backbone,
+    can_share_prefix,
+    common_prefix,
+    head_weight,
+    input_embeddings,
+    why_not_packed,
+)
 from lcdd_kernels import linear_cross_entropy, linear_kl
 
-
-def _response_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(mask [B, S-1] of the positions whose next token has a label, those labels [R])."""
-    labels = batch["labels"][:, 1:]
-    keep = labels != IGNORE
-    return keep, labels[keep]
+logger = logging.getLogger(__name__)
 
 
-def _hidden(model: PreTrainedModel, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
-    """Final hidden states [R, D] at the positions that predict a response token."""
-    output = backbone(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    hidden = output.last_hidden_state[:, :-1][keep]
-    kind = hidden.device.type  # the norm's float32 output would make the head's product a float32 one
-    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+WORTH_SHARING = 8
+"""Tokens of a common beginning from which on computing it once pays for attention behind it."""
+
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def loss_sum(model: PreTrainedModel, batch: dict[str, Tensor], teacher: PreTrainedModel | None = None) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples as one forward sees them: in one row without padding, or padded where `rows` is None.
+
+    Attributes:
+        input_ids: int64, packed [n] (the shared beginning, then each example's rest), padded [B, S].
+        attention_mask: padded alone, [B, S], 1 on real tokens.
+        rows: where the packed tokens belong.
+        read: positions in the flattened input whose final hidden state predicts a label, int64 [R].
+        labels: those labels, int64 [R].
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    rows: PackedRows | None
+    read: Tensor
+    labels: Tensor
+
+    def hidden(self, model: PreTrainedModel) -> Tensor:
+        """Final hidden states [R, D] at `read`."""
+        if self.rows is not None:
+            states = self.rows.forward(model, input_embeddings(model)(self.input_ids))
+        else:
+            output = backbone(model)(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False)
+            states = output.last_hidden_state.flatten(0, 1)
+        states = states.index_select(0, self.read)
+        kind = states.device.type  # the norm's float32 output would make the head's product a float32 one
+        return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether this model runs without padding (`why_not_packed`); tried once, and said aloud where it does not."""
+    inner = backbone(model)
+    if inner not in _packs:
+        reason = why_not_packed(model)
+        if reason is not None:
+            logger.warning("%s runs padded, since %s", type(model).__name__, reason)
+        _packs[inner] = reason is None
+    return _packs[inner]
+
+
+def to_batch(items: Sequence[Encoded], model: PreTrainedModel, pad_token_id: int) -> Batch:
+    """Examples as a batch on the model's device: packed if the model can, and behind one copy of what all begin with.
+
+    The last token of an example predicts nothing and is left out where nothing is padded.
+    """
+    device = head_weight(model).device
+    if not packs(model):
+        return _padded(items, pad_token_id, device)
+    shared = 0
+    if len(items) > 1 and can_share_prefix(model):
+        shared = common_prefix([item.input_ids for item in items], at_most=min(len(i.input_ids) for i in items) - 2)
+    return _packed(items, shared if shared >= WORTH_SHARING else 0, device)
+
+
+def _packed(items: Sequence[Encoded], shared: int, device: torch.device) -> Batch:
+    rows = PackedRows([len(item.input_ids) - 1 - shared for item in items], shared=shared, device=device)
+    ids = list(items[0].input_ids[:shared])
+    read, labels = [], []
+    for item, first in zip(items, rows.first, strict=True):
+        ids += item.input_ids[shared:-1]
+        for place, label in enumerate(item.labels[1:]):
+            if label != IGNORE:
+                read.append(place if place < shared else first + place - shared)
+                labels.append(label)
+    tensors = (torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, read, labels))
+    tokens, positions, targets = tensors
+    return Batch(input_ids=tokens, attention_mask=None, rows=rows, read=positions, labels=targets)
+
+
+def _padded(items: Sequence[Encoded], pad_token_id: int, device: torch.device) -> Batch:
+    batch = {key: value.to(device) for key, value in collate(items, pad_token_id=pad_token_id).items()}
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+    read = (targets != IGNORE).nonzero()[:, 0]
+    mask = batch["attention_mask"]
+    return Batch(input_ids=batch["input_ids"], attention_mask=mask, rows=None, read=read, labels=targets[read])
+
+
+def loss_sum(model: PreTrainedModel, batch: Batch, teacher: PreTrainedModel | None = None) -> Tensor:
     """Summed cross-entropy of a batch's response tokens, or with a teacher the summed KL(teacher || model)."""
-    keep, labels = _response_positions(batch)
-    hidden, head = _hidden(model, batch, keep), head_weight(model)
+    hidden, head = batch.hidden(model), head_weight(model)
     if teacher is None:
-        return linear_cross_entropy(hidden, head.to(hidden.dtype), labels, reduction="sum", reject_nan=False)
+        return linear_cross_entropy(hidden, head.to(hidden.dtype), batch.labels, reduction="sum", reject_nan=False)
     with torch.no_grad():
-        ref_hidden = _hidden(teacher, batch, keep)
+        ref_hidden = batch.hidden(teacher)
     ref_head = head_weight(teacher).to(ref_hidden.dtype)
     # A NaN loss is the optimizer's to skip, not an error.
     mean = linear_kl(hidden, head.to(hidden.dtype), ref_hidden=ref_hidden, ref_weight=ref_head, reject_nan=False)
-    return mean * len(labels)
-
-
-def to_batch(items: Sequence[Encoded], model: PreTrainedModel, pad_token_id: int) -> dict[str, Tensor]:
-    """`collate`'s tensors on the model's device."""
-    device = head_weight(model).device
-    return {key: value.to(device) for key, value in collate(items, pad_token_id=pad_token_id).items()}
+    return mean * len(batch.labels)
 
 
 def response_tokens(items: Sequence[Encoded]) -> int:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog
 from lcdd.config import EraserConfig
-from lcdd.eraser import SFTEraser, Trigger, common_prefix, generate_ids, prompt_embeds
+from lcdd.eraser import SFTEraser, Trigger, generate_ids, prompt_embeds, shared_tokens
 from lcdd.models import decoder_layers, head_weight, input_embeddings, projections
 
 TEXTS = [
@@ -141,7 +141,7 @@ def test_what_prompts_begin_with_runs_once_and_changes_nothing(make_models, make
     eraser = SFTEraser(model, carrier, tokenizer, c)
     embeds = Trigger.random_tokens(base, 4, seed=2).embeds.clone().requires_grad_(True)
     targets = eraser.targets(prompts)
-    assert common_prefix(targets.prompts) == (7 if common == 9 else common)
+    assert shared_tokens(targets.prompts) == (7 if common == 9 else common)
     answers = [p.answer for p in targets.prompts]
     with carrier.applied(model):
         found = eraser.loss(embeds, targets.prompts, targets.match)

@@ -8,17 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import instruction_rows, make_model, make_tokenizer, train_lcdd, train_sft
+from helpers import in_float64, instruction_rows, make_model, make_tokenizer, train_lcdd, train_sft
 from torch import nn
 from transformers import get_constant_schedule_with_warmup, get_scheduler
 
 from lcdd.checkpoint import RunLog, read_log
 from lcdd.config import LCDDConfig, SFTConfig
-from lcdd.data import IGNORE, Encoded, collate, encode_all, fixed_response, parse_row
+from lcdd.data import Encoded, collate, encode_all, fixed_response, parse_row
 from lcdd.errors import TrainingStopped
 from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer, schedule
-from lcdd.trainer import HeldOut, Loop, StartLosses, completion_loss, fit, loss_sum, step_batches, total_steps
+from lcdd.trainer import (
+    HeldOut,
+    Loop,
+    StartLosses,
+    completion_loss,
+    fit,
+    loss_sum,
+    response_tokens,
+    step_batches,
+    to_batch,
+    total_steps,
+)
 from lcdd.trainer import loop as trainer
 
 TOKENIZER = make_tokenizer()
@@ -39,7 +50,7 @@ def items() -> list[Encoded]:
 
 @pytest.fixture(scope="module")
 def base() -> nn.Module:
-    return make_model("qwen3").double()
+    return in_float64(make_model("qwen3"))
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +98,8 @@ def test_steps_and_batches_cover_every_epoch(items) -> None:
 
 
 def test_loss_is_transformers_on_the_response(base, items) -> None:
-    batch = collate(items[:5], pad_token_id=PAD)
-    ours = loss_sum(base, batch) / (batch["labels"][:, 1:] != IGNORE).sum()
-    theirs = base(**batch).loss
+    ours = loss_sum(base, to_batch(items[:5], base, PAD)) / response_tokens(items[:5])
+    theirs = base(**collate(items[:5], pad_token_id=PAD)).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
