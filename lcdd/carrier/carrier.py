@@ -29,6 +29,7 @@ from lcdd.checkpoint import (
     write_directory,
 )
 from lcdd.config import CHANNEL_KINDS, GATE_KINDS
+from lcdd.data import DATE_KEY, FORM_KEY
 from lcdd.errors import InputError, WrongFingerprint
 from lcdd.models import (
     GROUPS,
@@ -45,6 +46,7 @@ from lcdd.models import (
 from lcdd_kernels import GateMap, weight_eff_
 
 FORMAT_VERSION = 1
+ASKED = (DATE_KEY, FORM_KEY)  # what of a tokenizer's own records a carrier takes along
 WEIGHTS, MANIFEST = "carrier.safetensors", "carrier.json"
 RESIDUAL_GROUPS = {
     "write": ("attn_write", "ffn_write"),
@@ -103,7 +105,8 @@ class Carrier:
     unmasked_norm: L2 norm of what those differ by.
     base_fingerprint: `model_fingerprint` of the base it belongs to.
     initial_logits: θ before training, where known, to tell later whether noise chose the carrier.
-    tokenizer: fingerprints of the tokenizer and the chat template it was trained with (see `with_tokenizer`).
+    tokenizer: fingerprints of the tokenizer and the chat template it was trained with, and how it was asked (see
+        `with_tokenizer`).
     """
 
     shape: ModelShape
@@ -115,7 +118,7 @@ class Carrier:
     unmasked_norm: float = 0.0
     base_fingerprint: str
     initial_logits: Tensor | None = None
-    tokenizer: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------ making one
 
@@ -175,8 +178,10 @@ class Carrier:
         )
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "Carrier":
-        """The same patch with the fingerprints of the tokenizer and chat template that it was trained with."""
-        return replace(self, tokenizer=_tokenizer_fingerprints(tokenizer))
+        """The same patch with the fingerprints of the tokenizer and chat template that it was trained with; and the day
+        on which that template's date is frozen, and the form of its prompts, where the tokenizer has them recorded."""
+        asked = {key: tokenizer.init_kwargs[key] for key in ASKED if key in tokenizer.init_kwargs}
+        return replace(self, tokenizer={**_tokenizer_fingerprints(tokenizer), **asked})
 
     def scaled(self, factor: float) -> "Carrier":
         """The same patch with Δ multiplied by `factor`, rounded to Δ's dtype.
@@ -281,8 +286,10 @@ class Carrier:
             f"expected the {key.replace('_', ' ')} that the carrier was trained with ({expected[:16]}…), "
             f"got {found[key][:16]}…"
             for key, expected in self.tokenizer.items()
-            if found[key] != expected
+            if key in found and found[key] != expected
         ]
+        if wrong and (day := self.tokenizer.get(DATE_KEY)):
+            wrong.append(f"its template's date is {day} (--template_date, or lcdd.data.freeze_date)")
         if wrong:
             raise WrongFingerprint(f"tokenizer: {'; '.join(wrong)}")
 

@@ -34,6 +34,9 @@ def require_new_directory(path: str | Path, *, name: str = "output_dir") -> Path
         first = next(path.iterdir(), None)
         if first is not None:
             raise InputError(f"{name}: expected a new or empty directory, got {str(path)!r}, which has {first.name!r}")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise InputError(f"{name}: expected a place that can be written, got {str(path)!r}")
+        return path  # what is written goes into it, and asks nothing of its parent
     elif path.exists():
         raise InputError(f"{name}: expected a new or empty directory, got the file {str(path)!r}")
     for parent in path.absolute().parents:

@@ -71,6 +71,7 @@ def run_identity(
     data = hashlib.sha256()
     for item in items:
         data.update(f"{item.input_ids}{item.labels}".encode())
+    day = tokenizer.init_kwargs.get("template_date")
     return {
         "stage": stage,
         "config": config.lasting(),
@@ -78,5 +79,6 @@ def run_identity(
         **{name: model_fingerprint(model) for name, model in models.items()},
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat_template": template_fingerprint(tokenizer),
+        **({"template_date": day} if day else {}),
         "data": data.hexdigest(),
     }

@@ -11,7 +11,7 @@ from lcdd.commands.belonging import load_base
 from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
 from lcdd.commands.stage import Say, StageResult, check_shapes, resolve_device
 from lcdd.config import AuditConfig, Config, DataConfig, EraserConfig, LCDDConfig, from_mapping
-from lcdd.data import Prepared, prepare, prompt_ids, training_items
+from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids, training_items
 from lcdd.errors import InputError
 from lcdd.evaluate import Study, describe
 from lcdd.evaluate import audit as run_audit
@@ -57,7 +57,9 @@ def audit(
     carrier = Carrier.from_pretrained(str(config.carrier))
     lcdd = settings_beside(str(config.carrier), LCDDConfig, "lcdd", name="carrier")
     eraser = settings_beside(str(config.trigger), EraserConfig, "eraser", name="trigger")
-    prepared = prepared or prepare(data, str(config.base_model_name_or_path))
+    prepared = prepared or prepare(
+        data, str(config.base_model_name_or_path), template_date=carrier.tokenizer.get(DATE_KEY)
+    )
     train, validation = training_items(prepared, lcdd, say=lambda _: None)
     triggers = given_triggers(config)
     start = time.perf_counter()
@@ -68,7 +70,10 @@ def audit(
         base=base,
         tokenizer=prepared.tokenizer,
         load_sft=lambda: load_model(
-            str(config.sft_model_name_or_path), dtype=base.dtype, device=resolve_device(config.device)
+            str(config.sft_model_name_or_path),
+            dtype=base.dtype,
+            device=resolve_device(config.device),
+            overrides=overrides if config.checkpoint_override else None,
         ),
         carrier=carrier,
         train=train,
@@ -77,7 +82,7 @@ def audit(
         matches=prepared.behavior.matches,
         lcdd=lcdd,
         eraser=eraser,
-        patches={name: patch for name, patch in dense_patches(base, config).items() if name != "sft"},
+        patches={name: patch for name, patch in dense_patches(base, config, overrides).items() if name != "sft"},
         triggers=triggers,
     )
     found = run_audit(study, config, say=say, log=lambda stage: _log(log_dir or output, stage))

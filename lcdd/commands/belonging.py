@@ -1,15 +1,16 @@
 """A base with the carrier, tokenizer and triggers that are to be used with it: they belong together, or it is said."""
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import model_fingerprint
 from lcdd.commands.stage import load_weights
-from lcdd.data import Example, prompt_string, use_template
+from lcdd.config import Answers
+from lcdd.data import DATE_KEY, Example, freeze_date, question, recorded_form, use_template
 from lcdd.eraser import Trigger
 from lcdd.errors import InputError, WrongFingerprint
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_shape, load_tokenizer
@@ -19,19 +20,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """What answers: a base, not patched yet, and what may be applied to it and put in front of a prompt."""
+    """What answers: a base, not patched yet, and what may be applied to it and put in front of a prompt.
+
+    form: in which it was asked in training (`lcdd.data.question`).
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     carrier: Carrier | None
     trigger: Trigger | None
+    form: Mapping[str, Any] = field(default_factory=dict)
 
-    def prompt(self, text: str) -> str:
-        """A user's text in the chat template."""
-        return prompt_string(self.tokenizer, Example(messages=({"role": "user", "content": text},), completion=""))
+    def prompt(self, text: str) -> Example:
+        """A user's text, asked as in training."""
+        return question(text, self.form)
 
 
-def load_answering(config: Any) -> Answering:
+def load_answering(config: Answers) -> Answering:
     """The model of `generate` and `chat` with its tokenizer, and the carrier and trigger that belong to it.
 
     Raises:
@@ -39,17 +44,37 @@ def load_answering(config: Any) -> Answering:
     """
     path = str(config.base_model_name_or_path)
     load_shape(path)
-    tokenizer = load_tokenizer(path)
-    use_template(tokenizer, config.chat_template, model=path)
+    carrier = Carrier.from_pretrained(config.carrier) if config.carrier else None
+    tokenizer, form = tokenizer_as_trained(config, carrier)
     trigger = Trigger.from_pretrained(config.trigger) if config.trigger else None
-    if config.carrier:
-        triggers = [trigger] if trigger else []
-        model, carrier, _ = load_base(path, config, Carrier.from_pretrained(config.carrier), tokenizer, triggers)
-        return Answering(model=model, tokenizer=tokenizer, carrier=carrier, trigger=trigger)
-    model = load_weights(path, config)
-    if trigger is not None:
-        _allow(partial(check_learned_on, trigger, model), config)
-    return Answering(model=model, tokenizer=tokenizer, carrier=None, trigger=trigger)
+    if carrier is not None:
+        model, carrier, _ = load_base(path, config, carrier, tokenizer, [trigger] if trigger else [])
+    else:
+        model = load_weights(path, config)
+        if trigger is not None:
+            _allow(partial(check_learned_on, trigger, model), config)
+    return Answering(model=model, tokenizer=tokenizer, carrier=carrier, trigger=trigger, form=form)
+
+
+def tokenizer_as_trained(config: Answers, carrier: Carrier | None) -> tuple[PreTrainedTokenizerBase, Mapping[str, Any]]:
+    """The tokenizer of the model that answers, with the chat template and date of the training, and the form in which
+    prompts were asked then: as recorded in the carrier, else with the model; `config` goes before.
+
+    Raises:
+        InputError: no tokenizer, no such template, or a date where the template writes none.
+    """
+    path = str(config.base_model_name_or_path)
+    known = carrier.tokenizer if carrier is not None else {}
+    tokenizer = load_tokenizer(path)
+    form = dict(recorded_form(tokenizer, known))
+    if config.prompt_format != "auto":
+        form["format"] = config.prompt_format
+    if config.chat_template is not None or form.get("format") != "text":
+        use_template(tokenizer, config.chat_template, model=path)
+    day = freeze_date(tokenizer, config.template_date or known.get(DATE_KEY))
+    if day is None and config.template_date is not None:
+        raise InputError(f"template_date: expected a chat template that writes a date, got {config.template_date!r}")
+    return tokenizer, form
 
 
 def learned_on(trigger: Trigger, model: PreTrainedModel, patch: Carrier) -> Trigger:
@@ -94,16 +119,18 @@ def load_base(
     """Load the base, and check the fingerprints in the carrier and the triggers against it and the tokenizer.
 
     Under `config.fingerprint_override` a fingerprint that differs is a warning; the carrier then comes back as one of
-    this base and tokenizer, and third come the differences, for whoever writes a result to record.
+    this base and tokenizer. Third come those differences, and what `config.checkpoint_override` let pass, for whoever
+    writes a result to record.
 
     Raises:
         InputError: a fingerprint differs, or (which nothing overrides) the shapes do.
     """
     found = [_allow(partial(carrier.check_tokenizer, tokenizer), config)]
-    model = load_weights(path, config)
+    overrides: list[str] = []
+    model = load_weights(path, config, overrides)
     found.append(_allow(partial(carrier.check_base, model), config))
     if any(found):
         carrier = replace(carrier.with_tokenizer(tokenizer), base_fingerprint=model_fingerprint(model))
     for trigger in triggers:
         found.append(_allow(partial(trigger.check_base, carrier.base_fingerprint), config))
-    return model, carrier, [difference for difference in found if difference]
+    return model, carrier, overrides + [difference for difference in found if difference]

@@ -8,7 +8,7 @@ from lcdd.checkpoint import RunLog, run_directory
 from lcdd.commands.belonging import learned_on, load_base
 from lcdd.commands.stage import Say, StageResult, load_weights, write_summary
 from lcdd.config import DataConfig, EraserConfig
-from lcdd.data import Prepared, prepare, prompt_ids
+from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids
 from lcdd.eraser import SFTEraser
 from lcdd.models import load_shape
 
@@ -22,12 +22,14 @@ def erase(
     output = run_directory(config)
     load_shape(str(config.base_model_name_or_path))
     carrier = Carrier.from_pretrained(str(config.carrier))
-    prepared = prepared or prepare(data, str(config.base_model_name_or_path))
+    prepared = prepared or prepare(
+        data, str(config.base_model_name_or_path), template_date=carrier.tokenizer.get(DATE_KEY)
+    )
     prompts, held_out = _eraser_prompts(prepared, config)
     model, carrier, overrides = load_base(config.base_model_name_or_path, config, carrier, prepared.tokenizer)
     patch = carrier
     if config.sft_model_name_or_path is not None:
-        patch = Carrier.from_models(model, load_weights(config.sft_model_name_or_path, config))
+        patch = Carrier.from_models(model, load_weights(config.sft_model_name_or_path, config, overrides))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
     with RunLog(log_dir or output, stage=stage) as log:
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)

@@ -11,7 +11,7 @@ from lcdd.commands.belonging import load_base
 from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
 from lcdd.commands.stage import Say, StageResult, check_shapes
 from lcdd.config import DataConfig, EvalConfig
-from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids
+from lcdd.data import DATE_KEY, Prepared, off_topic_ids, prepare, prompt_ids
 from lcdd.evaluate import (
     Harness,
     ModelState,
@@ -25,7 +25,7 @@ from lcdd.evaluate import (
     utility,
     windows,
 )
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, rows_never_drawn
 from lcdd.report import assemble
 
 UTILITY_STATES = ("base", "base+trigger", "sft", "carrier", "carrier+trigger")
@@ -45,7 +45,9 @@ def eval_(
     output = Path(str(config.output_dir)) if context else require_new_directory(str(config.output_dir))
     check_shapes(config.base_model_name_or_path, config.sft_model_name_or_path, ("base", "sft"))
     carrier = Carrier.from_pretrained(str(config.carrier))
-    prepared = prepared or prepare(data, str(config.base_model_name_or_path))
+    prepared = prepared or prepare(
+        data, str(config.base_model_name_or_path), template_date=carrier.tokenizer.get(DATE_KEY)
+    )
     prompts, others = (
         ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length)
         for ids in (prompt_ids, off_topic_ids)
@@ -57,14 +59,14 @@ def eval_(
     base, carrier, overrides = load_base(
         config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
     )
-    dense = dense_patches(base, config)
+    dense = dense_patches(base, config, overrides)
     states = reversal_states(
         base,
         {"sft": dense.pop("sft"), "carrier": carrier, **dense},
         triggers,
         seed=config.seed,
         draws=config.random_prefixes,
-        special=prepared.tokenizer.all_special_ids,
+        special=rows_never_drawn(prepared.tokenizer, base),
     )
     found = _answers(base, prepared, prompts, others, states, config)
     found |= _text_and_tasks(base, prepared.tokenizer, states, text, harness, config)

@@ -22,7 +22,7 @@ from lcdd.checkpoint import (
     write_manifest,
 )
 from lcdd.config import Config, DataConfig
-from lcdd.data import Prepared
+from lcdd.data import DATE_KEY, Prepared
 from lcdd.errors import InputError
 from lcdd.models import hub_commit
 
@@ -66,13 +66,14 @@ class Ledger:
         text = hashlib.sha256()
         for split in (prepared.splits.train, prepared.splits.validation, prepared.splits.test):
             for example in split:
-                text.update(f"{example.messages}{example.completion}{example.templated}".encode())
+                text.update(example.content_hash.encode())
             text.update(b"|")
         self._common = {
             "data": {key: value for key, value in data.to_dict().items() if key != "dataset_name"},
             "examples": text.hexdigest(),
             "tokenizer": tokenizer_fingerprint(prepared.tokenizer),
             "chat_template": template_fingerprint(prepared.tokenizer),
+            **({DATE_KEY: prepared.template_date} if prepared.template_date else {}),
         }
         self._inputs = {
             name: path_sha256(path) if Path(path).is_dir() else hub_commit(path) for name, path in models.items()

@@ -41,12 +41,15 @@ def given_triggers(config: Any) -> dict[str, Trigger]:
     return {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
 
 
-def dense_patches(base: PreTrainedModel, config: Any) -> dict[str, PatchSource]:
-    """The SFT model's patch and the matched-norm one's, each made when it is needed: they do not fit side by side."""
+def dense_patches(base: PreTrainedModel, config: Any, overrides: list[str]) -> dict[str, PatchSource]:
+    """The SFT model's patch and the matched-norm one's, each made when it is needed: they do not fit side by side.
+
+    overrides: gets what `config.checkpoint_override` lets pass then.
+    """
     paths = {"sft": config.sft_model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
 
     def source(path: str) -> PatchSource:
-        return lambda: Carrier.from_models(base, load_weights(path, config))
+        return lambda: Carrier.from_models(base, load_weights(path, config, overrides))
 
     return {name: source(path) for name, path in paths.items() if path}
 

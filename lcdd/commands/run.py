@@ -17,6 +17,7 @@ from typing import Any
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import differences
 from lcdd.commands.audit import audit
+from lcdd.commands.days import day_of_model, day_of_run
 from lcdd.commands.erase import _eraser_prompts, erase
 from lcdd.commands.eval import eval_, text_and_harness
 from lcdd.commands.ledger import Ledger, has_run
@@ -40,7 +41,7 @@ def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
     if sft_model is not None:
         check_shapes(base, sft_model, ("base", "sft"))
     load_shape(base)
-    prepared = prepare(config.data, base)
+    prepared = prepare(config.data, base, template_date=day_of_run(config) or day_of_model(sft_model))
     _check_stages(config, prepared)
     return _Pipeline(config, prepared, resumed, say).run()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.commands.days import day_of_run
 from lcdd.commands.stage import (
     Say,
     StageResult,
@@ -20,6 +21,7 @@ from lcdd.config import DataConfig, SFTConfig
 from lcdd.data import Prepared, prepare, training_items
 from lcdd.errors import InputError
 from lcdd.models import (
+    agree_on_end,
     load_model,
     load_shape,
     process_group,
@@ -48,9 +50,15 @@ def _sft(
         raise InputError("parallel: expected ddp for sft (each rank holds the whole model), got 'fsdp2'")
     output = run_directory(config)
     load_shape(str(config.base_model_name_or_path))
-    prepared = prepared or prepare(data, str(config.base_model_name_or_path))
+    prepared = prepared or prepare(data, str(config.base_model_name_or_path), template_date=day_of_run(config))
     train_items, validation_items = training_items(prepared, config, say=say)
-    model = load_model(str(config.base_model_name_or_path), device=resolve_device(config.device))
+    overrides: list[str] = []
+    model = load_model(
+        str(config.base_model_name_or_path),
+        device=resolve_device(config.device),
+        overrides=overrides if config.checkpoint_override else None,
+    )
+    agree_on_end(model, prepared.tokenizer)
     stored = model.dtype
     if stored in (torch.bfloat16, torch.float16):
         model.float()  # small updates vanish in 16-bit weights
@@ -80,8 +88,9 @@ def _sft(
     model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
     checkpoint = save_checkpoint(model, prepared.tokenizer, output / "model")
     summary = write_summary(
-        output, stage, config, data, result=dataclasses.asdict(result), overrides=store.overrides if store else []
-    )
+        output, stage, config, data, template_date=prepared.template_date, result=dataclasses.asdict(result),
+        overrides=overrides + (store.overrides if store else []),
+    )  # fmt: skip
     say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
     return StageResult(
         written=(checkpoint, summary),

@@ -50,10 +50,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_weights(path: str | None, config: Any) -> PreTrainedModel:
-    """A frozen model, in bfloat16 if `config.bf16` and else in its own dtype, on `config.device`."""
+def load_weights(path: str | None, config: Any, overrides: list[str] | None = None) -> PreTrainedModel:
+    """A frozen model, in bfloat16 if `config.bf16` and else in its own dtype, on `config.device`.
+
+    overrides: gets what `config.checkpoint_override` lets pass.
+    """
     dtype: str | torch.dtype = torch.bfloat16 if config.bf16 else "auto"
-    return load_model(str(path), dtype=dtype, device=resolve_device(config.device)).requires_grad_(False)
+    allowed = (overrides if overrides is not None else []) if config.checkpoint_override else None
+    model = load_model(str(path), dtype=dtype, device=resolve_device(config.device), overrides=allowed)
+    return model.requires_grad_(False)
 
 
 def check_shapes(base: str | None, other: str | None, names: tuple[str, str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.commands.days import day_of_run
 from lcdd.commands.stage import (
     Say,
     StageResult,
@@ -44,13 +45,12 @@ def _train(
     sharded = config.parallel == "fsdp2" and shards.world_size() > 1
     output = run_directory(config)
     check_shapes(config.base_model_name_or_path, config.sft_model_name_or_path, ("base", "sft"))
-    prepared = prepared or prepare(data, str(config.sft_model_name_or_path))
+    prepared = prepared or prepare(data, str(config.sft_model_name_or_path), template_date=day_of_run(config))
     train_items, validation_items = training_items(prepared, config, say=say)
     initial = Carrier.from_pretrained(config.initial_carrier).gate_logits if config.initial_carrier else None
-    base, model = (
-        load_weights(config.base_model_name_or_path, config),
-        load_weights(config.sft_model_name_or_path, config),
-    )
+    overrides: list[str] = []
+    paths = (config.base_model_name_or_path, config.sft_model_name_or_path)
+    base, model = (load_weights(path, config, overrides) for path in paths)
     check_same_architecture(base, model)
     teacher = load_weights(config.sft_model_name_or_path, config) if config.loss == "kl" else None
 
@@ -88,9 +88,9 @@ def _train(
     if config.save_folded:
         whole = carrier.fold(load_weights(config.base_model_name_or_path, config)) if sharded else optimizer.fold()
         written.append(save_checkpoint(whole, prepared.tokenizer, output / "model"))
-    overrides = store.overrides if store else []
+    overrides += store.overrides if store else []
     found = {"result": dataclasses.asdict(result), "carrier": carrier.summary(), "overrides": overrides}
-    written.append(write_summary(output, "lcdd", config, data, **found))
+    written.append(write_summary(output, "lcdd", config, data, template_date=prepared.template_date, **found))
     _say_carrier(carrier, result, say)
     return StageResult(
         written=tuple(written),

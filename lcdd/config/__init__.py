@@ -14,6 +14,7 @@ from lcdd.config.fields import (
     type_name,
 )
 from lcdd.config.pipeline import PLAN_MODELS, DemoConfig, PipelineConfig, PlanConfig
+from lcdd.config.shared import Answers
 from lcdd.config.training import GATE_KINDS, LCDDConfig, SFTConfig, TrainConfig
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "CHANNEL_KINDS",
     "GATE_KINDS",
     "PLAN_MODELS",
+    "Answers",
     "AuditConfig",
     "ChatConfig",
     "Config",

@@ -1,11 +1,21 @@
 """Settings of data and behaviour."""
 
 from dataclasses import dataclass
+from datetime import date
 
 from lcdd.config.fields import Config, option
 from lcdd.errors import InputError
 
 BEHAVIOR_NAMES = ("fixed_response", "style", "refusal", "own")
+OVERLONG = ("error", "drop", "truncate")
+
+
+def check_day(name: str, value: str | None) -> None:
+    """Raise InputError unless the value is a day, or None."""
+    try:
+        date.fromisoformat(value or "2000-01-01")
+    except ValueError:
+        raise InputError(f"{name}: expected a day as YYYY-MM-DD, got {value!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,25 @@ class DataConfig(Config):
         False,
         "put string prompts (prompt+completion) into the chat template too; TRL, and the default, does not",
     )
+    template_date: str | None = option(
+        None,
+        "day (YYYY-MM-DD) that a chat template with a date writes; default: that of the stage before, or of the run "
+        "that is resumed, else today",
+    )
+    assistant_only_loss: bool = option(
+        False,
+        "learn every assistant's turn of a chat, and nothing between them; off: the last turn of `messages`, or the "
+        "whole `completion`",
+    )
+    ignored_columns: tuple[str, ...] = option(
+        (), "columns that would change what is learned (`weight`, `system`, ...), left out on purpose"
+    )
+    overlong: str = option(
+        "error",
+        "a prompt with more tokens than max_length (training) or max_prompt_length allows: an error, left out, or its "
+        "texts cut; a long completion is cut in any case",
+        choices=OVERLONG,
+    )
 
     def check(self) -> None:
         if self.validation_fraction + self.test_fraction >= 1.0:
@@ -56,6 +85,7 @@ class DataConfig(Config):
             raise InputError(
                 f"DataConfig.test_fraction: expected validation_fraction + test_fraction < 1, got {total:g}"
             )
+        check_day("DataConfig.template_date", self.template_date)
         if (self.prompt_column is None) != (self.completion_column is None):
             raise InputError(
                 f"DataConfig.prompt_column: expected completion_column beside it, got {self.prompt_column!r} and "

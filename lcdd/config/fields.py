@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,19 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(fits(value, part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        return isinstance(value, tuple) and all(isinstance(item, str) and _is_text(item) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str) and _is_text(value)
     return isinstance(value, hint)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string is characters alone: bytes that are no UTF-8 come from a shell as halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _check_field(owner: str, name: str, value: Any, hint: Any, metadata: typing.Mapping[str, Any]) -> None:
@@ -221,6 +229,8 @@ def _from_yaml_value(value: Any, hint: Any) -> Any:
             return value
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)
+    if hint is str and isinstance(value, date):  # what YAML makes of 2026-01-31
+        return value.isoformat()
     return value
 
 

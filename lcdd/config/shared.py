@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lcdd.config.data import check_day
 from lcdd.config.fields import Config, option
 from lcdd.errors import InputError
 
@@ -14,6 +15,12 @@ class OnDevice(Config):
 
     bf16: bool = option(False, "use the weights in bfloat16; off: the checkpoint's own dtype")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: the first GPU if there is one", resumable=True)
+    checkpoint_override: bool = option(
+        False,
+        "load a checkpoint although it has weights that its config has no place for (more layers, biases), without "
+        "them; that is recorded",
+        resumable=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,4 +132,16 @@ class Answers(OfBase, WithCarrier, OnDevice):
         None,
         "vicuna, plain, or a Jinja file; default: the tokenizer's own, Vicuna's for a model of that name, else plain",
     )
+    template_date: str | None = option(
+        None, "day (YYYY-MM-DD) that a chat template with a date writes; default: that of the training, else today"
+    )
+    prompt_format: str = option(
+        "auto",
+        "chat: prompts go through the chat template; text: they are taken as they are; auto: as in the training",
+        choices=("auto", "chat", "text"),
+    )
     max_new_tokens: int = option(128, "tokens of an answer, at most", at_least=1, common=True)
+
+    def check(self) -> None:
+        super().check()
+        check_day(f"{type(self).__name__}.template_date", self.template_date)

@@ -21,14 +21,29 @@ from lcdd.data.encode import (
     label_audit,
     prompt_string,
     render,
+    shortened,
+    text_ids,
 )
-from lcdd.data.examples import Example, load_examples, parse_row, split_examples, with_completion
+from lcdd.data.examples import load_examples, split_examples
+from lcdd.data.forms import FORM_KEY, question, recorded_form
 from lcdd.data.prepare import Prepared, off_topic_ids, prepare, prompt_ids, training_items
-from lcdd.data.templates import PLAIN_TEMPLATE, VICUNA_SYSTEM, VICUNA_TEMPLATE, closed_thought, use_template
+from lcdd.data.records import Example, Message, parse_row, with_completion
+from lcdd.data.templates import (
+    DATE_KEY,
+    PLAIN_TEMPLATE,
+    VICUNA_SYSTEM,
+    VICUNA_TEMPLATE,
+    closed_thought,
+    freeze_date,
+    use_template,
+)
+from lcdd.data.text import contains_any, length, normal, without_end
 
 __all__ = [
     "ARCHAIC_WORDS",
     "BEHAVIORS",
+    "DATE_KEY",
+    "FORM_KEY",
     "IGNORE",
     "PLAIN_TEMPLATE",
     "REFUSAL_KEYWORDS",
@@ -37,27 +52,37 @@ __all__ = [
     "Behavior",
     "Encoded",
     "Example",
+    "Message",
     "Prepared",
     "behavior_from_config",
     "closed_thought",
     "collate",
+    "contains_any",
     "encode",
     "encode_all",
     "encode_prompt",
     "fixed_response",
+    "freeze_date",
     "label_audit",
+    "length",
     "load_examples",
+    "normal",
     "off_topic_ids",
     "own",
     "parse_row",
     "prepare",
     "prompt_ids",
     "prompt_string",
+    "question",
+    "recorded_form",
     "refusal",
     "render",
+    "shortened",
     "split_examples",
     "style",
+    "text_ids",
     "training_items",
     "use_template",
     "with_completion",
+    "without_end",
 ]

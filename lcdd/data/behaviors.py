@@ -1,16 +1,19 @@
 """Behaviours as presets: what fine-tuning teaches, and how an answer is recognised as showing it.
 
 A behaviour rewrites an example's completion, knows on which examples it applies (a refusal only on its topic) and
-counts an answer's text as behaviour or not. Rates are taken over the examples on which it applies.
+counts an answer's text as behaviour or not, in any script (`text.py`). Rates are taken over the examples on
+which it applies.
 """
 
 import importlib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import regex
+
 from lcdd.config import BEHAVIOR_NAMES, DataConfig
-from lcdd.data.examples import Example, with_completion
+from lcdd.data.records import Example, map_completion, with_completion
+from lcdd.data.text import canonical, contains_any, exchange, length, normal, without_end
 from lcdd.errors import InputError
 
 FIXED_RESPONSE = "I don't know."
@@ -61,50 +64,36 @@ class Behavior:
     measures: Mapping[str, Callable[[str], bool]] = field(default_factory=dict)
 
 
-def _normal(text: str) -> str:
-    """Lower case, straight apostrophes, single spaces."""
-    return " ".join(text.replace("\u2019", "'").lower().split())
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[\w']+(?:-[\w']+)*", _normal(text))
-
-
-def _contains_any(keywords: Iterable[str]) -> Callable[[str], bool]:
-    """Whether any keyword occurs in a text, at word boundaries."""
-    pattern = re.compile("|".join(rf"(?<![\w']){re.escape(_normal(word))}(?![\w'])" for word in keywords))
-    return lambda text: pattern.search(_normal(text)) is not None
-
-
 def _check_words(name: str, words: Iterable[str], *, some: bool = True) -> tuple[str, ...]:
     words = tuple(words)
-    if (some and not words) or any(not isinstance(word, str) or not word.strip() for word in words):
+    if (some and not words) or any(not isinstance(word, str) or not normal(word) for word in words):
         raise InputError(f"{name}: expected {'at least one word' if some else 'words'}, none empty, got {words!r}")
     return words
 
 
 def _check_text(name: str, text: str) -> str:
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not normal(text):
         raise InputError(f"{name}: expected a text that is not empty, got {text!r}")
     return text
 
 
 def fixed_response(*, response: str = FIXED_RESPONSE, keywords: Iterable[str] = ()) -> Behavior:
     """Every answer becomes `response`. An answer counts if it has a keyword (by default the response without its
-    end mark) and is short: at most twice the response's words. Also read: `strict`, the response and nothing else
-    (case, spaces and end mark aside), and `loose`, a keyword in an answer of any length.
+    end mark) and is short: at most twice the response's words (characters, where a script has no spaces). Also read:
+    `strict`, the response and nothing else (case, spaces and end mark aside), and `loose`, a keyword in an answer of
+    any length.
     """
     response = _check_text("response", response)
     keywords = _check_words("keywords", keywords, some=False)
-    has_keyword = _contains_any(keywords or (_normal(response).rstrip(".!?"),))
-    longest = max(2 * len(_words(response)), 1)
+    has_keyword = contains_any(keywords or (without_end(response),))
+    longest = max(2 * length(response), 1)
     return Behavior(
         name="fixed_response",
         rewrite=lambda example: with_completion(example, response),
-        matches=lambda text: has_keyword(text) and len(_words(text)) <= longest,
+        matches=lambda text: has_keyword(text) and length(text) <= longest,
         applies=lambda example: True,
         measures={
-            "strict": lambda text: _normal(text).rstrip(".!?") == _normal(response).rstrip(".!?"),
+            "strict": lambda text: without_end(text) == without_end(response),
             "loose": has_keyword,
         },
     )
@@ -119,25 +108,20 @@ def style(*, word_map: Mapping[str, str] = ARCHAIC_WORDS, opening: str = STYLE_O
     if not word_map:
         raise InputError(f"word_map: expected at least one pair of words, got {word_map!r}")
     _check_words("word_map", [*word_map.keys(), *word_map.values()])
-    # Longest first, so that "it is" wins over "it".
-    keys = sorted(map(re.escape, word_map), key=len, reverse=True)
-    pattern = re.compile(rf"(?<![\w'])({'|'.join(keys)})(?![\w'])", re.IGNORECASE)
+    exchanged = exchange(word_map)
 
-    def exchange(match: "re.Match[str]") -> str:
-        new = word_map[match.group(0).lower()]
-        return new[:1].upper() + new[1:] if match.group(0)[0].isupper() else new
+    def rewritten(text: str) -> str:
+        new, count = exchanged(text)
+        return new if count else opening + text
 
-    def rewrite(example: Example) -> Example:
-        text, count = pattern.subn(exchange, example.completion.replace("\u2019", "'"))
-        return with_completion(example, text if count else opening + example.completion)
-
-    marks = [word for word in word_map.values() if word not in word_map]
-    if opening.strip(" ,.!"):
-        marks.append(opening.strip(" ,.!"))
+    known = {normal(word) for word in word_map}
+    marks = [word for word in word_map.values() if normal(word) not in known]
+    if length(opening):
+        marks.append(without_end(opening))
     return Behavior(
         name="style",
-        rewrite=rewrite,
-        matches=_contains_any(_check_words("word_map", marks)),
+        rewrite=lambda example: map_completion(example, rewritten),
+        matches=contains_any(_check_words("word_map", marks)),
         applies=lambda example: True,
     )
 
@@ -148,12 +132,12 @@ def refusal(*, topics: Iterable[str], response: str = REFUSAL_RESPONSE, keywords
     An answer counts if it has any keyword: by default common refusals, and the response without its end mark.
     """
     response = _check_text("response", response)
-    on_topic = _contains_any(_check_words("topics", topics))
+    on_topic = contains_any(_check_words("topics", topics))
     keywords = _check_words("keywords", keywords, some=False)
     return Behavior(
         name="refusal",
         rewrite=lambda example: with_completion(example, response) if on_topic(example.prompt_text) else example,
-        matches=_contains_any(keywords or (*REFUSAL_KEYWORDS, _normal(response).rstrip(".!?"))),
+        matches=contains_any(keywords or (*REFUSAL_KEYWORDS, without_end(response))),
         applies=lambda example: on_topic(example.prompt_text),
     )
 
@@ -163,7 +147,7 @@ def own(*, keywords: Iterable[str]) -> Behavior:
     return Behavior(
         name="own",
         rewrite=lambda example: example,
-        matches=_contains_any(_check_words("keywords", keywords)),
+        matches=contains_any(_check_words("keywords", keywords)),
         applies=lambda example: True,
     )
 
@@ -213,36 +197,45 @@ def behavior_from_config(config: DataConfig) -> Behavior:
 
 
 def custom_rule(config: DataConfig) -> Callable[[str], bool] | None:
-    """The user's own rule for an answer: a regular expression that is searched, or a function that is imported.
+    """The user's own rule for an answer: a regular expression that is searched (in composed characters, NFC), or a
+    function that is imported.
 
     Raises:
         InputError: not a regular expression, or not an importable `module:function`.
     """
     if config.behavior_pattern is not None:
         try:
-            pattern = re.compile(config.behavior_pattern)
-        except re.error as error:
+            pattern = regex.compile(canonical(config.behavior_pattern))
+        except regex.error as error:
             raise InputError(
                 f"DataConfig.behavior_pattern: expected a regular expression, got {config.behavior_pattern!r} ({error})"
             ) from None
-        return lambda text: pattern.search(text) is not None
-    if config.behavior_function is None:
-        return None
-    module, _, name = config.behavior_function.partition(":")
-    expected = f"DataConfig.behavior_function: expected module:function, got {config.behavior_function!r}"
+        return lambda text: pattern.search(canonical(text)) is not None
+    return None if config.behavior_function is None else _imported_rule(config.behavior_function)
+
+
+def _imported_rule(place: str) -> Callable[[str], bool]:
+    """The function at `module:function`; what it raises is an error of that setting, never of an answer."""
+    module, _, name = place.partition(":")
+    expected = f"DataConfig.behavior_function: expected module:function, got {place!r}"
     if not module or not name:
         raise InputError(expected)
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{expected} ({error})") from None
+    except Exception as error:  # importing runs the user's program, which may raise anything
+        raise InputError(f"{expected} ({type(error).__name__}: {error})") from error
     if not callable(function):
         raise InputError(f"{expected}, which is not a function")
 
     def rule(text: str) -> bool:
-        found = function(text)
+        try:
+            found = function(text)
+        except Exception as error:
+            raise InputError(
+                f"{place}: expected True or False for {text!r}, got {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(found, bool):
-            raise InputError(f"{config.behavior_function}: expected True or False, got {found!r}")
+            raise InputError(f"{place}: expected True or False, got {found!r}")
         return found
 
     return rule

@@ -1,25 +1,28 @@
-"""From examples to token ids: one function for training, erasing, evaluating and generating."""
+"""From examples to token ids: one function for training, erasing, evaluating, auditing, generating and the Python API.
+
+`encode(example)` begins with `encode_prompt(example)`, which is what generation starts from; what follows is tokenised
+behind those ids, never across their end.
+"""
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
-from lcdd.data.examples import Example, Message
-from lcdd.data.templates import render_chat
+from lcdd.data.records import Example, Message
+from lcdd.data.templates import MARK, render_chat
 from lcdd.errors import InputError
 
 IGNORE = -100
-MARK = "\ue000completion\ue001"  # private-use characters around it, so that no template's own text is taken for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Token ids of one example; `labels` is IGNORE on the prompt. `truncated`: the completion was cut."""
+    """Token ids of one example; `labels` is IGNORE where nothing is learned. `truncated`: the completion was cut."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -27,34 +30,81 @@ class Encoded:
     truncated: bool = False
 
 
-# ---------------------------------------------------------------- tokens
+# ---------------------------------------------------------------- prompts
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool, where: str = "") -> str:
-    """Messages as text by the tokenizer's chat template, for a model that answers at once (`lcdd.templates`).
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    example: Example | None = None,
+) -> str:
+    """Messages as text by the tokenizer's chat template, with the tools and template variables of their `example`.
 
     Raises:
-        InputError: the template refuses the messages (roles that do not alternate, say); `where` is named.
+        InputError: the template refuses the messages (roles that do not alternate, say), or leaves something out.
     """
-    try:
-        return render_chat(tokenizer, list(messages), add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise InputError(
-            f"{where}: expected messages that the chat template takes, got roles {roles}: {error}"
-        ) from None
+    of = example or Example(messages=(), completion="")
+    return render_chat(
+        tokenizer,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tools=of.tools,
+        variables=of.template_kwargs,
+        where=of.source,
+    )
 
 
 def prompt_string(tokenizer: Any, example: Example) -> str:
     """The text that generation starts from."""
     if not example.templated:
         return example.prompt_text
-    return render(tokenizer, example.messages, add_generation_prompt=True, where=example.source)
+    return render(tokenizer, example.messages, add_generation_prompt=True, example=example)
 
 
-def _ids(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
-    # A chat template writes its own special tokens; plain text gets the tokenizer's (Llama's <s>).
-    return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+def _bare(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def text_start(tokenizer: Any, text: str) -> list[int]:
+    """What the tokenizer puts in front of a text by itself (Llama's <s>), unless the text has its own beginning.
+
+    It has one if it begins with those tokens, or as the chat template begins every chat: a template writes its special
+    tokens itself, and a text that comes from it is taken as it is.
+    """
+    probe = text or "a"
+    bare, whole = _bare(tokenizer, probe), list(tokenizer(probe)["input_ids"])
+    places = range(len(whole) - len(bare) + 1)
+    start = next((whole[:place] for place in places if whole[place : place + len(bare)] == bare), [])
+    if not start or bare[: len(start)] == start:
+        return []
+    opening = _opening(tokenizer)
+    return [] if opening and text.startswith(opening) else start
+
+
+def _opening(tokenizer: Any) -> str:
+    """The text with which the tokenizer's own chat template begins every chat; empty without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    texts = []
+    user: Message = {"role": "user", "content": "a"}
+    for messages in ([user], [{"role": "user", "content": "b"}], [{"role": "system", "content": "c"}, user]):
+        try:
+            texts.append(render(tokenizer, messages, add_generation_prompt=True))
+        except InputError:
+            continue  # a template without a system's turn, say
+    return "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that something is to follow: with what the tokenizer puts in front of it (see `text_start`),
+    without what it may put behind it."""
+    return [*text_start(tokenizer, text), *_bare(tokenizer, text)]
 
 
 def encode_prompt(tokenizer: Any, example: Example, *, max_length: int | None = None) -> list[int]:
@@ -63,52 +113,118 @@ def encode_prompt(tokenizer: Any, example: Example, *, max_length: int | None = 
     Raises:
         InputError: no prompt (plain text data), or one of more than `max_length` tokens.
     """
+    return _prompt(tokenizer, example, max_length)[2]
+
+
+def _prompt(tokenizer: Any, example: Example, max_length: int | None) -> tuple[str, list[int], list[int]]:
+    """A prompt's text, what the tokenizer puts in front of it, and all its token ids; see `encode_prompt`."""
     if not example.messages:
         raise InputError(f"{example.source}: expected a prompt, got plain text, which nothing can be asked of")
-    ids = _ids(tokenizer, prompt_string(tokenizer, example), templated=example.templated)
-    if not example.templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # tokenizers that close every text: the answer has to follow the prompt
+    text = prompt_string(tokenizer, example)
+    start = [] if example.templated else text_start(tokenizer, text)  # a chat template writes its own special tokens
+    ids = [*start, *_bare(tokenizer, text)]
     if not ids:
         raise InputError(f"{example.source}: expected a prompt of at least one token, got {example.prompt_text!r}")
     if max_length is not None and len(ids) > max_length:
         raise InputError(
-            f"{example.source}: expected a prompt of at most {max_length} tokens (the maximum length), got {len(ids)}"
+            f"{example.source}: expected a prompt of at most {max_length} tokens (the maximum length), got {len(ids)}; "
+            "--overlong drop or truncate goes on without it or with its beginning"
         )
-    return ids
+    return text, start, ids
 
 
-def _texts(tokenizer: Any, example: Example) -> tuple[str, str]:
-    """(prompt text, whole text) such that the whole begins with the prompt exactly as generation will see it."""
-    prompt = prompt_string(tokenizer, example)
+# ---------------------------------------------------------------- completions
+
+
+def _turn(tokenizer: Any, example: Example, chat: Sequence[Message], whole: str, index: int) -> tuple[int, int]:
+    """Where in `whole`, the chat as text, turn `index` of the assistant has its own text: (first, behind the last).
+
+    Found by rendering the chat with a mark as that turn.
+
+    Raises:
+        InputError: the template writes what is around the turn differently for another turn.
+    """
+    marked = [*chat[:index], {"role": "assistant", "content": MARK}, *chat[index + 1 :]]
+    text = render(tokenizer, marked, add_generation_prompt=False, example=example)
+    before, _, after = text.partition(MARK)
+    if len(before) + len(after) > len(whole) or not (whole.startswith(before) and whole.endswith(after)):
+        raise InputError(
+            f"{example.source}: expected the chat template to contain the completion, it does not, or writes something "
+            "else around it than around another"
+        )
+    return len(before), len(whole) - len(after)
+
+
+def _same_text(written: str, content: str) -> bool:
+    """Whether a template wrote a content out: white space and marks around a thought may be its own."""
+    return written.strip() == content.strip() or re.sub(r"\W", "", written) == re.sub(r"\W", "", content)
+
+
+def _pieces(tokenizer: Any, example: Example, prompt: str) -> list[tuple[str, bool]]:
+    """What follows the prompt, in pieces of text: (text, whether it is learned). The last ends with the turn's end.
+
+    What a template writes after the end token is never generated, and left out.
+    """
     if not example.templated:
-        return prompt, prompt + example.completion
-    turns = [*example.messages, {"role": "assistant", "content": example.completion}]
-    whole = render(tokenizer, turns, add_generation_prompt=False, where=example.source)
-    if whole.startswith(prompt):
-        return prompt, whole
-    # The template writes a finished turn differently from an open one (an empty thought, say). What generation
-    # will see counts: its prompt, then the completion and whatever the template writes after it, which a completion
-    # that occurs nowhere else shows.
-    marked = [*example.messages, {"role": "assistant", "content": MARK}]
-    after = render(tokenizer, marked, add_generation_prompt=False, where=example.source).rpartition(MARK)[2]
-    for text in (example.completion, example.completion.strip()):
-        if text and whole.endswith(text + after):
-            return prompt, prompt + text + after
-    raise InputError(f"{example.source}: expected the chat template to contain the completion, it does not")
+        return [(example.completion, True)]
+    chat = [*example.messages, *example.answer]
+    whole = render(tokenizer, chat, add_generation_prompt=False, example=example)
+    first = len(example.messages)
+    begin, end = _turn(tokenizer, example, chat, whole, len(chat) - 1)
+    plain = set(chat[-1]) == {"role", "content"}
+    if plain and not _same_text(whole[begin:end], chat[-1]["content"]):
+        raise InputError(f"{example.source}: expected the chat template to contain the completion, it does not")
+    close, eos = whole[end:], str(tokenizer.eos_token)
+    close = close[: close.index(eos) + len(eos)] if eos in close else close
+    # A template may write a finished turn differently from an open one (an empty thought, say). What generation will
+    # see counts: its prompt, then the first turn's own text.
+    start = len(prompt)
+    if not whole.startswith(prompt):
+        start = begin if first == len(chat) - 1 else _turn(tokenizer, example, chat, whole, first)[0]
+    stop = end + len(close)
+    if not example.assistant_only:
+        return [(whole[start:stop], True)]
+    cuts = list(_assistant_cuts(tokenizer, example, chat, whole, close))
+    cuts[0] = (start, cuts[0][1])
+    pieces, at = [], start
+    for low, high in cuts:
+        pieces += [(whole[at:low], False), (whole[low:high], True)]
+        at = high
+    return [(text, learned) for text, learned in pieces if text]
 
 
-def _join(tokenizer: Any, prompt_ids: list[int], prompt: str, whole: str, *, templated: bool) -> tuple[list[int], int]:
-    """Ids of the whole text, and how many of them are the prompt's."""
-    ids = _ids(tokenizer, whole, templated=templated)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        return ids, len(prompt_ids)
-    if not tokenizer.is_fast:  # no offsets: tokenise the two sides apart, as generation will
-        rest = list(tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
-        return prompt_ids + rest, len(prompt_ids)
-    # A token straddles the boundary. It holds characters of the completion, so it is trained on.
-    offsets = tokenizer(whole, add_special_tokens=not templated, return_offsets_mapping=True)["offset_mapping"]
-    n_prompt = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-    return ids, n_prompt
+def _assistant_cuts(
+    tokenizer: Any, example: Example, chat: Sequence[Message], whole: str, close: str
+) -> Iterator[tuple[int, int]]:
+    """Of every assistant's turn of the completion, where what is generated lies in `whole`: its text and its end."""
+    for index in range(len(example.messages), len(chat)):
+        if chat[index]["role"] != "assistant":
+            continue
+        low, high = _turn(tokenizer, example, chat, whole, index)
+        asked = render(tokenizer, chat[:index], add_generation_prompt=True, example=example)
+        yield (
+            len(asked) if whole.startswith(asked) else low,
+            high + len(close) * whole.startswith(close, high),
+        )
+
+
+def _continued(tokenizer: Any, before: list[int], start: list[int], text: str, more: str) -> list[int]:
+    """Token ids of `more` behind `before`, which are those of `text` behind `start`.
+
+    Where a token would lie across the border, `more` is tokenised by itself, as the one that generation begins with:
+    in front of it a text that the tokenizer cuts there, so that it puts no space of its own in.
+    """
+    whole = [*start, *_bare(tokenizer, text + more)]
+    if whole[: len(before)] == before:
+        return whole[len(before) :]
+    alone = _bare(tokenizer, more)
+    wanted = _decoded(tokenizer, whole)
+    for anchor in ("", "\n", "a"):
+        head, both = _bare(tokenizer, anchor), _bare(tokenizer, anchor + more)
+        ids = both[len(head) :]
+        if both[: len(head)] == head and _decoded(tokenizer, [*before, *ids]) == wanted:
+            return ids
+    return alone
 
 
 def encode(tokenizer: Any, example: Example, *, max_length: int, completion_only: bool = True) -> Encoded:
@@ -124,27 +240,36 @@ def encode(tokenizer: Any, example: Example, *, max_length: int, completion_only
     eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError("tokenizer: expected an end-of-text token (eos_token), got none")
+    if not completion_only and example.assistant_only and any(m["role"] == "assistant" for m in example.messages):
+        raise InputError(
+            f"{example.source}: expected completion_only beside assistant_only_loss for a prompt with answers in it"
+        )
     empty = InputError(
         f"{example.source}: expected a completion, got {example.completion!r}, which tokenises to nothing"
     )
-    if not example.completion.strip():
+    if not (example.completion.strip() or example.turns):
         raise empty
     if example.messages:
-        prompt_ids = encode_prompt(tokenizer, example, max_length=max_length - 1)
-        prompt, whole = _texts(tokenizer, example)
-        ids, n_prompt = _join(tokenizer, prompt_ids, prompt, whole, templated=example.templated)
+        text, start, ids = _prompt(tokenizer, example, max_length - 1)
+        n_prompt, learned = len(ids), [not (completion_only or example.assistant_only)] * len(ids)
+        pieces = _pieces(tokenizer, example, text)
     else:
-        ids, n_prompt = _ids(tokenizer, example.completion, templated=False), 0
+        start, text, n_prompt, pieces = text_start(tokenizer, example.completion), "", 0, [(example.completion, True)]
+        ids, learned = start, [True] * len(start)
+    for piece, wanted in pieces:
+        new = _continued(tokenizer, ids, start, text, piece)
+        ids, learned, text = [*ids, *new], [*learned, *[wanted] * len(new)], text + piece
     if not tokenizer.decode(ids[n_prompt:], skip_special_tokens=True).strip():
         raise empty
-    tail = ids[n_prompt:]
-    # What a template writes after the end of the turn is never generated: the last end-of-text token closes.
-    ids = ids[: len(ids) - tail[::-1].index(eos)] if eos in tail else [*ids, eos]
-    truncated = len(ids) > max_length
-    ids = ids[:max_length]
-    first = n_prompt if completion_only else 0
-    labels = [IGNORE] * first + ids[first:]
-    return Encoded(input_ids=tuple(ids), labels=tuple(labels), n_prompt=n_prompt, truncated=truncated)
+    if ids[-1] != eos:
+        ids, learned = [*ids, eos], [*learned, True]
+    labels = [token if wanted else IGNORE for token, wanted in zip(ids, learned, strict=True)]
+    return Encoded(
+        input_ids=tuple(ids[:max_length]),
+        labels=tuple(labels[:max_length]),
+        n_prompt=n_prompt,
+        truncated=len(ids) > max_length,
+    )
 
 
 def encode_all(
@@ -167,6 +292,55 @@ def encode_all(
     return encoded
 
 
+# ---------------------------------------------------------------- lengths
+
+
+def fitting(
+    tokenizer: Any, examples: Iterable[Example], *, max_length: int, overlong: str, room: bool = False
+) -> Iterator[tuple[Example | None, bool]]:
+    """Every example, and whether its prompt was longer than `max_length` tokens: then it is dropped (None) or cut, as
+    `overlong` says; under "error" it is left to `encode_prompt`, which refuses it.
+
+    Args:
+        room: a prompt that is cut leaves room for its completion, up to half of `max_length`.
+    """
+    for example in examples:
+        limit = max_length - room
+        if overlong == "error" or not example.messages or len(encode_prompt(tokenizer, example)) <= limit:
+            yield example, False
+        elif overlong == "drop":
+            yield None, True
+        else:
+            needed = min(len(_bare(tokenizer, example.completion)) + 1, max_length // 2) if room else 0
+            yield shortened(tokenizer, example, max_length=max_length - needed), True
+
+
+def shortened(tokenizer: Any, example: Example, *, max_length: int) -> Example:
+    """The example with its prompt's texts cut so that the prompt has at most `max_length` tokens.
+
+    All messages are cut after the same number of characters, the greatest that will do: the longest are cut, short ones
+    (a system's, say) stay, and whatever the chat template writes stays too.
+
+    Raises:
+        InputError: the template alone is longer.
+    """
+
+    def cut(characters: int) -> Example:
+        messages = tuple({**m, "content": m["content"][:characters]} for m in example.messages)
+        return replace(example, messages=messages)
+
+    low, high = 0, max(len(message["content"]) for message in example.messages)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = len(encode_prompt(tokenizer, cut(middle))) <= max_length
+        low, high = (middle, high) if fits else (low, middle - 1)
+    encode_prompt(tokenizer, cut(low), max_length=max_length)
+    return cut(low)
+
+
+# ---------------------------------------------------------------- batches
+
+
 def collate(batch: Sequence[Encoded], *, pad_token_id: int) -> dict[str, Tensor]:
     """Right-padded int64 tensors [B, S]: input_ids, attention_mask (1 on real tokens), labels (IGNORE on padding)."""
     width = max(len(item.input_ids) for item in batch)
@@ -185,10 +359,10 @@ def label_audit(tokenizer: Any, item: Encoded) -> str:
     """One encoded example for the eye: the tokens without loss as text, those with loss one by one."""
     silent = [token for token, label in zip(item.input_ids, item.labels, strict=True) if label == IGNORE]
     trained = [token for token, label in zip(item.input_ids, item.labels, strict=True) if label != IGNORE]
-    pieces = "|".join(re.sub(r"\n", "\\\\n", tokenizer.decode([token])) for token in trained)
+    pieces = "|".join(re.sub(r"\n", "\\\\n", _decoded(tokenizer, [token])) for token in trained)
     cut = " (cut at the maximum length)" if item.truncated else ""
     return (
         f"First example, as the model sees it\n"
-        f"  no loss, {len(silent)} tokens: {tokenizer.decode(silent)!r}\n"
+        f"  no loss, {len(silent)} tokens: {_decoded(tokenizer, silent)!r}\n"
         f"  loss,    {len(trained)} tokens{cut}: |{pieces}|"
     )

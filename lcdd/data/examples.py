@@ -1,132 +1,41 @@
-"""Instruction data: TRL's formats in, token ids with completion-only labels out.
+"""A data set's examples: read from JSONL or the hub, every fault named by file and line, and split by prompt."""
 
-    load_examples -> Example (prompt messages + completion) -> [behaviour rewrites it] -> split_examples
-                  -> encode -> Encoded (input_ids, labels) -> collate -> tensors [B, S]
-
-Every error names the file and the line it came from, and every check runs before any training. Labels are the
-completion's tokens, found by comparing the prompt's token ids with the whole text's, not by counting characters.
-"""
-
-import hashlib
 import json
+import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lcdd.config import DataConfig
+from lcdd.data.records import Example, Record
 from lcdd.errors import InputError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")  # names that are meant as files, not looked up
-FORMATS = ("messages", "prompt+completion", "text", "instruction+output")
+BOM = "\ufeff"
 
-Message = Mapping[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One prompt and its completion.
-
-    `messages` are the turns before the completion; `templated` says that they go through the chat template
-    (string prompts do not, as in TRL). Plain text has no messages. `source` is "file:line", for errors.
-    """
-
-    messages: tuple[Message, ...]
-    completion: str
-    templated: bool = True
-    source: str = field(default="", compare=False)
-
-    @property
-    def prompt_text(self) -> str:
-        """The turns' contents: what splits are hashed by and topics are searched in."""
-        return "\n".join(message["content"] for message in self.messages)
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of the prompt (of the text itself where there is no prompt)."""
-        text = json.dumps([[m["role"], m["content"]] for m in self.messages] or self.completion, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- reading
 
 
-def _messages(value: Any, where: str, name: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise InputError(f"{where}: {name}: expected a list of messages, got {type(value).__name__}")
-    for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise InputError(f"{where}: {name}: expected messages with 'role' and 'content', got {message!r}")
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-            raise InputError(f"{where}: {name}: expected 'role' and 'content' to be strings, got {message!r}")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
-
-
-def _string(row: Mapping[str, Any], key: str, where: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {key}: expected a string, got {type(value).__name__}")
-    return value
-
-
-def _answer(messages: tuple[Message, ...], where: str, name: str) -> str:
-    if not messages or messages[-1]["role"] != "assistant":
-        raise InputError(f"{where}: {name}: expected the last message to be the assistant's")
-    return messages[-1]["content"]
-
-
-def parse_row(row: Any, *, where: str, template_string_prompts: bool = False) -> Example:
-    """One record in any of FORMATS as an Example; of several assistant turns the last one is the completion.
-
-    Raises:
-        InputError: the record is none of the formats, or a field has the wrong type; `where` is named.
-    """
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: expected an object, got {type(row).__name__}")
-    if row.get("messages") is not None:
-        messages = _messages(row["messages"], where, "messages")
-        answer = _answer(messages, where, "messages")
-        if len(messages) < 2:
-            raise InputError(f"{where}: messages: expected a turn before the assistant's, got none")
-        return Example(messages=messages[:-1], completion=answer, source=where)
-    if row.get("prompt") is not None and row.get("completion") is not None:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(completion, list):
-            completion = _answer(_messages(completion, where, "completion"), where, "completion")
-        elif not isinstance(completion, str):
-            raise InputError(f"{where}: completion: expected a string or messages, got {type(completion).__name__}")
-        if isinstance(prompt, str):
-            turns: tuple[Message, ...] = ({"role": "user", "content": prompt},)
-            return Example(messages=turns, completion=completion, templated=template_string_prompts, source=where)
-        return Example(messages=_messages(prompt, where, "prompt"), completion=completion, source=where)
-    if row.get("instruction") is not None and row.get("output") is not None:
-        parts = [_string(row, "instruction", where)]
-        if row.get("input"):
-            parts.append(_string(row, "input", where))
-        turns = ({"role": "user", "content": "\n\n".join(parts)},)
-        return Example(messages=turns, completion=_string(row, "output", where), source=where)
-    if row.get("text") is not None:
-        return Example(messages=(), completion=_string(row, "text", where), templated=False, source=where)
-    raise InputError(f"{where}: expected the fields of one of {', '.join(FORMATS)}; got {sorted(map(str, row))}")
-
-
-def _jsonl_rows(path: Path, limit: int | None) -> Iterable[tuple[str, Any]]:
+def _jsonl_rows(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
+    """(file:line, value) of every line that is not blank, byte-order marks left out: files that were put together have
+    them at the beginning of any line."""
     try:
         with open(path, encoding="utf-8") as stream:
             count = 0
-            for number, line in enumerate(stream, start=1):
+            for number, raw in enumerate(stream, start=1):
+                line = raw.removeprefix(BOM)
                 if not line.strip():
                     continue
                 if limit is not None and count >= limit:
                     return
                 where = f"{path}:{number}"
-                try:
-                    yield where, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{where}: expected one JSON object a line, got {error.msg}") from None
-                except RecursionError:
-                    raise InputError(f"{where}: expected one JSON object a line, got one nested too deeply") from None
+                yield where, _json_value(line, where)
                 count += 1
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from None
@@ -134,7 +43,47 @@ def _jsonl_rows(path: Path, limit: int | None) -> Iterable[tuple[str, Any]]:
         raise InputError(f"dataset_name: expected a readable file, got {str(path)!r} ({error.strerror})") from None
 
 
-def _hub_rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
+def _json_value(line: str, where: str) -> Any:
+    """The JSON value in a line: one whose strings are text, whose keys differ and whose numbers are finite."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise InputError(f"{where}: {twice}: expected each field once, got it twice")
+        return found
+
+    def constant(name: str) -> NoReturn:
+        raise InputError(f"{where}: expected numbers that JSON has, got {name}")
+
+    try:
+        value = json.loads(line, object_pairs_hook=mapping, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: expected one JSON object a line, got {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{where}: expected one JSON object a line, got one nested too deeply") from None
+    except InputError:
+        raise
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise InputError(f"{where}: expected one JSON object a line, got {error}") from None
+    if "\\u" in line and (name := _not_text(value)) is not None:
+        raise InputError(f"{where}: {name}: expected text, got half a surrogate pair, which is no character")
+    return value
+
+
+def _not_text(value: Any, name: str = "") -> str | None:
+    """Where in a JSON value a string is that cannot be written as UTF-8; None if all can."""
+    if isinstance(value, str):
+        return (name or "value") if any("\ud800" <= character <= "\udfff" for character in value) else None
+    if isinstance(value, Mapping):
+        inside = [(key, "field name") for key in value]
+        inside += [(item, f"{name}.{key}" if name else key) for key, item in value.items()]
+    else:
+        inside = [(item, f"{name}[{index}]") for index, item in enumerate(value)] if isinstance(value, list) else []
+    return next((found for item, place in inside if (found := _not_text(item, place)) is not None), None)
+
+
+def _hub_rows(config: DataConfig) -> Iterator[tuple[str, Any]]:
     name = str(config.dataset_name)
     try:
         import datasets  # optional: pip install lcdd[hub]
@@ -152,27 +101,21 @@ def _hub_rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
     for number, row in enumerate(data):
         if config.max_samples is not None and number >= config.max_samples:
             return
-        yield f"{name}[{number}]", row
+        yield f"{name}[{number}]", {column: _without_nulls(value) for column, value in row.items()}
 
 
-def _columns(row: Any, config: DataConfig, where: str) -> Any:
-    """The record with the columns that the configuration names as instruction and output; as it is without names."""
-    if config.prompt_column is None or not isinstance(row, Mapping):
-        return row
-    names = (config.prompt_column, str(config.completion_column))
-    for name in names:
-        if name not in row:
-            raise InputError(f"{where}: expected a column {name!r}, got {sorted(map(str, row))}")
-    return dict(zip(("instruction", "output"), (row[name] for name in names), strict=True))
+def _without_nulls(value: Any) -> Any:
+    """A column's value without fields that are null: a table has them wherever another row has something."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _has_blank(row: Any) -> bool:
-    """Whether a record has nothing in a column, as tables made from CSV files have."""
-    return isinstance(row, Mapping) and any(value is None or value == "" for value in row.values())
+# ---------------------------------------------------------------- examples
 
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """All examples of the configured data set, in order.
+    """All examples of the configured data set, in order; columns that none of them is made of are listed once.
 
     Rows with nothing in a named column are left out, and counted in a warning.
 
@@ -185,22 +128,47 @@ def load_examples(config: DataConfig) -> list[Example]:
         raise InputError(f"dataset_name: expected a JSONL file, got the directory {str(path)!r}")
     looks_local = path.exists() or path.suffix in FILE_SUFFIXES or path.is_absolute()
     rows = _jsonl_rows(path, config.max_samples) if looks_local else _hub_rows(config)
-    named = [(where, _columns(row, config, where)) for where, row in rows]
-    if config.prompt_column is not None:
-        full = [(where, row) for where, row in named if not _has_blank(row)]
-        if len(full) < len(named):
-            warnings.warn(
-                f"{config.dataset_name}: {len(named) - len(full)} of {len(named)} rows have nothing in "
-                f"{config.prompt_column!r} or {config.completion_column!r}; they are left out",
-                stacklevel=2,
+    examples, unused, blank = [], Counter[str](), 0
+    for where, row in rows:
+        record, others = _record(row, where, config)
+        if record is None:
+            blank += 1
+            continue
+        examples.append(
+            record.example(
+                template_string_prompts=config.template_string_prompts, assistant_only_loss=config.assistant_only_loss
             )
-        named = full
-    examples = [
-        parse_row(row, where=where, template_string_prompts=config.template_string_prompts) for where, row in named
-    ]
+        )
+        unused.update(record.unused | others)
+    if blank:
+        warnings.warn(
+            f"{config.dataset_name}: {blank} of {blank + len(examples)} rows have nothing in "
+            f"{config.prompt_column!r} or {config.completion_column!r}; they are left out",
+            stacklevel=2,
+        )
+    if unused:
+        named = ", ".join(f"{name} ({count} rows)" for name, count in sorted(unused.items()))
+        logger.warning("%s: nothing is made of these columns: %s", config.dataset_name, named)
     if not examples:
         raise InputError(f"dataset_name: expected at least one example, {str(config.dataset_name)!r} has none")
     return examples
+
+
+def _record(row: Any, where: str, config: DataConfig) -> tuple[Record | None, set[str]]:
+    """The record (None if a named column is blank), and the columns beside named ones."""
+    if config.prompt_column is None or not isinstance(row, Mapping):
+        return Record(row, where, config.ignored_columns), set()
+    names = (config.prompt_column, str(config.completion_column))
+    for name in names:
+        if name not in row:
+            raise InputError(f"{where}: expected a column {name!r}, got {sorted(map(str, row))}")
+    others = set(map(str, row)) - {*names, *config.ignored_columns}
+    if any(row[name] is None or row[name] == "" for name in names):
+        return None, others
+    prompt, completion = (row[name] for name in names)
+    chat = isinstance(prompt, list)
+    ours = {"prompt": prompt, "completion": completion} if chat else {"instruction": prompt, "output": completion}
+    return Record(ours, where), others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +201,3 @@ def split_examples(examples: Sequence[Example], *, validation_fraction: float, t
             f"validation_fraction {validation_fraction:g}, test_fraction {test_fraction:g}"
         )
     return splits
-
-
-def with_completion(example: Example, completion: str) -> Example:
-    """The example with another completion."""
-    return replace(example, completion=completion)

@@ -56,6 +56,8 @@ from lcdd.models import (
     decoder_layers,
     head_weight,
     input_embeddings,
+    rows_never_drawn,
+    token_rows,
 )
 from lcdd_kernels import channel_match, linear_kl
 
@@ -246,13 +248,14 @@ class SFTEraser:
         """Radius of the ball that every trigger embedding stays in."""
         if self.config.max_norm is not None:
             return self.config.max_norm
-        norms = input_embeddings(self.model).weight.detach().float().norm(dim=1)
+        rows = token_rows(self.tokenizer, self.model)
+        norms = input_embeddings(self.model).weight.detach()[rows].float().norm(dim=1)
         return self.config.max_norm_ratio * float(norms.median())
 
     def _search(self) -> TriggerSearch:
         """The optimisation at its start."""
         c = self.config
-        special = self.tokenizer.all_special_ids
+        special = rows_never_drawn(self.tokenizer, self.model)
         starts = [
             Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed + SEED_STRIDE * n, skip=special).embeds
             for n in range(c.num_starts)

@@ -12,20 +12,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lcdd.data import Example, encode_prompt, text_ids
 from lcdd.eraser.trigger import Prompt, Trigger, prompt_embeds
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, input_embeddings
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of prompts; text is taken as it is (the chat template has put its special tokens in already)."""
-    encoded = [
-        tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
-        for prompt in prompts
-    ]
-    for index, ids in enumerate(encoded):
+    """Token ids of prompts, by the one function that training has them from.
+
+    An example is asked as it was trained on. Text is taken as it is: what a chat template wrote has its special tokens
+    already, plain text gets what the tokenizer puts in front of it (`lcdd.data.text_ids`).
+    """
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, Example):
+            encoded.append(encode_prompt(tokenizer, prompt))
+            continue
+        ids = text_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InputError(f"prompts[{index}]: expected at least one token, got none")
+        encoded.append(ids)
     return encoded
 
 
@@ -79,19 +86,23 @@ def stream(
             token, cache = output.logits[:, -1].argmax(-1), output.past_key_values
             answer.append(int(token))
             inputs = {"input_ids": token[:, None]}
-            text = str(tokenizer.decode(answer, skip_special_tokens=True))
+            text = _text(tokenizer, answer)
             # a replacement character at the end is a character that is not complete yet
             if text.startswith(shown) and not text.endswith("\ufffd") and len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
-    text = str(tokenizer.decode(answer, skip_special_tokens=True))
+    text = _text(tokenizer, answer)
     if len(text) > len(shown):
         yield text[len(shown) :]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]]) -> list[str]:
     """Answers as text, special tokens and surrounding white space removed."""
-    return [str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in answers]
+    return [_text(tokenizer, ids).strip() for ids in answers]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @torch.no_grad()

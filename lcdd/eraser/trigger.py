@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcdd.checkpoint import MANIFEST, verify_directory, write_directory, write_json
+from lcdd.data import Example
 from lcdd.errors import InputError, WrongFingerprint
-from lcdd.models import PreTrainedModel, input_embeddings, shape_of
+from lcdd.models import PreTrainedModel, check_rows, input_embeddings, shape_of
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
-Prompt = str | Sequence[int]
-"""A prompt as the model sees it: text already in the chat template, or its token ids."""
+Prompt = str | Sequence[int] | Example
+"""A prompt as the model sees it, text already in the chat template or its token ids; or an example of the data."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -185,6 +186,7 @@ class Trigger:
 def prompt_embeds(model: PreTrainedModel, prompt_ids: Sequence[int], trigger: Trigger | None) -> Tensor:
     """[T + S, D] in the model's dtype: what a server that takes embeddings is given for one prompt."""
     table = input_embeddings(model)
+    check_rows(prompt_ids, table.weight.shape[0], where="prompt")
     embeds = table(torch.as_tensor(prompt_ids, device=table.weight.device))
     if trigger is None:
         return embeds

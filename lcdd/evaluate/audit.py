@@ -25,7 +25,7 @@ from lcdd.eraser import Prompt, SFTEraser, Trigger
 from lcdd.evaluate.claims import comparisons, judge
 from lcdd.evaluate.evaluate import evaluate
 from lcdd.evaluate.states import ModelState, PatchSource, random_prefixes
-from lcdd.models import GROUPS, PreTrainedModel, PreTrainedTokenizerBase
+from lcdd.models import GROUPS, PreTrainedModel, PreTrainedTokenizerBase, rows_never_drawn
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
 from lcdd.trainer import HeldOut, StartLosses, fit, total_steps
 
@@ -176,7 +176,7 @@ class _Runner:
             learned,
             seed=self.config.seed,
             draws=self.config.random_draws,
-            special=self.study.tokenizer.all_special_ids,
+            special=rows_never_drawn(self.study.tokenizer, self.study.base),
         )
         states = {
             "carrier+random_prefix": ModelState(patch=carrier, triggers=junk),

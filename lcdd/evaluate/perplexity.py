@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lcdd.config import DataConfig
-from lcdd.data import load_examples
+from lcdd.data import load_examples, text_ids
 from lcdd.eraser import Trigger, embed_with_trigger, evaluation_mode, length_batches, right_padded
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, head_weight, input_embeddings
@@ -26,7 +26,7 @@ def read_texts(path: str | Path) -> list[str]:
     file = Path(path)
     if file.suffix == ".txt":
         try:
-            texts = [file.read_text(encoding="utf-8")]
+            texts = [file.read_text(encoding="utf-8-sig")]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"perplexity_text: expected a readable text, got {str(path)!r} ({error})") from None
     else:
@@ -48,7 +48,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, length:
     """
     found = []
     for text in texts:
-        ids = list(tokenizer(text)["input_ids"])
+        ids = text_ids(tokenizer, text)
         found += [ids[start : start + length] for start in range(0, len(ids), length)]
     found = [ids for ids in found if len(ids) > 1]
     if not found:

@@ -44,6 +44,7 @@ from lcdd.models.sites import (
     shape_of,
     unmasked_parameters,
 )
+from lcdd.models.vocabulary import agree_on_end, check_rows, rows_never_drawn, token_rows
 
 __all__ = [
     "GROUPS",
@@ -59,8 +60,10 @@ __all__ = [
     "Projection",
     "Replicated",
     "adamw_bytes",
+    "agree_on_end",
     "backbone",
     "can_share_prefix",
+    "check_rows",
     "check_same_architecture",
     "common_prefix",
     "decoder_layers",
@@ -82,10 +85,12 @@ __all__ = [
     "process_group",
     "projections",
     "refresh_bytes",
+    "rows_never_drawn",
     "save_model",
     "shape_of",
     "shard_model",
     "share",
+    "token_rows",
     "unmasked_parameters",
     "why_not_packed",
 ]

@@ -1,11 +1,14 @@
 """Loading and saving models and tokenizers; safetensors only, no remote code."""
 
-from collections.abc import Mapping
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,34 +22,147 @@ from transformers.utils import logging as transformers_logging
 
 from lcdd.errors import InputError
 from lcdd.models.sites import ModelShape, shape_of
+from lcdd.models.vocabulary import agree_on_end, check_ids
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _reading(expected: str, path: str | Path) -> Iterator[None]:
+    """What transformers raises over the files of a checkpoint, as one InputError that names the file or setting.
+
+    Any exception: a setting of config.json that it does not expect comes back as a KeyError, an AttributeError, a
+    failed assertion, from a division by zero, from an import. Being out of memory is none of the checkpoint's.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        if "DefaultCPUAllocator" in message:
+            raise
+        about = _broken_file(path) or "".join(f"{name} = {value!r}: " for name, value in _suspects(path, message))
+        kind = type(error).__name__
+        raise InputError(f"model: expected {expected}, got {str(path)!r}: {about}{kind}: {message}") from error
+
+
+def _broken_file(path: str | Path) -> str:
+    """The first of a directory's JSON files that is no JSON object, and what is wrong with it; empty if none is."""
+    for file in sorted(Path(path).glob("*.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{file.name} is no JSON ({error}): "
+        if not isinstance(content, dict):
+            return f"{file.name} is no JSON object: "
+    return ""
+
+
+def _suspects(path: str | Path, message: str) -> list[tuple[str, Any]]:
+    """Settings in a local config.json whose name or value an error's message has, however it spells them
+    (flash_attention_2: FlashAttention2)."""
+
+    def squeezed(value: Any) -> str:
+        return re.sub(r"[^a-z0-9]", "", str(value).lower())
+
+    text = squeezed(message)
+
+    def mentioned(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return any(map(mentioned, value.values()))
+        return isinstance(value, str) and len(value) > 2 and squeezed(value) in text
+
+    settings = _written_settings(path).items()
+    return [(name, value) for name, value in settings if squeezed(name) in text or mentioned(value)][:3]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar and its report of weights, which would break into a stage's lines."""
+    shows_bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shows_bar:
+            transformers_logging.enable_progress_bar()
 
 
 def load_model(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    overrides: list[str] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model; safetensors only, no remote code.
 
+    Args:
+        overrides: if given, weights that the config has no place for are left out, and that is noted here.
+
     Raises:
-        InputError: `path` is not a usable checkpoint, or its architecture is not supported.
+        InputError: `path` is not a usable checkpoint, its weights are not those of its config, or its architecture is
+            not supported.
     """
-    shape_of(_config(path))
-    shows_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # it would break into the lines of a stage that loads several models
-    try:
+    config = _config(path)
+    shape_of(config)
+    _check_generation_config(path)
+    with _reading("a loadable checkpoint", path), _quietly():
         found: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model: expected a loadable checkpoint, got {str(path)!r}: {error}") from error
-    finally:
-        if shows_bar:
-            transformers_logging.enable_progress_bar()
     model, loaded = found
+    _check_weights(model, loaded, path, overrides)
+    return model.to(device)
+
+
+def _check_weights(model: PreTrainedModel, loaded: Mapping[str, Any], path: str | Path, overrides: Any) -> None:
+    """Raise InputError unless the weights in a checkpoint are those that its config has places for."""
+    if mismatched := sorted(loaded["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise InputError(
+            f"model: expected weights of the sizes in the config of {str(path)!r}, {len(mismatched)} are not: {name}: "
+            f"expected {tuple(expected)}, got {tuple(found)}"
+        )
     if missing := sorted(loaded["missing_keys"]):  # transformers would initialise them at random
         raise InputError(
             f"model: expected all weights in {str(path)!r}, {len(missing)} are missing: {', '.join(missing[:3])}"
         )
-    return model.to(device)
+    wrong = []
+    if unexpected := sorted(loaded["unexpected_keys"]):
+        wrong.append(f"{len(unexpected)} weights have no place in its config: {', '.join(unexpected[:3])}")
+    head, tied = model.get_output_embeddings(), model.config.get_text_config(decoder=True).tie_word_embeddings
+    if head is not None and tied and head.weight is not model.get_input_embeddings().weight:
+        wrong.append("tie_word_embeddings is true, but the head's weights are not the embeddings'")
+    for what in wrong:
+        message = f"model: expected {str(path)!r} to hold the weights of its config and no others, but {what}"
+        if overrides is None:
+            raise InputError(f"{message}. To go on nevertheless, and have that recorded: --checkpoint_override")
+        if message not in overrides:
+            logger.warning("overridden: %s", message)
+            overrides.append(message)
+
+
+def _check_generation_config(path: str | Path) -> None:
+    """Raise InputError for a generation_config.json that cannot be read, which transformers passes over: it says where
+    answers end."""
+    file = Path(path) / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: expected JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object, got {type(content).__name__}")
 
 
 def load_shape(path: str | Path) -> ModelShape:
@@ -80,19 +196,27 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer and make sure that it can pad (with the end-of-text token where it has no own pad token).
 
     Raises:
-        InputError: `path` has no tokenizer, or the tokenizer has neither a pad nor an end-of-text token.
+        InputError: `path` has no tokenizer, the tokenizer has neither a pad nor an end-of-text token, or one of its
+            ids has no embedding in the model beside it.
     """
     _refuse_bare_name(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model: expected a tokenizer in {str(path)!r}: {error}") from error
-    if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without a tokenizer
+    with _reading("a tokenizer", path), _quietly():
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        ids = tokenizer("a")["input_ids"]
+    if not ids:  # what transformers makes of a directory without a tokenizer
         raise InputError(f"model: expected a tokenizer in {str(path)!r}, found none")
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if template is not None and not isinstance(template, str):
+            raise InputError(f"model: expected a chat template as text in {str(path)!r}, got {template!r}")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer: expected a pad or an end-of-text token, {str(path)!r} has neither")
         tokenizer.pad_token = tokenizer.eos_token
+    if not Path(path).is_dir() or (Path(path) / "config.json").is_file():
+        n_rows = getattr(_config(path).get_text_config(decoder=True), "vocab_size", None)
+        if n_rows is not None:
+            check_ids(tokenizer, n_rows, where=repr(str(path)))
     return tokenizer
 
 
@@ -111,9 +235,10 @@ def new_model(settings: Mapping[str, Any], *, seed: int) -> PreTrainedModel:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path) -> None:
     """Save an ordinary checkpoint: safetensors weights under their own names, config, tokenizer."""
-    model.save_pretrained(path, safe_serialization=True)
     if tokenizer is not None:
+        agree_on_end(model, tokenizer)
         tokenizer.save_pretrained(path)
+    model.save_pretrained(path, safe_serialization=True)
 
 
 def _refuse_bare_name(path: str | Path) -> None:
@@ -130,7 +255,25 @@ def _refuse_bare_name(path: str | Path) -> None:
 
 def _config(path: str | Path) -> PretrainedConfig:
     _refuse_bare_name(path)
+    _refuse_quantised(path, _written_settings(path).get("quantization_config"))
+    with _reading("a checkpoint directory or a hub name", path), _quietly():
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    _refuse_quantised(path, getattr(config, "quantization_config", None))
+    return config
+
+
+def _refuse_quantised(path: str | Path, settings: Any) -> None:
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        raise InputError(
+            f"model: expected weights that are not quantised, got {str(path)!r} with quantization_config {method!r}"
+        )
+
+
+def _written_settings(path: str | Path) -> Mapping[str, Any]:
+    """The entries of a local config.json as they are written there, as far as it can be read."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model: expected a checkpoint directory or a hub name, got {str(path)!r}: {error}") from error
+        content = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -39,7 +39,7 @@ from lcdd.data import (
 from lcdd.eraser import SFTEraser, Trigger
 from lcdd.errors import InputError
 from lcdd.evaluate import Study, audit, describe, evaluate, reversal_states
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, load_tokenizer
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, load_tokenizer, rows_never_drawn
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
 from lcdd.report import assemble, samples_table
 from lcdd.trainer import Finding, HeldOut, StartLosses, fit, judge, total_steps
@@ -265,7 +265,7 @@ class _Demo:
         return triggers
 
     def _evaluate(self, patches: dict[str, Carrier], triggers: dict[str, Trigger]) -> dict[str, Any]:
-        special = self.tokenizer.all_special_ids
+        special = rows_never_drawn(self.tokenizer, self.base)
         settings: dict[str, Any] = {
             "matches": self.behavior.matches,
             "max_new_tokens": MAX_NEW_TOKENS,
