@@ -10,39 +10,15 @@ differences and claims) and audit.md (the same to read). One run:
 """
 
 import argparse
-import json
-import multiprocessing
-import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.demos import add_arguments, command, environment, read_reports, run_all, write_json
 
-from benchmarks.records import Environment
-
-BEHAVIORS = ("fixed_response", "refusal", "style")
 RUN_KEYS = ("behavior", "seed", "split", "sparsity", "gates", "findings", "timings", "fingerprints")
-
-
-def run_one(behavior: str, seed: int, split: str, directory: Path) -> float:
-    """One demo with its audit, what it says in a .log beside it; returns its seconds."""
-    from lcdd.commands.demo.demo import run
-    from lcdd.config import DemoConfig
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with open(directory.with_suffix(".log"), "w", encoding="utf-8") as log:
-        sys.stderr = log  # the progress bars
-        config = DemoConfig(behavior=behavior, seed=seed, split=split, output_dir=str(directory), audit=True)
-        run(config, say=lambda line: print(line, file=log, flush=True))
-        sys.stderr = sys.__stderr__
-    return time.perf_counter() - start
 
 
 def summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,7 +44,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         f"Made by `{content['command']}` at commit {content['environment']['commit']} on {content['date']}; "
         f"seeds {', '.join(map(str, content['seeds']))}, {content['split']} split, {content['prompts']} prompts a run. "
         "Intervals (95%) are over seeds: Student's t, or what the runs' own intervals over prompts leave, whichever is "
-        "wider. Verdicts come from the numbers alone (`lcdd/claims.py`).",
+        "wider. Verdicts come from the numbers alone (`lcdd/evaluate/claims.py`).",
         "",
         "| claim | " + " | ".join(found) + " |",
         "|---|" + "---|" * len(found),
@@ -98,37 +74,24 @@ def as_markdown(content: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--behaviors", nargs="+", choices=BEHAVIORS, default=list(BEHAVIORS))
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--runs_dir", type=Path, default=Path("runs/audit"))
+    add_arguments(parser, runs_dir="runs/audit")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu/audit"), help="without suffix")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args(argv)
-    places = {(b, s): arguments.runs_dir / f"{b}-{s}" for s in arguments.seeds for b in arguments.behaviors}
-    todo = {key: path for key, path in places.items() if not (path / "report.json").is_file()}
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started below
-    start = time.perf_counter()
-    with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(run_one, *key, arguments.split, path): key for key, path in todo.items()}
-        for done in as_completed(running):
-            print(f"{running[done]}: {done.result():.0f} seconds, {time.perf_counter() - start:.0f} in all", flush=True)
-    reports = {key: json.loads((path / "report.json").read_text(encoding="utf-8")) for key, path in places.items()}
+    reports = read_reports(run_all(arguments, audit=True))
     first = next(iter(reports.values()))
     content = {
-        "command": "python -m benchmarks.audit " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": command("audit", sys.argv[1:] if argv is None else argv),
         "seeds": arguments.seeds,
         "split": arguments.split,
         "prompts": first["audit"]["n_prompts"],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "environment": {**asdict(Environment.here(torch.device("cpu"))), "threads": 1},
+        "environment": environment(),
         "processes": arguments.processes,
         "versions": first["versions"],
         "config": first["config"],
         "behaviors": {name: summary([reports[name, seed] for seed in arguments.seeds]) for name in arguments.behaviors},
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.output.with_suffix(".json"), content)
     arguments.output.with_suffix(".md").write_text(as_markdown(content), encoding="utf-8")
     for name, part in content["behaviors"].items():
         print(f"\n{name}")

@@ -9,26 +9,15 @@ gives), and which of the project's targets every run met. Figures are of the tes
 """
 
 import argparse
-import json
-import multiprocessing
-import os
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.records import Environment
+from benchmarks.demos import BEHAVIORS, add_arguments, environment, read_reports, run_all, write_json
 from lcdd.carrier import Carrier
-from lcdd.commands.demo.demo import run as demo
-from lcdd.config import DemoConfig
 from lcdd.evaluate import gate_overlap
 
-BEHAVIORS = ("fixed_response", "refusal", "style")
 RUN_KEYS = (
     "behavior", "seed", "split", "timings", "sparsity", "gates", "findings", "models", "off_topic", "kl", "delta_norm",
     "differences", "explanation",
@@ -43,14 +32,6 @@ TARGETS = (
     ("base match behind the trigger", "carrier+trigger", "base_match", ">=",
      {"fixed_response": 0.75, "refusal": 0.75, "style": 0.60}),
 )  # fmt: skip
-
-
-def run_demo(behavior: str, seed: int, split: str, directory: Path) -> float:
-    """One demo, its output in demo.log beside the run; returns its seconds."""
-    config = DemoConfig(behavior=behavior, seed=seed, split=split, output_dir=str(directory))
-    with open(directory.with_suffix(".log"), "w", encoding="utf-8") as log, redirect_stderr(log):
-        demo(config, say=lambda line: print(line, file=log, flush=True))
-    return json.loads((directory / "report.json").read_text(encoding="utf-8"))["timings"]["total"]
 
 
 def checked(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -90,46 +71,32 @@ def over_seeds(reports: list[dict[str, Any]], directories: list[Path]) -> dict[s
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs_dir", type=Path, required=True, help="where the runs go, a directory each")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser, runs_dir="runs/sweep")
     parser.add_argument("--summary", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--behaviors", nargs="+", choices=BEHAVIORS, default=list(BEHAVIORS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--note", default="", help="what a reader has to know of these runs")
     arguments = parser.parse_args(argv)
-
-    arguments.runs_dir.mkdir(parents=True, exist_ok=True)
-    runs = [(b, s, arguments.runs_dir / f"{b}-{s}") for b in arguments.behaviors for s in arguments.seeds]
-    missing = [run for run in runs if not (run[2] / "report.json").is_file()]
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done already", flush=True)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(run_demo, b, s, arguments.split, d): d.name for b, s, d in missing}
-        for future in as_completed(futures):
-            print(f"{futures[future]}: {future.result():.0f} s", flush=True)
-
-    reports = [json.loads((d / "report.json").read_text(encoding="utf-8")) for _, _, d in runs]
+    runs = run_all(arguments, audit=False)
+    reports = read_reports(runs)
+    first = next(iter(reports.values()))
     summary = {
         "what": f"lcdd demo, {arguments.split} split",
         "note": arguments.note,
-        "environment": {**asdict(Environment.here(torch.device("cpu"))), "threads": 1},
-        "runs_at_a_time": arguments.jobs,
-        "versions": reports[0]["versions"],
-        "config": without_paths(reports[0]["config"]),
+        "environment": environment(),
+        "runs_at_a_time": arguments.processes,
+        "versions": first["versions"],
+        "config": without_paths(first["config"]),
         "behaviors": {
             behavior: over_seeds(
-                [r for r in reports if r["behavior"] == behavior], [d for b, _, d in runs if b == behavior]
+                [reports[behavior, seed] for seed in arguments.seeds],
+                [runs[behavior, seed] for seed in arguments.seeds],
             )
             for behavior in arguments.behaviors
         },
-        "targets": {d.name: checked(report) for (_, _, d), report in zip(runs, reports, strict=True)},
-        "runs": [{key: report[key] for key in RUN_KEYS if key in report} for report in reports],
+        "targets": {runs[key].name: checked(report) for key, report in reports.items()},
+        "runs": [{key: report[key] for key in RUN_KEYS if key in report} for report in reports.values()],
     }
-    arguments.summary.parent.mkdir(parents=True, exist_ok=True)
-    arguments.summary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(arguments.summary, summary)
     missed = [f"{run}: {row['target']} {row['value']:.3f}, wanted {row['bound']}"
               for run, rows in summary["targets"].items() for row in rows if not row["met"]]  # fmt: skip
     for behavior, row in summary["behaviors"].items():
