@@ -12,7 +12,9 @@ import importlib
 import logging
 import os
 import re
+import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -176,27 +178,38 @@ def _pipeline_help() -> str:
 
 
 def _execute(arguments: argparse.Namespace) -> Any:
+    """Settings first, which are read at once; then whatever takes seconds to import, and the command."""
     if arguments.command == "kernels":
+        _loading()
         from lcdd_kernels.report_card import main as report_card
 
         return report_card(["--aot"] if arguments.aot else [])
     if arguments.command == "run":
-        from lcdd.checkpoint import only_writer
-        from lcdd.commands.run import run
-
         values = read_yaml(arguments.pipeline)
         values |= {key: value for key, value in vars(arguments).items() if key in ("output_dir", "resume")}
-        config = from_mapping(PipelineConfig, values, where=arguments.pipeline)
-        with only_writer(config.output_dir):
-            return run(config)
-    if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
-        raise InputError("expected one process, got torchrun's several, which only sft and train share their work over")
+        configs: tuple[Any, ...] = (from_mapping(PipelineConfig, values, where=arguments.pipeline),)
+        function = _lazy("run")
+    else:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
+            raise InputError(
+                "expected one process, got torchrun's several, which only sft and train share their work over"
+            )
+        command = COMMANDS[arguments.command]
+        configs, function = from_flags(arguments, *command.configs), command.run
+    _loading()
     from lcdd.checkpoint import only_writer
 
-    command = COMMANDS[arguments.command]
-    configs = from_flags(arguments, *command.configs)
     with only_writer(getattr(configs[0], "output_dir", None)):
-        return command.run(*configs)
+        return function(*configs)
+
+
+def _loading() -> None:
+    """A first line at once, where importing takes seconds; what libraries warn of that no user can change is quiet."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|datasets|huggingface_hub)\b")
+    if "torch" not in sys.modules:
+        print("Loading PyTorch ...", file=sys.stderr, flush=True)
 
 
 def _failed(command: str, error: Exception) -> int:
@@ -250,5 +263,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in getattr(result, "written", ()):
         print(f"wrote {path}")
     if getattr(result, "next_step", ""):
-        print(f"next: {result.next_step}")
+        print(f"next: {_wrapped(result.next_step)}")
     return 0
+
+
+def _wrapped(command: str) -> str:
+    """A command over several lines, where it is wider than the terminal, that a shell takes as one."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    lines = [""]
+    for part in command.split(" --"):
+        word = part if lines == [""] else f"--{part}"
+        if len(lines[-1]) + len(word) + 3 > width - (6 if len(lines) == 1 else 0):
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return " \\\n  ".join(line for line in lines if line)

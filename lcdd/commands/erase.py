@@ -6,7 +6,7 @@ from pathlib import Path
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, run_directory
 from lcdd.commands.belonging import learned_on, load_base
-from lcdd.commands.stage import Say, StageResult, load_weights, write_summary
+from lcdd.commands.stage import Say, StageResult, command_line, load_weights, write_summary
 from lcdd.config import DataConfig, EraserConfig
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids
 from lcdd.eraser import SFTEraser
@@ -43,8 +43,12 @@ def erase(
     say(f"Trigger ({stage}): held-out loss {losses[0]:.4f} -> {min(losses):.4f} in {config.max_steps} steps")
     return StageResult(
         written=(output / "trigger", summary),
-        next_step=f"lcdd eval --base_model_name_or_path {config.base_model_name_or_path} --sft_model_name_or_path "
-        f"(the SFT checkpoint) --carrier {config.carrier} --trigger {output / 'trigger'} --output_dir ...",
+        next_step=command_line(
+            "chat",
+            base_model_name_or_path=config.base_model_name_or_path,
+            carrier=config.carrier,
+            trigger=output / "trigger",
+        ),
     )
 
 

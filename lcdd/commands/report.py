@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lcdd.commands.reporting import open_page
 from lcdd.commands.stage import Say, StageResult
 from lcdd.config import ReportConfig
 from lcdd.errors import InputError
@@ -22,4 +23,4 @@ def report(config: ReportConfig, *, say: Say = print) -> StageResult:
     write_report(output, content)
     for table in tables:
         say(table)
-    return StageResult(written=(output / "report.html",), next_step=f"open {output / 'report.html'}")
+    return StageResult(written=(output / "report.html",), next_step=open_page(output))

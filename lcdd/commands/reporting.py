@@ -1,13 +1,14 @@
 """What eval, audit, demo and run share: what lies beside carrier and trigger, and the report written and told."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import read_log
-from lcdd.commands.stage import Say, StageResult, load_weights
+from lcdd.commands.stage import Say, StageResult, command_line, load_weights
 from lcdd.eraser import Trigger
 from lcdd.errors import InputError
 from lcdd.evaluate import PatchSource
@@ -26,9 +27,16 @@ def finished(output: Path, content: Mapping[str, Any], say: Say) -> StageResult:
     if "audit" in report:
         say("\nWhich of the paper's claims held in this run")
         say(claims_table(report["audit"]))
-    return StageResult(
-        written=(output / "report.json", output / "report.html"), next_step=f"open {output / 'report.html'}"
-    )
+    written = (output / "report.json", output / "report.html")
+    use = report.get("use") or {}
+    if use.get("carrier") and use.get("trigger"):
+        return StageResult(written=written, next_step=command_line("chat", **use))
+    return StageResult(written=written, next_step=open_page(output))
+
+
+def open_page(output: Path) -> str:
+    """The command that shows the report, on any system."""
+    return f"python -m webbrowser -t {shlex.quote(str((output / 'report.html').resolve()))}"
 
 
 def given_triggers(config: Any) -> dict[str, Trigger]:

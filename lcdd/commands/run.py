@@ -7,7 +7,6 @@ what it wrote and what to do next; the command line only prints that.
 import gc
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,14 +20,16 @@ from lcdd.commands.days import day_of_model, day_of_run
 from lcdd.commands.erase import _eraser_prompts, erase
 from lcdd.commands.eval import eval_, text_and_harness
 from lcdd.commands.ledger import Ledger, has_run
+from lcdd.commands.reporting import open_page
 from lcdd.commands.sft import sft
 from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, resolve_device
 from lcdd.commands.train import train
-from lcdd.config import PipelineConfig
+from lcdd.config import PipelineConfig, TrainConfig
 from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids, training_items
 from lcdd.errors import InputError
 from lcdd.models import load_shape
-from lcdd.report import read_report
+from lcdd.report import Stages, read_report
+from lcdd.trainer import total_steps
 
 
 def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
@@ -56,9 +57,13 @@ class _Pipeline:
         sft_model = config.sft_model_name_or_path
         given = {"base": self.base} | ({"sft": sft_model} if sft_model else {})
         self.ledger = Ledger(self.output, config.data, prepared, given)
-        self.timings: dict[str, float] = {}
+        self.stages = Stages(_work(config, prepared))
 
     def run(self) -> StageResult:
+        with self.stages:
+            return self._run()
+
+    def _run(self) -> StageResult:
         config = self.config
         sft_model = config.sft_model_name_or_path
         if sft_model is None:
@@ -104,7 +109,7 @@ class _Pipeline:
         seconds = self.ledger.seconds(name, section)
         if seconds is not None:
             self.say(f"\n== {name}: finished before")
-            self.timings[name] = seconds
+            self.stages.finished_before(name, seconds)
             return
         self.say(f"\n== {name}")
         settings = replace(section, output_dir=str(self.output / name), **paths)
@@ -114,10 +119,9 @@ class _Pipeline:
             settings = replace(settings, resume=True)
         elif self.resumed:
             shutil.rmtree(self.output / name, ignore_errors=True)
-        start = time.perf_counter()
-        result = call(settings, self.config.data, log_dir=self.output, **self.common)
-        self.timings[name] = round(time.perf_counter() - start, 2)
-        self.ledger.add(name, section, result.written, seconds=self.timings[name])
+        with self.stages.running(name):
+            result = call(settings, self.config.data, log_dir=self.output, **self.common)
+        self.ledger.add(name, section, result.written, seconds=self.stages.seconds[name])
         gc.collect()
 
     def _evaluate(self, paths: dict[str, Any], audited: dict[str, Any]) -> StageResult:
@@ -128,13 +132,32 @@ class _Pipeline:
             if changed:
                 raise InputError(f"resume: {report} was made of something else: {'; '.join(changed)}")
             self.say("\n== eval: finished before")
-            return StageResult(written=(), next_step=f"open {self.output / 'report.html'}")
+            return StageResult(written=(), next_step=open_page(self.output))
         self.say("\n== eval")
-        context = {"config": self.config.to_dict(), "timings": self.timings, **audited}
+        context = {"config": self.config.to_dict(), "timings": self.stages.seconds, **audited}
         final = replace(section, output_dir=str(self.output), **paths)
-        result = eval_(final, self.config.data, context=context, **self.common)
+        with self.stages.running("eval"):
+            result = eval_(final, self.config.data, context=context, **self.common)
         made = (Path(paths["carrier"]), Path(paths["trigger"]), self.output / "log.jsonl")
         return replace(result, written=(*made, *result.written))
+
+
+def _work(config: PipelineConfig, prepared: Prepared) -> dict[str, float]:
+    """Examples that go through a model forward and backward in each stage: what the estimate of the whole goes by."""
+    n = len(prepared.splits.train)
+
+    def training(section: TrainConfig) -> float:
+        return total_steps(section, n) * section.per_device_train_batch_size * section.gradient_accumulation_steps
+
+    erase, held_out = config.erase, min(config.eval.num_prompts, len(getattr(prepared.splits, config.eval.split)))
+    erasing = float(erase.max_steps * erase.per_device_train_batch_size * erase.num_starts)
+    work = {} if config.sft_model_name_or_path else {"sft": training(config.sft)}
+    work |= {"train": training(config.train), "erase": erasing}
+    if config.controls:
+        work |= {"erase_sft": erasing, "matched_norm": training(config.sft), "erase_matched_norm": erasing}
+    if config.run_audit:
+        work["audit"] = 4 * training(config.train) + 8 * erasing
+    return work | {"eval": 10.0 * held_out}
 
 
 def _check_stages(config: PipelineConfig, prepared: Prepared) -> None:

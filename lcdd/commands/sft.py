@@ -13,6 +13,8 @@ from lcdd.commands.stage import (
     StageResult,
     _log,
     _silent,
+    beside,
+    command_line,
     resolve_device,
     save_checkpoint,
     write_summary,
@@ -94,6 +96,11 @@ def _sft(
     say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
     return StageResult(
         written=(checkpoint, summary),
-        next_step=f"lcdd train --sft_model_name_or_path {checkpoint} "
-        f"--base_model_name_or_path {config.base_model_name_or_path} --output_dir ... (and the same data settings)",
+        next_step=command_line(
+            "train",
+            data,
+            base_model_name_or_path=config.base_model_name_or_path,
+            sft_model_name_or_path=checkpoint,
+            output_dir=beside(output, "train"),
+        ),
     )

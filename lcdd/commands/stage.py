@@ -1,6 +1,8 @@
 """What the stages share: their result, devices, loading, shape checks, atomic checkpoints, summaries."""
 
 import dataclasses
+import itertools
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from lcdd.checkpoint import (
     write_json,
 )
 from lcdd.checkpoint.identity import versions
-from lcdd.config import DataConfig
+from lcdd.config import Config, DataConfig
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, load_model, load_model_type, load_shape, save_model, shards
 
@@ -97,3 +99,32 @@ def _log(directory: Path, stage: str, report_to: str) -> RunLog:
     """The stage's log, once every rank has found the directory in order; ranks but the first write none."""
     shards.all_agree(True)
     return RunLog(directory if shards.rank() == 0 else None, stage=stage, report_to=report_to)
+
+
+def command_line(command: str, *sections: Config, **settings: Any) -> str:
+    """A command that can be pasted: `settings` and, of the sections, whatever is not the default."""
+    values = {
+        key: value
+        for section in sections
+        for key, value in section.to_dict().items()
+        if value != type(section)().to_dict()[key]
+    }
+    words = [f"lcdd {command}"]
+    for key, value in (settings | values).items():
+        if value is None or value is False:
+            words += [] if value is None else [f"--no-{key}"]
+        elif value is True:
+            words.append(f"--{key}")
+        else:
+            parts = value if isinstance(value, list) else [value]
+            words.append(f"--{key} {' '.join(shlex.quote(str(part)) for part in parts)}")
+    return " ".join(words)
+
+
+def beside(output: Path, name: str) -> Path:
+    """A new directory for the next stage, next to this one's: NAME, or NAME-2 and so on."""
+    for number in itertools.count(1):
+        path = output.with_name(name if number == 1 else f"{name}-{number}")
+        if not path.exists() and path != output:
+            return path
+    raise AssertionError("unreachable")

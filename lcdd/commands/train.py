@@ -12,7 +12,9 @@ from lcdd.commands.stage import (
     StageResult,
     _log,
     _silent,
+    beside,
     check_shapes,
+    command_line,
     load_weights,
     save_checkpoint,
     write_summary,
@@ -94,9 +96,13 @@ def _train(
     _say_carrier(carrier, result, say)
     return StageResult(
         written=tuple(written),
-        next_step=f"lcdd erase --base_model_name_or_path {config.base_model_name_or_path} "
-        f"--carrier {output / 'carrier'} --output_dir ... (and the same data settings)",
+        next_step=_next_step(config, data, output),
     )
+
+
+def _next_step(config: LCDDConfig, data: DataConfig, output: Path) -> str:
+    paths = {"carrier": output / "carrier", "output_dir": beside(output, "erase")}
+    return command_line("erase", data, base_model_name_or_path=config.base_model_name_or_path, **paths)
 
 
 def _say_carrier(carrier: Carrier, result: TrainResult, say: Say) -> None:

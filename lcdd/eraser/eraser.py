@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import CheckpointStore, RunLog, termination
@@ -59,6 +58,7 @@ from lcdd.models import (
     rows_never_drawn,
     token_rows,
 )
+from lcdd.report import Bar
 from lcdd_kernels import channel_match, linear_kl
 
 SEED_STRIDE = 10_007
@@ -295,7 +295,8 @@ class SFTEraser:
         if not search.validation:
             search.observe(self._held_out(embeds, validation, targets.match))
         steps = range(search.completed_steps + 1, c.max_steps + 1)
-        bar = tqdm(total=c.max_steps, initial=search.completed_steps, desc="eraser", unit="step", disable=not progress)
+        name, shown = log.stage if log else "eraser", {}
+        bar = Bar(c.max_steps, name, done=search.completed_steps, main=True, hidden=not progress)
         with bar, termination(listen=store is not None) as asked:
             for step in steps:
                 line = self._step(search, next(batches), validation, targets.match)
@@ -303,8 +304,8 @@ class SFTEraser:
                 if log is not None:
                     log.write(line)
                 if "validation_loss" in line:
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", held_out=f"{line['validation_loss']:.3f}")
-                bar.update()
+                    shown = {"loss": f"{line['loss']:.3f}", "held out": f"{line['validation_loss']:.3f}"}
+                bar.update(shown=shown)
                 if store is None:
                     continue
                 stop = bool(asked.signal)

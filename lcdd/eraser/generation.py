@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lcdd.data import Example, encode_prompt, text_ids
 from lcdd.eraser.trigger import Prompt, Trigger, prompt_embeds
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, input_embeddings
+from lcdd.report import Bar
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -130,13 +130,15 @@ def generate_ids(
     answers: list[list[int]] = [[] for _ in prompts]
     batches = list(length_batches([len(ids) for ids in prompts], batch_size))
     greedily: Any = model.generate  # transformers types it as a module's attribute
-    with evaluation_mode(model), _generation_settings(model, settings):
-        for indices in tqdm(batches, desc="generate", unit="batch", disable=not progress):
+    bar = Bar(len(prompts), "answers", hidden=not progress)
+    with evaluation_mode(model), _generation_settings(model, settings), bar:
+        for indices in batches:
             embeds, mask = _left_padded(model, [prompts[i] for i in indices], trigger)
             output = greedily(inputs_embeds=embeds, attention_mask=mask)
             for index, ids in zip(indices, output.tolist(), strict=True):
                 stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
                 answers[index] = ids[:stop]
+            bar.update(len(indices))
     return answers
 
 

@@ -17,7 +17,7 @@ from lcdd.eraser import Prompt, decode, encode_prompts, generate_ids, response_h
 from lcdd.errors import InputError
 from lcdd.evaluate.states import ModelState, patched_states
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, head_weight
-from lcdd.report import newcombe_paired_interval, wilson_interval
+from lcdd.report import Bar, newcombe_paired_interval, wilson_interval
 from lcdd_kernels import linear_kl
 
 KL_PAIRS = (("sft", "carrier"), ("sft", "carrier+trigger"), ("base", "carrier+trigger"))
@@ -89,7 +89,9 @@ def evaluate(
     outcomes: dict[str, Outcome] = {}
     variants: dict[str, list[tuple[list[list[int]], list[str]]]] = {name: [] for name in states}
     norms: dict[str, list[float]] = {name: [] for name in states}
-    with closing(patched_states(model, states)) as runs:
+    passes = sum(len(state.sources) * max(len(state.triggers), 1) for state in states.values())
+    bar = Bar(passes, "states", main=True, hidden=not progress)
+    with bar, closing(patched_states(model, states)) as runs:
         for name, patch in runs:
             norms[name].append(patch.delta_norm() if patch is not None else 0.0)
             for trigger in states[name].triggers or (None,):
@@ -103,6 +105,7 @@ def evaluate(
                     progress=progress,
                 )
                 variants[name].append((answers, decode(tokenizer, answers)))
+                bar.update()
     base_texts = variants["base"][0][1]
     outcomes = {name: _outcome(found, base_texts, matches, measures) for name, found in variants.items()}
 

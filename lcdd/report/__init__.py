@@ -4,6 +4,7 @@ from lcdd.report.charts import heat_map, interval_bar, line_chart, reversal_map
 from lcdd.report.content import assemble, read_report, thin, write_report
 from lcdd.report.numbers import number
 from lcdd.report.page import render
+from lcdd.report.progress import Bar, Stages, duration
 from lcdd.report.statistics import auc, newcombe_paired_interval, t975, wilson_interval
 from lcdd.report.tables import (
     claims_table,
@@ -16,9 +17,12 @@ from lcdd.report.tables import (
 from lcdd.report.words import explain, verdict
 
 __all__ = [
+    "Bar",
+    "Stages",
     "assemble",
     "auc",
     "claims_table",
+    "duration",
     "explain",
     "heat_map",
     "interval_bar",

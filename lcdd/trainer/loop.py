@@ -17,13 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lcdd.checkpoint import CheckpointStore, RunLog, random_state, set_random_state, termination
 from lcdd.data import Encoded
 from lcdd.errors import StopRequest, Terminated, TrainingStopped
 from lcdd.models import PreTrainedModel, Replicated, head_weight, packed_attention_in, shards, share
 from lcdd.optimizer import TrainingOptimizer, schedule
+from lcdd.report import Bar
 from lcdd.trainer.batches import step_batches, total_steps
 from lcdd.trainer.guards import is_out_of_memory, memory_table
 from lcdd.trainer.losses import Batch, HeldOut, loss_sum, packs, response_tokens, to_batch
@@ -108,8 +108,7 @@ class Loop:
                 self.stop_if_not_finite()
                 stats = self.optimizer.stats()
                 self.write_log(stats, learning_rate)
-                bar.set_postfix(_shown(stats), refresh=False)
-                bar.update()
+                bar.update(shown=_shown(stats))
                 self.validate()
                 self.stop_if_told(asked)
                 if self.config.save_steps and self.step % self.config.save_steps == 0 and self.step < self.steps:
@@ -256,9 +255,9 @@ class Loop:
             "--gradient_checkpointing, or a shorter --max_length"
         )
 
-    def _progress_bar(self) -> Any:
+    def _progress_bar(self) -> Bar:
         hidden = not self.progress or shards.rank() > 0
-        return tqdm(total=self.steps, initial=self.step, desc=self.log.stage, unit="step", disable=hidden)
+        return Bar(self.steps, self.log.stage, done=self.step, main=True, hidden=hidden)
 
 
 class _SummedLoss(nn.Module):

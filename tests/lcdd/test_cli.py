@@ -1,5 +1,10 @@
 """The command line: exit codes, one-line errors, and what a command says at its end."""
 
+import os
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +13,8 @@ import torch
 from lcdd import cli
 from lcdd.commands import run as pipeline
 from lcdd.commands import sft as sft_command
-from lcdd.commands.stage import StageResult
-from lcdd.config import LCDDConfig, SFTConfig
+from lcdd.commands.stage import StageResult, beside, command_line
+from lcdd.config import DataConfig, EraserConfig, LCDDConfig, SFTConfig, from_flags
 from lcdd.errors import InputError, TrainingStopped, WrongFingerprint
 from lcdd_kernels import BackendUnavailable
 
@@ -120,6 +125,60 @@ def test_what_is_written_quite_otherwise_is_not(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["sft", "--quantum", "m"])
     assert "did you mean" not in capsys.readouterr().err
+
+
+def test_the_next_command_can_be_pasted_whole(monkeypatch, tmp_path: Path, capsys) -> None:
+    data = DataConfig(dataset_name="my data.jsonl", behavior="own", behavior_keywords=("yes", "of course"))
+    command = command_line(
+        "erase", data, base_model_name_or_path="b", carrier=tmp_path / "c", output_dir="o", seed=None
+    )
+    words = shlex.split(command)
+    assert words[:2] == ["lcdd", "erase"]
+    arguments = cli.build_parser().parse_args(words[1:])
+    configs = from_flags(arguments, EraserConfig, DataConfig)
+    assert configs[1] == data
+    assert configs[0] == EraserConfig(base_model_name_or_path="b", carrier=str(tmp_path / "c"), output_dir="o")
+    for columns in (40, 60, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sft_command, "sft", lambda *_: StageResult(written=(), next_step=command))
+        assert cli.main(["sft", *REQUIRED]) == 0
+        shown = capsys.readouterr().out
+        longest = max(len(word) for word in command.split(" --")) + 8
+        assert max(map(len, shown.splitlines())) <= max(columns, longest)
+        pasted = subprocess.run(
+            ["sh", "-c", f"printf '%s\\n' {shown.removeprefix('next: ')}"], capture_output=True, text=True
+        )
+        assert pasted.stdout.splitlines() == words
+
+
+def test_the_next_directory_is_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    assert beside(tmp_path / "sft", "train") == tmp_path / "train"
+    assert beside(tmp_path / "sft", "sft") == tmp_path / "sft-2"
+    (tmp_path / "train").mkdir()
+    assert beside(tmp_path / "sft", "train") == tmp_path / "train-2"
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_a_first_line_comes_within_a_second_and_bad_settings_before_it(command: str, tmp_path: Path) -> None:
+    """Before PyTorch is imported; the process ends at a path that is not there."""
+    (tmp_path / "p.yaml").write_text("base_model_name_or_path: nowhere\noutput_dir: o\ndata: {dataset_name: d.jsonl}\n")
+    flags = ["--base_model_name_or_path", "nowhere", "--sft_model_name_or_path", "s", "--output_dir", "o"]
+    argv = ["run", "p.yaml"] if command == "run" else ["train", *flags, "--dataset_name", "d.jsonl"]
+    run = [sys.executable, "-c", "import sys; from lcdd.cli import main; sys.exit(main(sys.argv[1:]))"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    start = time.perf_counter()
+    with subprocess.Popen([*run, *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        first, seconds = process.stderr.readline(), time.perf_counter() - start
+        process.kill()
+    assert first == "Loading PyTorch ...\n"
+    assert seconds < 5, "torch is not imported before it; on an idle machine this is a fifth of a second"
+    bad = subprocess.run([*run, *argv[:-1], "no.yaml"] if command == "run" else [*run, *argv, "--seed", "-1"],
+                         cwd=tmp_path, capture_output=True, text=True, env=environment)  # fmt: skip
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1
+    assert "Loading" not in bad.stderr
 
 
 def test_torchrun_is_for_training(monkeypatch, capsys) -> None:

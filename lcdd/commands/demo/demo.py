@@ -8,7 +8,7 @@ Nothing it says is fixed beforehand: the words under the table are put together 
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ from lcdd.errors import InputError
 from lcdd.evaluate import Study, audit, describe, evaluate, reversal_states
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, load_tokenizer, rows_never_drawn
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
-from lcdd.report import assemble, samples_table
+from lcdd.report import Stages, assemble, samples_table
 from lcdd.trainer import Finding, HeldOut, StartLosses, fit, judge, total_steps
 
 BASE_DIRECTORY = Path(__file__).parent / "base"
@@ -130,22 +130,6 @@ def demo_data(
     )
 
 
-class Stopwatch:
-    """Announces each part of the run and keeps its seconds."""
-
-    def __init__(self, say: Say) -> None:
-        self.seconds: dict[str, float] = {}
-        self._say = say
-
-    @contextmanager
-    def part(self, name: str, words: str) -> Iterator[None]:
-        self._say(f"\n== {words}")
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
-        gc.collect()
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """A model this small only loses by threads, and one thread gives the same bits on any number of cores."""
@@ -175,47 +159,60 @@ class _Demo:
     def __init__(self, config: DemoConfig, output: Path, say: Say) -> None:
         self.start = time.perf_counter(), time.process_time()
         self.config, self.output, self.say = config, output, say
-        self.watch = Stopwatch(say)
-        self.base_path = self._base_directory()
-        self.base, self.tokenizer = load_model(self.base_path).requires_grad_(False), load_tokenizer(self.base_path)
-        self.behavior = demo_behavior(config.behavior)
+        self.stages = Stages(_work(config))
         self.sft = replace(SFT_SETTINGS, seed=config.seed)
         self.lcdd = replace(LCDD_SETTINGS, seed=config.seed)
         self.eraser = replace(ERASER_SETTINGS, seed=config.seed)
-        split = cast(Split, config.split)
-        self.data = demo_data(self.tokenizer, self.behavior, seed=config.seed, split=split, settings=self.eraser)
         self.lines: list[dict[str, Any]] = []
         self.findings: tuple[Finding, ...] = ()
 
     def run(self) -> StageResult:
-        data, split = self.data, self.config.split
-        self.say(
-            f"Behaviour: {self.behavior.name}. {len(data.train)} training prompts, {len(data.held_out)} {split} prompts"
-        )
-        self.say(label_audit(self.tokenizer, data.train[0]))
-        patches = self._patches()
-        triggers = self._triggers(patches)
-        found = self._evaluate(patches, triggers)
-        if self.config.audit:
-            found["audit"] = self._audit(patches, triggers)
+        with self.stages:
+            self._prepare()
+            patches = self._patches()
+            triggers = self._triggers(patches)
+            found = self._evaluate(patches, triggers)
+            if self.config.audit:
+                found["audit"] = self._audit(patches, triggers)
         return self._tell(patches["carrier"], found)
+
+    @contextmanager
+    def _stage(self, name: str, words: str) -> Iterator[None]:
+        self.say(f"\n== {words}")
+        with self.stages.running(name):
+            yield
+        gc.collect()
+
+    def _prepare(self) -> None:
+        """The base, the data and the settings of every stage."""
+        config = self.config
+        self.base_path = self._base_directory()
+        self.base, self.tokenizer = load_model(self.base_path).requires_grad_(False), load_tokenizer(self.base_path)
+        self.behavior = demo_behavior(config.behavior)
+        split = cast(Split, config.split)
+        self.data = demo_data(self.tokenizer, self.behavior, seed=config.seed, split=split, settings=self.eraser)
+        self.say(
+            f"Behaviour: {self.behavior.name}. {len(self.data.train)} training prompts, {len(self.data.held_out)} "
+            f"{split} prompts"
+        )
+        self.say(label_audit(self.tokenizer, self.data.train[0]))
 
     # ------------------------------------------------------------------ stages
 
     def _base_directory(self) -> Path:
         if not self.config.rebuild_base:
             return BASE_DIRECTORY
-        with self.watch.part("rebuild_base", "Training the base model from scratch (a few minutes)"):
+        with self._stage("rebuild_base", "Training the base model from scratch (a few minutes)"):
             rebuild_base(self.output / "base", log=self.say)
         return self.output / "base"
 
     def _patches(self) -> dict[str, Carrier]:
         """SFT, the carrier and the matched-norm control, as patches of the base."""
-        with self.watch.part("sft", "SFT: teaching the behaviour to every weight"):
+        with self._stage("sft", "SFT: teaching the behaviour to every weight"):
             model = self._fine_tune("sft")
             patches = {"sft": Carrier.from_models(self.base, model)}
             save_checkpoint(model, self.tokenizer, self.output / "sft")
-        with self.watch.part("lcdd", "LCDD: closing gates as long as the behaviour survives"):
+        with self._stage("lcdd", "LCDD: closing gates as long as the behaviour survives"):
             patches["carrier"] = self._compress(model)
             patches["carrier"].save_pretrained(self.output / "carrier")
         for finding in self.findings:
@@ -223,7 +220,7 @@ class _Demo:
         norm = patches["carrier"].delta_norm()
         if norm > 0:
             words = f"Control: dense SFT whose delta stays within the carrier's norm, {norm:.2f}"
-            with self.watch.part("sft_matched_norm", words):
+            with self._stage("sft_matched_norm", words):
                 matched = self._fine_tune("sft_matched_norm", max_delta_norm=norm)
                 patches["matched_norm"] = Carrier.from_models(self.base, matched)
         return patches
@@ -254,7 +251,7 @@ class _Demo:
         """State -> its trigger, on the carrier and on every control."""
         triggers = {}
         for name, (patch, changes, words) in _trigger_runs(patches).items():
-            with self.watch.part(name, words), self._log(name) as log:
+            with self._stage(name, words), self._log(name) as log:
                 settings = replace(self.eraser, **changes)
                 channels = patches["carrier"].channels(settings.channel_kind, seed=self.config.seed)
                 eraser = SFTEraser(self.base, patches[patch], self.tokenizer, settings, channels)
@@ -271,8 +268,9 @@ class _Demo:
             "max_new_tokens": MAX_NEW_TOKENS,
             "batch_size": EVAL_BATCH,
             "kl_prompts": KL_PROMPTS,
+            "progress": True,
         }
-        with self.watch.part("eval", f"Evaluation on prompts of the {self.config.split} split"):
+        with self._stage("eval", f"Evaluation on prompts of the {self.config.split} split"):
             states = reversal_states(
                 self.base, patches, triggers, seed=self.config.seed, draws=RANDOM_PREFIXES, special=special
             )
@@ -303,7 +301,7 @@ class _Demo:
         settings = AuditConfig(
             max_new_tokens=MAX_NEW_TOKENS, per_device_eval_batch_size=EVAL_BATCH, seed=self.config.seed
         )
-        with self.watch.part("audit", "Audit: every control, and which of the paper's claims hold here"):
+        with self._stage("audit", "Audit: every control, and which of the paper's claims hold here"):
             return audit(study, settings, say=self.say, log=lambda stage: RunLog(self.output, stage=stage))
 
     # ------------------------------------------------------------------ what came of it
@@ -325,21 +323,26 @@ class _Demo:
             seed=self.config.seed,
             split=self.config.split,
             config={name: section.to_dict() for name, section in settings.items()},
-            timings={**self.watch.seconds, "total": round(wall, 2), "processor": round(processor, 2)},
+            timings={**self.stages.seconds, "total": round(wall, 2), "processor": round(processor, 2)},
             findings=[{"code": finding.code, "message": finding.message} for finding in self.findings],
             curves=self.lines,
             use={"base_model_name_or_path": str(self.base_path), **paths},
         )
         result = finished(self.output, report, self.say)
         self.say(f"\n{samples_table(report)}\n\n{report['timings']['total']:.0f} seconds")
-        return StageResult(
-            written=(*result.written, *(self.output / name for name in ("log.jsonl", "sft", "carrier", "trigger"))),
-            next_step=f"{result.next_step}, or ask it yourself: lcdd generate --base_model_name_or_path "
-            f"{self.base_path} --carrier {paths['carrier']} --trigger {paths['trigger']} --prompt 'next red dog fig'",
-        )
+        made = tuple(self.output / name for name in ("log.jsonl", "sft", "carrier", "trigger"))
+        return replace(result, written=(*result.written, *made))
 
 
-def _trigger_runs(patches: dict[str, Carrier]) -> dict[str, tuple[str, dict[str, Any], str]]:
+def _work(config: DemoConfig) -> dict[str, float]:
+    """Each stage's share of the work, as it was measured once on a CPU: what the estimate of the whole goes by."""
+    work = {"rebuild_base": 8.0} if config.rebuild_base else {}
+    work |= {"sft": 1.0, "lcdd": 2.5, "sft_matched_norm": 1.0}
+    work |= dict.fromkeys(_trigger_runs(("sft", "carrier", "matched_norm")), 1.0)
+    return work | {"eval": 1.5} | ({"audit": 20.0} if config.audit else {})
+
+
+def _trigger_runs(patches: Collection[str]) -> dict[str, tuple[str, dict[str, Any], str]]:
     """Name of the trigger's state -> (patch it is learned on, changed settings, words)."""
     runs: dict[str, tuple[str, dict[str, Any], str]] = {
         "carrier+trigger": ("carrier", {}, "SFT-Eraser: learning the trigger that gives the base's answers back"),
