@@ -12,7 +12,7 @@ from benchmarks.cases import Place
 from benchmarks.costs import adamw_bytes, grad_stats_bytes, linear_flops, refresh_bytes
 from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
 from benchmarks.unfused import DeltaMask, UnfusedGates
-from lcdd.optimizer import PackedGradLinear
+from lcdd.optimizer import BlockGrad, PackedGradLinear
 from lcdd_kernels.reference.gates import gate_noise_ref
 
 KIND, SEED = "hard_concrete", 7
@@ -227,8 +227,6 @@ def _linear_case(
 
         def run() -> None:
             linear.weight.grad = x.grad = None
-            if isinstance(linear, PackedGradLinear):
-                linear.zero_packed_grad()
             linear(x).backward(dy)
 
         return Workload(
@@ -245,10 +243,9 @@ def _linear_case(
         packed.set_plan(layout, open_rows, open_cols)
         packed(x).backward(dy)
         r, c = open_rows.long(), open_cols.long()
-        pairs = (
-            [(packed.packed_grad, dense[r][:, c])] if layout == "block"
-            else list(zip(packed.packed_grad, (dense[r], dense[:, c]), strict=True))
-        )  # fmt: skip
+        assert isinstance(packed.weight.grad, BlockGrad)
+        exact = (dense[r][:, c],) if layout == "block" else (dense[r], dense[:, c])
+        pairs = zip(packed.weight.grad.parts, exact, strict=True)
         limit = 2e-2 if dtype == torch.bfloat16 else 1e-4
         checks = [Check("packed weight gradient", relative_error(a, b), limit) for a, b in pairs]
         return [*checks, Check("input gradient", relative_error(x.grad, dx), limit)]

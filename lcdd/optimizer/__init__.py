@@ -1,5 +1,6 @@
 """LCDD is an optimizer: gates, dual controller, packed gradients; and plain SFT beside it."""
 
+from lcdd.optimizer.block_grad import BlockGrad
 from lcdd.optimizer.controller import DualDescent, GateController
 from lcdd.optimizer.dual import DualController
 from lcdd.optimizer.forward import ForwardGates, GatedLinear, GatedMLP
@@ -11,6 +12,7 @@ from lcdd.optimizer.schedules import schedule
 from lcdd.optimizer.sft import SFTOptimizer
 
 __all__ = [
+    "BlockGrad",
     "DualController",
     "DualDescent",
     "ForwardGates",

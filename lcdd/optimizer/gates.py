@@ -60,6 +60,12 @@ class Gates:
         start = self.layout.slice(layer, group).start
         return self.indices[start : start + self.counts[self.layout.group_number(layer, group)]]
 
+    def closed_in(self, layer: int, group: str) -> Tensor:
+        """Channels of `group` in `layer` whose gate is closed, int64 ascending."""
+        values = self.values[self.layout.slice(layer, group)]
+        closed = values.numel() - self.counts[self.layout.group_number(layer, group)]
+        return torch.nonzero_static(values == 0, size=closed)[:, 0]
+
     def open_counts(self) -> dict[str, int]:
         """Open gates of each group, summed over layers."""
         return {group: sum(self.counts[i :: len(GROUPS)]) for i, group in enumerate(GROUPS)}

@@ -174,7 +174,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
                 each rank scales its summed loss by ranks / (all ranks' tokens).
 
         A loss, a gradient or a θ that is not finite skips the step: Δ and λ keep their values, θ those of the last
-        good step, and `skipped_in_a_row` counts.
+        good step, and `skipped_in_a_row` counts. Gradients are dropped (None) in either case.
 
         Raises:
             RuntimeError: the optimizer is in evaluation mode.
@@ -194,6 +194,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
             return
         self._announce_gates()
         self._pass_b(grads, found.norm, gate_old, rank_old)
+        super().zero_grad()
         self.skipped_in_a_row = 0
         self.last_loss, self.grad_norm = found.loss, found.norm
 
@@ -231,13 +232,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def _skip(self, reason: str) -> None:
         """Count a step that is not taken; θ goes back to the last good one."""
         self._controller.restore()
+        super().zero_grad()
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         logger.warning("step skipped: %s", reason)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        self._masked.drop_grads()
 
     # ------------------------------------------------------------------ how it stands
 
@@ -274,10 +272,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ modes and results
 
     def eval(self) -> None:
-        """Write W_eff of the deterministic gates into the model, for evaluation or saving; `train()` goes back.
-
-        Call it between steps: gradients packed for the sampled gates are discarded.
-        """
+        """Write W_eff of the deterministic gates into the model, for evaluation or saving; `train()` goes back."""
         if not self._in_eval:
             self._in_eval = True
             self._write_weights(evaluation=True)
@@ -348,13 +343,12 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def _forward_route(self) -> ForwardGates:
         """The model's projections swapped for ones that apply the gates themselves, on this optimizer's θ and Δ."""
         deltas = {item.name: item.state["delta"] for item in self._masked}
-        for delta in deltas.values():
-            delta.requires_grad_(self.config.train_delta)
+        self._masked.take_gated_grads(self.gates.logits)
         c, logits = self.config, self.gates.logits
         return ForwardGates.attach(self.model, self.base, kind=c.gate_kind, logits=logits, seed=c.seed, deltas=deltas)
 
     def _pack_plan(self, layout: GateLayout) -> PackPlan | None:
-        if self.config.pack == "never" or self._forward is not None:
+        if self._forward is not None:
             return None
         if shards.world_size() > 1:
             logger.info("weight gradients are not packed on several ranks: engines average weight.grad alone")

@@ -3,30 +3,34 @@
 Once most gates are closed, almost none of G = ∂L/∂W_eff matters: with hard-concrete gates the open rows × open columns,
 with Heaviside gates the open rows and the open columns (method, section 1). `PackedGradLinear` is an `nn.Linear`
 with the same parameters, forward and input gradient; where it is told which rows and columns are open, its weight
-gradient goes, packed, to `module.packed_grad` and `weight.grad` stays None.
+gradient is a `BlockGrad`, which stores those and is zero elsewhere.
 
     PackedGradLinear.swap(linear)                     the instance's class changes; names, tensors and state_dict do not
-    linear.set_plan("block", open_rows, open_cols)    once an optimizer step, for the backwards until the next call
-    linear.packed_grad                                [R, C], or ([R, in], [out, C]) for "panels"; at first None
+    linear.set_plan("block", open_rows, open_cols)    once an optimizer step, for the forwards until the next call
+    linear.weight.grad                                as of any linear
     linear.restore()                                  an ordinary nn.Linear again
 
 `PackPlan` does this for a whole model: it swaps the projections, and after every draw of the gates tells each one its
-open rows and columns, or leaves it dense where packing would cost more than it saves.
+open rows and columns, or leaves it dense where packing would cost more than it saves. A dense gradient is made zero
+where a packed one stores nothing, so that norms, and what generic code does by them, do not depend on the layout.
 
 Shapes: T tokens (all leading dimensions), R open rows, C open columns.
 """
 
+import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lcdd.config import LCDDConfig
+from lcdd.errors import InputError
 from lcdd.models import ROW_AND_COL_GROUPS, GateLayout, Projection
+from lcdd.optimizer.block_grad import BlockGrad, OpenPart
 from lcdd.optimizer.gates import Gates
 from lcdd_kernels import (
     PackCrossover,
@@ -37,7 +41,7 @@ from lcdd_kernels import (
     packed_multiple,
     packed_weight_grad,
 )
-from lcdd_kernels.functional.packed_grad import check_index_list
+from lcdd_kernels.functional.packed_grad import PACKED_LAYOUT, check_index_list
 
 __all__ = ["LAYOUTS", "PackPlan", "PackedGradLinear"]
 
@@ -77,133 +81,132 @@ _panels = _PanelCache()
 
 
 class _PackedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b. Backward: dx and db as always; the weight gradient is added, packed, to `module.packed_grad`."""
+    """y = x Wᵀ + b. Backward: dx and db as always; dW is a `BlockGrad` of `part`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: "PackedGradLinear", dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, part: OpenPart, dtype: torch.dtype) -> Tensor:
         # x is saved as it came: q, k and v then hold one tensor, where autocast's own copies would be three.
         ctx.save_for_backward(x, weight)
-        ctx.module, ctx.dtype, ctx.plan = module, dtype, module._plan
-        ctx.weight_node = torch.autograd.graph.get_gradient_edge(weight).node
+        ctx.part, ctx.dtype = part, dtype
         if dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors  # raises where the graph was freed or the weight stepped since the forward
-        if ctx.plan is not ctx.module._plan:
-            raise RuntimeError(
-                "PackedGradLinear: the open rows and columns changed (set_plan) between this forward and its backward"
-            )
-        dy = dy.reshape(-1, weight.shape[0])
-        dx = d_bias = None
+        dy, shape = dy.reshape(-1, weight.shape[0]), x.shape
+        dx = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight.to(ctx.dtype)).to(x.dtype).reshape(x.shape)
+            dx = (dy @ weight.to(ctx.dtype)).to(x.dtype).reshape(shape)
+        if ctx.needs_input_grad[1]:
+            x = x.reshape(-1, weight.shape[1])
+            if torch.is_grad_enabled():  # create_graph: what shall be differentiated once more is an ordinary tensor
+                d_weight = (dy.t() @ x.to(ctx.dtype)).to(weight.dtype)
+            else:
+                d_weight = _open_grad(x, dy, ctx.part, ctx.dtype, like=weight)
         if ctx.needs_input_grad[2]:
             d_bias = dy.sum(dim=0)
-        if _wants_weight_grad(ctx.weight_node):
-            ctx.module._add_packed(x.reshape(-1, weight.shape[1]), dy, ctx.dtype)
-        return dx, None, d_bias, None, None
+        return dx, d_weight, d_bias, None, None
 
 
-def _wants_weight_grad(node: Any) -> bool:
-    """False in `torch.autograd.grad(loss, inputs)` and `backward(inputs=...)` that leave this weight out."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError as error:  # torch's answer for a leaf that is itself asked for
-        raise RuntimeError(
-            "PackedGradLinear: torch.autograd.grad cannot return this weight's gradient, which goes to packed_grad; "
-            'use backward(), or set_plan("dense")'
-        ) from error
+def _open_grad(x: Tensor, dy: Tensor, part: OpenPart, dtype: torch.dtype, *, like: Tensor) -> BlockGrad:
+    """The stored part of dYᵀX for x[T, in] in the dtype it came in and dy[T, out] in the compute dtype."""
+    x_open = _panels.get(x, part.cols, dtype)
+    found = packed_weight_grad(x.to(dtype), dy, part.rows, part.cols, layout=part.layout, x_open=x_open, check=False)
+    parts = (found,) if isinstance(found, Tensor) else found
+    return BlockGrad.of(part, tuple(p.to(like.dtype) for p in parts), like.shape)  # as weight.grad would have
 
 
 class PackedGradLinear(nn.Linear):
     """An `nn.Linear` that can leave the closed part of its weight gradient uncomputed; see the module's docstring.
 
-    layout: "dense" is an ordinary linear layer in every respect. packed_grad: what the backwards since the last
-    `set_plan` or `zero_packed_grad` have added up, in the weight's dtype.
+    Compiled by torch.compile its gradient is dense. A copy, by copy.deepcopy or pickle, is an ordinary nn.Linear.
+
+    Attributes:
+        part: the open rows and columns; None where the gradient is dense.
     """
 
-    packed_grad: Tensor | tuple[Tensor, Tensor] | None
-    _plan: tuple[str, Tensor | None, Tensor | None]
+    part: OpenPart | None
 
     @staticmethod
     def swap(linear: nn.Linear) -> "PackedGradLinear":
         """Turns this instance into a PackedGradLinear with layout "dense"; its parameters, hooks and names stay as they
         are."""
         if type(linear) is not nn.Linear:
-            raise ValueError(f"linear: expected an nn.Linear (not a subclass), got {type(linear).__name__}")
+            raise InputError(f"linear: expected an nn.Linear (not a subclass), got {type(linear).__name__}")
         linear.__class__ = PackedGradLinear
         assert isinstance(linear, PackedGradLinear)
-        linear.packed_grad = None
-        linear._plan = ("dense", None, None)
+        linear.part = None
         return linear
 
     def restore(self) -> nn.Linear:
-        """The reverse of `swap`: an ordinary nn.Linear, without packed_grad and plan. Returns the same instance."""
-        del self.packed_grad, self._plan
+        """The reverse of `swap`: an ordinary nn.Linear. Returns the same instance."""
+        del self.part
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     @property
     def layout(self) -> str:
-        """The form of `packed_grad`: "block" or "panels"; "dense" where the gradient goes to `weight.grad`."""
-        return self._plan[0]
+        """The form of the gradient: "block", "panels" or "dense"."""
+        return "dense" if self.part is None else self.part.layout
 
     def set_plan(self, layout: str, rows: Tensor | None = None, cols: Tensor | None = None) -> None:
-        """What the next backwards compute; discards `packed_grad`, which belongs to the rows and columns of before.
+        """What the weight gradient of the next forwards is.
 
-        layout "dense": weight.grad, all of it. "block": G[rows, cols]. "panels": (G[rows, :], G[:, cols]).
-        rows, cols: distinct int32 or int64 on the weight's device, in the order that packed_grad shall have (GQA's
+        layout "dense": all of it. "block": a BlockGrad of G[rows, cols]. "panels": one of (G[rows, :], G[:, cols]).
+        rows, cols: distinct int32 or int64 on the weight's device, in the order that the stored parts shall have (GQA's
         o_proj: `lcdd_kernels.expand_columns`). They may be empty. Projections that share an input share its packed
         panel where they are given the same `cols` tensor (or the same slice of one).
         """
         if layout not in LAYOUTS:
-            raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+            raise InputError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+        if layout == "dense" and not (rows is None and cols is None):
+            raise InputError('rows, cols: expected None with layout "dense", got tensors')
         if layout == "dense":
-            if rows is not None or cols is not None:
-                raise ValueError('rows, cols: expected None with layout "dense", got tensors')
-        else:
-            check_index_list("rows", rows, self.out_features, self.weight.device)
-            check_index_list("cols", cols, self.in_features, self.weight.device)
-        self._plan = (layout, rows, cols)
-        self.packed_grad = None
+            self.part = None
+            return
+        check_index_list("rows", rows, self.out_features, self.weight.device)
+        check_index_list("cols", cols, self.in_features, self.weight.device)
+        assert rows is not None
+        assert cols is not None
+        self.part = OpenPart(layout=layout, rows=rows, cols=cols)
         _panels.drop()
 
-    def zero_packed_grad(self) -> None:
-        """As `weight.grad = None`."""
-        self.packed_grad = None
-
     def forward(self, x: Tensor) -> Tensor:
-        if self._plan[0] == "dense" or not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if torch.compiler.is_compiling() or self.part is None:
+            return F.linear(x, self.weight, self.bias)
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return F.linear(x, self.weight, self.bias)
         kind, dtype = x.device.type, self.weight.dtype
         if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(kind)
         elif x.dtype != dtype:
-            raise ValueError(f"x: expected dtype {dtype} (the weight's), got {x.dtype}")
-        return _PackedLinear.apply(x, self.weight, self.bias, self, dtype)
+            raise InputError(f"x: expected dtype {dtype} (the weight's), got {x.dtype}")
+        return _PackedLinear.apply(x, self.weight, self.bias, self.part, dtype)
 
-    def _add_packed(self, x: Tensor, dy: Tensor, dtype: torch.dtype) -> None:
-        """x[T, in] in the dtype it came in, dy[T, out] in the compute dtype."""
-        layout, rows, cols = self._plan
-        assert rows is not None
-        assert cols is not None
-        x_open = _panels.get(x, cols, dtype)
-        grad = packed_weight_grad(
-            x.to(dtype), dy, rows, cols, layout=layout, out=self.packed_grad, x_open=x_open, check=False
-        )
-        if self.packed_grad is None:
-            kind = self.weight.dtype  # as weight.grad would have
-            self.packed_grad = grad.to(kind) if isinstance(grad, Tensor) else (grad[0].to(kind), grad[1].to(kind))
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
+        memo[id(self)] = copied = nn.Linear.__new__(nn.Linear)
+        copied.__dict__.update(copy.deepcopy(self._ordinary(), memo))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ordinary_linear, (self._ordinary(),)
+
+    def _ordinary(self) -> dict[str, Any]:
+        """The attributes without ours."""
+        return {name: value for name, value in self.__dict__.items() if name != "part"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, layout={self.layout}"
+
+
+def _ordinary_linear(attributes: dict[str, Any]) -> nn.Linear:
+    """An nn.Linear with these attributes, as pickle makes it."""
+    linear = nn.Linear.__new__(nn.Linear)
+    linear.__setstate__(attributes)
+    return linear
 
 
 class PackPlan:
@@ -211,6 +214,7 @@ class PackPlan:
 
     sites: swapped in place (`PackedGradLinear.swap`); `restore()` swaps them back.
     crossover: None takes the defaults for the weights' device and dtype.
+    pack: off leaves every gradient dense, zero where a packed one would store nothing.
     """
 
     def __init__(
@@ -220,41 +224,48 @@ class PackPlan:
         *,
         gate_kind: str,
         crossover: PackCrossover | None = None,
+        pack: bool = True,
     ) -> None:
-        self.sites, self.layout, self.gate_kind = list(sites), layout, gate_kind
+        self.sites, self.layout, self.gate_kind, self.pack = list(sites), layout, gate_kind, pack
         weight = self.sites[0].linear.weight
         self.crossover = crossover or default_crossover(weight.device, weight.dtype)
         self.linears = [PackedGradLinear.swap(site.linear) for site in self.sites]
+        self._gates: Gates | None = None
+        self._closed: dict[tuple[int, str], Tensor] = {}
+        self._hooks = [
+            site.linear.weight.register_post_accumulate_grad_hook(partial(self._zero_closed, site))
+            for site in self.sites
+        ]
 
     @classmethod
     def for_sites(cls, sites: Sequence[Projection], layout: GateLayout, config: LCDDConfig) -> "PackPlan":
         """The plan of an optimizer with this config."""
-        return cls(sites, layout, gate_kind=config.gate_kind)
+        return cls(sites, layout, gate_kind=config.gate_kind, pack=config.pack == "auto")
 
     def update(self, gates: Gates) -> None:
-        """Give every projection the open rows and columns of `gates`; gradients packed for earlier gates are discarded.
+        """Give every projection the open rows and columns of `gates`.
 
         Reads the counts of open gates from the host's copy and makes slices: no device-to-host wait.
         """
-        repeat = self.layout.shape.n_heads // self.layout.shape.n_kv_heads
+        self._gates = gates
+        self._closed.clear()
         for site, linear in zip(self.sites, self.linears, strict=True):
-            row_group, col_group = ROW_AND_COL_GROUPS[site.kind]
-            rows, cols = gates.open_in(site.layer, row_group), gates.open_in(site.layer, col_group)
-            copies = repeat if site.kind == "o" else 1
-            layout = pack_layout(
-                gate_kind=self.gate_kind,
-                out_features=linear.out_features,
-                in_features=linear.in_features,
-                n_rows=rows.numel(),
-                n_cols=cols.numel() * copies,
-                crossover=self.crossover,
-            )
+            rows, cols = (gates.open_in(site.layer, group) for group in ROW_AND_COL_GROUPS[site.kind])
+            copies = self._copies(site)
+            layout = "dense"
+            if self.pack:
+                layout = pack_layout(
+                    gate_kind=self.gate_kind,
+                    out_features=linear.out_features,
+                    in_features=linear.in_features,
+                    n_rows=rows.numel(),
+                    n_cols=cols.numel() * copies,
+                    crossover=self.crossover,
+                )
             if layout == "dense":
                 linear.set_plan("dense")
-                continue
-            if copies > 1:
-                cols = expand_columns(cols, head_dim=self.layout.shape.head_dim, repeat=copies)
-            linear.set_plan(layout, rows, cols)
+            else:
+                linear.set_plan(layout, rows, self._columns(cols, copies))
 
     def layouts(self) -> list[str]:
         """The layout in force of every site, in order."""
@@ -262,5 +273,38 @@ class PackPlan:
 
     def restore(self) -> None:
         """Ordinary linear layers again."""
+        for hook in self._hooks:
+            hook.remove()
         for linear in self.linears:
             linear.restore()
+
+    @torch.no_grad()
+    def _zero_closed(self, site: Projection, weight: Tensor) -> None:
+        """After a backward: make a dense gradient [out, in] zero where a packed one stores nothing."""
+        grad = weight.grad
+        if grad is None or isinstance(grad, BlockGrad):
+            return
+        rows, cols = (self._closed_in(site.layer, group) for group in ROW_AND_COL_GROUPS[site.kind])
+        cols = self._columns(cols, self._copies(site))
+        if PACKED_LAYOUT[self.gate_kind] == "panels":
+            if rows.numel() and cols.numel():
+                grad[rows[:, None], cols] = 0
+            return
+        for dim, closed in ((0, rows), (1, cols)):
+            if closed.numel():
+                grad.index_fill_(dim, closed, 0)
+
+    def _closed_in(self, layer: int, group: str) -> Tensor:
+        """`Gates.closed_in` of the last update, made once for all projections of a group."""
+        assert self._gates is not None
+        if (layer, group) not in self._closed:
+            self._closed[layer, group] = self._gates.closed_in(layer, group)
+        return self._closed[layer, group]
+
+    def _copies(self, site: Projection) -> int:
+        """How many columns of the site one gate serves."""
+        return self.layout.shape.n_heads // self.layout.shape.n_kv_heads if site.kind == "o" else 1
+
+    def _columns(self, gates: Tensor, copies: int) -> Tensor:
+        """The columns that these gates of a group serve."""
+        return expand_columns(gates, head_dim=self.layout.shape.head_dim, repeat=copies) if copies > 1 else gates

@@ -12,7 +12,7 @@ the weight is. The kernels get this rank's rows; what a rank has no rows of is l
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from lcdd.models import (
     shards,
 )
 from lcdd.optimizer import compat as reference_compat
+from lcdd.optimizer.block_grad import BlockGrad
 from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.packed import PackedGradLinear
 from lcdd_kernels import AdamWStep, DeltaStepPlan, GateMap
@@ -62,21 +63,26 @@ class MaskedWeight:
         return replace(self.gate_map, row_start=self.gate_map.row_start + shards.row_offset(self.weight))
 
     def grad(self) -> tuple[Any, str]:
-        """What `backward` left of G, this rank's rows, and its layout.
+        """What `backward` left in the weight, this rank's rows, and its layout.
 
         Raises:
             InputError: it left nothing.
         """
-        linear = self.site.linear
-        layout = linear.layout if isinstance(linear, PackedGradLinear) else "dense"
-        grad = self.weight.grad if layout == "dense" else linear.packed_grad
-        return local(_present(self.name, grad)), layout
+        grad = self.weight.grad
+        if grad is None:
+            raise InputError(f"{self.name}.weight: expected a gradient from backward(), got none")
+        if not isinstance(grad, BlockGrad):
+            return local(grad), "dense"
+        part, linear = grad.part, self.site.linear
+        if part is not None and isinstance(linear, PackedGradLinear) and part is linear.part:
+            return grad.parts if part.layout == "panels" else grad.parts[0], part.layout
+        return grad.dense(), "dense"  # made dense, or stored for other gates than those in force
 
 
 class MaskedWeights:
     """All masked weights of a model, in the order of `lcdd.models.projections`.
 
-    gated_grads: gradients are dΔ, which autograd has taken through the gates (the forward route), in place of G.
+    gated_grads: `weight.grad` is dΔ, which autograd has taken through the gates (the forward route), in place of G.
     """
 
     def __init__(self, model: PreTrainedModel, base: PreTrainedModel, layout: GateLayout, config: LCDDConfig) -> None:
@@ -108,10 +114,8 @@ class MaskedWeights:
         Raises:
             InputError: it left nothing in one of the weights.
         """
-        if self.gated_grads:
-            trained = self._here if self.config.train_delta else []
-            return [_present(item.name, item.state["delta"].grad) for item in trained], None
-        found = [item.grad() for item in self._here]
+        needed = self.config.train_delta or not self.gated_grads  # of masks alone G is all that there is
+        found = [item.grad() for item in self._here if needed]
         layouts = [layout for _, layout in found]
         return [grad for grad, _ in found], layouts if any(layout != "dense" for layout in layouts) else None
 
@@ -152,12 +156,18 @@ class MaskedWeights:
         shards.reshard(self.model)
         self._write(gates)
 
-    def drop_grads(self) -> None:
-        """No gradient from here on, wherever it was kept."""
+    def take_gated_grads(self, logits: Tensor) -> None:
+        """On the forward route: bring dΔ to `weight.grad`, where generic code clips, unscales and clears it.
+
+        logits: θ, whose gradient autograd keeps apart: it is dropped when those of the weights were.
+        """
         for item in self.items:
-            item.weight.grad = item.state["delta"].grad = None
-            if isinstance(item.site.linear, PackedGradLinear):
-                item.site.linear.zero_packed_grad()
+            delta = item.state["delta"].requires_grad_(self.config.train_delta)
+            if not self.config.train_delta:
+                continue
+            item.weight.grad_dtype = delta.dtype  # type: ignore[attr-defined]
+            first = item is self.items[-1]  # in a backward
+            delta.register_post_accumulate_grad_hook(partial(_hand_over, item.weight, logits if first else None))
 
     # ------------------------------------------------------------------ state
 
@@ -204,10 +214,16 @@ class MaskedWeights:
             self._plan.refresh(gates.values)
 
 
-def _present(name: str, grad: Any) -> Any:
-    if grad is None:
-        raise InputError(f"{name}.weight: expected a gradient from backward(), got none")
-    return grad
+def _hand_over(weight: Tensor, logits: Tensor | None, delta: Tensor) -> None:
+    """Move Δ's gradient to the weight's; `logits`: θ, of the first weight of a backward."""
+    grad, delta.grad = delta.grad, None
+    assert grad is not None
+    if weight.grad is not None:
+        weight.grad.add_(grad)
+        return
+    weight.grad = grad
+    if logits is not None:
+        logits.grad = None
 
 
 def _pair(site: Projection, base: Tensor, layout: GateLayout, config: LCDDConfig) -> MaskedWeight:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import lcdd.optimizer.packed
 from lcdd.models import GateLayout, projections, shape_of
-from lcdd.optimizer import Gates, PackedGradLinear, PackPlan
+from lcdd.optimizer import BlockGrad, Gates, PackedGradLinear, PackPlan
 from lcdd_kernels import PackCrossover
 
 ROWS, COLS = torch.tensor([1, 2, 6], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
@@ -34,16 +34,21 @@ def _parts(grad: torch.Tensor, layout: str, rows=ROWS, cols=COLS):
     return grad[rows.long()], grad[:, cols.long()]
 
 
-def _packed(linear: PackedGradLinear):
-    return (linear.packed_grad,) if isinstance(linear.packed_grad, torch.Tensor) else linear.packed_grad
-
-
 def _assert_packed(linear, grad, *, rows=ROWS, cols=COLS, rtol=1e-12, atol=1e-12):
-    assert linear.weight.grad is None
-    for value, exact in zip(_packed(linear), _parts(grad, linear.layout, rows, cols), strict=True):
+    found = linear.weight.grad
+    assert isinstance(found, BlockGrad)
+    assert found.part is linear.part
+    assert (found.shape, found.dtype) == (grad.shape, grad.dtype)
+    for value, exact in zip(found.parts, _parts(grad, linear.layout, rows, cols), strict=True):
         assert value.dtype == linear.weight.dtype
         assert value.is_contiguous()
         torch.testing.assert_close(value, exact, rtol=rtol, atol=atol)
+
+
+def _assert_close_on(found, exact, rows, cols):
+    r, c = rows.long(), cols.long()
+    whole = found.dense() if isinstance(found, BlockGrad) else found
+    torch.testing.assert_close(whole[r][:, c], exact[r][:, c], rtol=1e-12, atol=1e-12)
 
 
 def test_swapping_keeps_names_tensors_and_hooks_and_restore_leaves_nothing():
@@ -101,8 +106,6 @@ def test_every_shape_and_density_over_three_micro_batches(n_in, n_out, tokens, d
         plain(x).backward(dy)
         packed(x).backward(dy)
     _assert_packed(packed, plain.weight.grad, rows=rows, cols=cols)
-    packed.zero_packed_grad()
-    assert packed.packed_grad is None
 
 
 def test_dense_layout_is_an_ordinary_linear():
@@ -110,8 +113,8 @@ def test_dense_layout_is_an_ordinary_linear():
     x = torch.randn(4, 5, dtype=torch.float64)
     plain(x).sum().backward()
     packed(x).sum().backward()
+    assert type(packed.weight.grad) is torch.Tensor
     assert torch.equal(packed.weight.grad, plain.weight.grad)
-    assert packed.packed_grad is None
 
 
 def test_gradcheck_of_the_input_and_the_bias():
@@ -120,7 +123,8 @@ def test_gradcheck_of_the_input_and_the_bias():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     packed.weight.requires_grad_(True)
     apply = lcdd.optimizer.packed._PackedLinear.apply
-    assert torch.autograd.gradcheck(lambda x, b: apply(x, packed.weight, b, packed, torch.float64), (x, packed.bias))
+    weight, part = packed.weight, packed.part
+    assert torch.autograd.gradcheck(lambda x, b: apply(x, weight, b, part, torch.float64), (x, packed.bias))
 
 
 def test_nothing_is_added_when_this_weight_is_not_asked_for():
@@ -133,12 +137,23 @@ def test_nothing_is_added_when_this_weight_is_not_asked_for():
         packed(x)
     packed.weight.requires_grad_(False)
     packed(x).sum().backward()
-    assert packed.packed_grad is None
+    assert packed.weight.grad is None
     packed.weight.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="which goes to packed_grad"):
-        torch.autograd.grad(packed(x).sum(), [packed.weight], allow_unused=True)
+    (grad,) = torch.autograd.grad(packed(x).sum(), [packed.weight])
     packed(x).sum().backward(inputs=[packed.weight])
-    assert packed.packed_grad is not None
+    assert torch.equal(grad.dense(), packed.weight.grad.dense())
+
+
+def test_a_gradient_that_is_differentiated_again_is_an_ordinary_one():
+    plain, packed = _pair()
+    packed.set_plan("block", ROWS, COLS)
+    x, found = torch.randn(4, 5, dtype=torch.float64), []
+    for linear in (plain, packed):
+        first = torch.autograd.grad(linear(x).pow(3).sum(), list(linear.parameters()), create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), list(linear.parameters()))])
+    for ours, theirs in zip(found[1][:2], found[0][:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    _assert_close_on(found[1][2], found[0][2], ROWS, COLS)
 
 
 def test_a_second_backward_needs_retain_graph_and_adds_once_each():
@@ -151,26 +166,33 @@ def test_a_second_backward_needs_retain_graph_and_adds_once_each():
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
     _assert_packed(packed, plain.weight.grad)
-    packed.zero_packed_grad()
+    packed.weight.grad = None
     loss = packed(x).sum()
     loss.backward(retain_graph=True)
     loss.backward()
     _assert_packed(packed, 2 * plain.weight.grad)
 
 
-def test_a_plan_or_weight_that_changed_since_the_forward_is_an_error():
-    _, packed = _pair()
+def test_a_weight_that_changed_since_the_forward_is_an_error_and_a_plan_holds_from_forward_to_backward():
+    plain, packed = _pair()
     packed.set_plan("block", ROWS, COLS)
-    loss = packed(torch.randn(4, 5, dtype=torch.float64)).sum()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    loss = packed(x).sum()
     packed.set_plan("block", ROWS[:1], COLS)
-    with pytest.raises(RuntimeError, match="set_plan"):
-        loss.backward()
+    loss.backward()
+    plain(x).sum().backward()
+    _assert_close_on(packed.weight.grad, plain.weight.grad, ROWS, COLS)
+    packed(x).sum().backward()  # of another plan: the sum is dense
+    assert packed.weight.grad.part is None
+    _assert_close_on(packed.weight.grad, plain.weight.grad, ROWS[1:], COLS)
+    _assert_close_on(packed.weight.grad, 2 * plain.weight.grad, ROWS[:1], COLS)
+    packed.weight.grad = None
     loss = packed(torch.randn(4, 5, dtype=torch.float64)).sum()
     with torch.no_grad():
         packed.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    assert packed.packed_grad is None
+    assert packed.weight.grad is None
 
 
 @pytest.mark.parametrize("layout", ["block", "panels"])
@@ -249,8 +271,7 @@ def test_a_reused_address_is_not_taken_for_the_input_that_was_there():
         plain(memory).sum().backward()
         packed(memory).sum().backward()
     _assert_packed(packed, plain.weight.grad)
-    plain.weight.grad = None
-    packed.zero_packed_grad()
+    plain.weight.grad = packed.weight.grad = None
     block = np.random.default_rng(0).normal(size=(4, 5))
     for _ in range(2):  # the same address, shape and version, of memory that was given back in between
         block *= -2
