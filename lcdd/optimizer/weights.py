@@ -182,6 +182,7 @@ class MaskedWeights:
                         f"got {tuple(given.shape)}"
                     )
 
+    @torch.no_grad()
     def load_state(self, state: dict[int, dict[str, Any]]) -> None:
         """Copy Δ and the moments, whole or sharded or rows on disk, number by number; the weights are not written."""
         for index, item in enumerate(self.items):
