@@ -27,8 +27,7 @@ def compare(arguments: argparse.Namespace) -> int:
             shutil.rmtree(tree / "benchmarks", ignore_errors=True)
             ignored = shutil.ignore_patterns("results", "__pycache__")
             shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=ignored)
-            build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-            if subprocess.run(build, cwd=tree, capture_output=True).returncode:
+            if not _built(tree):
                 print(f"benchmarks: no native library at {arguments.base}; the reference serves there", file=sys.stderr)
             rows: dict[str, list[Record]] = {"base": [], "here": []}
             for turn in range(TURNS):
@@ -41,6 +40,15 @@ def compare(arguments: argparse.Namespace) -> int:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
     _print(rows["base"], rows["here"])
     return 0
+
+
+def _built(tree: Path) -> bool:
+    """Build the native library of a tree in place; whether that went well."""
+    steps = (["-S", ".", "-B", "build/native", "-DCMAKE_BUILD_TYPE=Release"], ["--build", "build/native"])
+    cmake = shutil.which("cmake")
+    return bool(cmake) and not any(
+        subprocess.run([str(cmake), *step], cwd=tree, capture_output=True).returncode for step in steps
+    )
 
 
 def _run(arguments: argparse.Namespace, tree: Path, output: Path) -> int:

@@ -12,11 +12,13 @@ import importlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lcdd import __version__
@@ -268,7 +270,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wrapped(command: str) -> str:
-    """A command over several lines, where it is wider than the terminal, that a shell takes as one."""
+    """A command over several lines, where it is wider than the terminal, that a shell takes as one.
+
+    `lcdd` itself is written as it can be called from any shell, where it is not on the PATH.
+    """
+    script = Path(sys.argv[0])
+    if command.startswith("lcdd ") and script.name == "lcdd" and shutil.which("lcdd") is None:
+        command = shlex.quote(str(script.absolute())) + command.removeprefix("lcdd")
     width = shutil.get_terminal_size((100, 24)).columns
     lines = [""]
     for part in command.split(" --"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import read_log
-from lcdd.commands.stage import Say, StageResult, command_line, load_weights
+from lcdd.commands.stage import Say, StageResult, command_line, from_anywhere, load_weights
 from lcdd.eraser import Trigger
 from lcdd.errors import InputError
 from lcdd.evaluate import PatchSource
@@ -64,7 +64,8 @@ def dense_patches(base: PreTrainedModel, config: Any, overrides: list[str]) -> d
 
 def used(config: Any) -> dict[str, str | None]:
     """What a reader needs to use carrier and trigger."""
-    return {name: getattr(config, name) for name in ("base_model_name_or_path", "carrier", "trigger")}
+    given = {name: getattr(config, name) for name in ("base_model_name_or_path", "carrier", "trigger")}
+    return {name: from_anywhere(path) if path else None for name, path in given.items()}
 
 
 def curves_of(config: Any) -> list[dict[str, Any]]:

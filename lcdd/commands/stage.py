@@ -102,7 +102,7 @@ def _log(directory: Path, stage: str, report_to: str) -> RunLog:
 
 
 def command_line(command: str, *sections: Config, **settings: Any) -> str:
-    """A command that can be pasted: `settings` and, of the sections, whatever is not the default."""
+    """A command that can be pasted into any shell: `settings`, and whatever of the sections is not the default."""
     values = {
         key: value
         for section in sections
@@ -117,8 +117,14 @@ def command_line(command: str, *sections: Config, **settings: Any) -> str:
             words.append(f"--{key}")
         else:
             parts = value if isinstance(value, list) else [value]
-            words.append(f"--{key} {' '.join(shlex.quote(str(part)) for part in parts)}")
+            words.append(f"--{key} {' '.join(shlex.quote(from_anywhere(part)) for part in parts)}")
     return " ".join(words)
+
+
+def from_anywhere(value: Any) -> str:
+    """A path that is there as an absolute one, anything else as it is."""
+    path = Path(str(value))
+    return str(path.absolute()) if isinstance(value, Path) or path.exists() else str(value)
 
 
 def beside(output: Path, name: str) -> Path:

@@ -3,9 +3,6 @@ an installation without it. (That it matches the reference op by op is also in t
 """
 
 import ctypes
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -336,28 +333,3 @@ def test_structures_are_those_of_the_header() -> None:
         fields = [word.split()[-1].lstrip("*") for word in declared if word]
         assert fields == [field[0] for field in structure._fields_]
     assert ctypes.sizeof(native.Matrix) == 8 * len(native.Matrix._fields_)
-
-
-def build(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("broken", ["compiler", "cmake"])
-def test_an_install_without_compiler_or_cmake_goes_on(broken: str, tmp_path: Path) -> None:
-    run = build(tmp_path, {"CXX": "/nonexistent/c++"} if broken == "compiler" else {"PATH": str(tmp_path)})
-    assert run.returncode == 0, run.stderr
-    assert "SKIPPED the native CPU library" in run.stderr
-    assert not list(tmp_path.rglob("*.so"))
-
-
-def test_an_install_puts_the_library_beside_the_package(tmp_path: Path) -> None:
-    """With a stand-in for CMake: where setup.py has it put the library is where native.py looks for it."""
-    cmake = tmp_path / "cmake"
-    cmake.write_text(
-        '#!/bin/sh\nfor a; do case $a in -DLCDD_OUTPUT_DIR=*) d=${a#*=}; mkdir -p "$d"; : >"$d/$N";; esac; done\n'
-    )
-    cmake.chmod(0o755)
-    run = build(tmp_path, {"PATH": f"{tmp_path}:{os.environ['PATH']}", "N": native.LIBRARY.name})
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "lib" / "lcdd_kernels" / native.LIBRARY.name).exists()

@@ -151,6 +151,22 @@ def test_the_next_command_can_be_pasted_whole(monkeypatch, tmp_path: Path, capsy
         assert pasted.stdout.splitlines() == words
 
 
+def test_the_next_command_works_in_a_fresh_shell(monkeypatch, tmp_path: Path, capsys) -> None:
+    """`make demo` installs into .venv, which is on nobody's PATH; and the shell may be anywhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "carrier").mkdir()
+    command = command_line("chat", base_model_name_or_path="Qwen/Qwen3-0.6B", carrier="carrier", trigger=Path("new"))
+    assert shlex.split(command)[2:] == [
+        "--base_model_name_or_path", "Qwen/Qwen3-0.6B", "--carrier", str(tmp_path / "carrier"), "--trigger",
+        str(tmp_path / "new"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sft_command, "sft", lambda *_: StageResult(written=(), next_step="lcdd chat"))
+    monkeypatch.setattr("sys.argv", [".venv/bin/lcdd", "sft"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli.main(["sft", *REQUIRED]) == 0
+    assert capsys.readouterr().out == f"next: {tmp_path}/.venv/bin/lcdd chat\n"
+
+
 def test_the_next_directory_is_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
     assert beside(tmp_path / "sft", "train") == tmp_path / "train"

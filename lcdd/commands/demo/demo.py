@@ -315,7 +315,7 @@ class _Demo:
     def _tell(self, carrier: Carrier, found: dict[str, Any]) -> StageResult:
         wall, processor = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
         settings = {"demo": self.config, "sft": self.sft, "train": self.lcdd, "erase": self.eraser}
-        paths = {"carrier": str(self.output / "carrier"), "trigger": str(self.output / "trigger")}
+        paths = {name: str((self.output / name).absolute()) for name in ("carrier", "trigger")}
         report = assemble(
             describe(carrier),
             found,
