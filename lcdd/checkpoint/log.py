@@ -1,4 +1,4 @@
-"""A run's log: one JSON line per step in log.jsonl and, on request, TensorBoard scalars of the same numbers."""
+"""A run's log: one JSON line per step in log.jsonl and, on request, the same numbers in an experiment tracker."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from lcdd.errors import InputError
+from lcdd.checkpoint.trackers import Tracker, require
 
 
 def finite_or_null(value: Any) -> Any:
@@ -48,21 +48,15 @@ class RunLog:
         self._start = time.perf_counter()
         self._path = Path(directory) / "log.jsonl" if directory is not None else None
         self._file: IO[str] | None = None
-        self._board: Any = None
-        self._boards: Any = None
-        if directory is not None and report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError(
-                    "report_to: expected tensorboard to be installed: pip install 'lcdd[tensorboard]'"
-                ) from None
-            self._boards = SummaryWriter
+        self._report_to = report_to if directory is not None else "none"
+        self._tracker: Tracker | None = None
+        if self._report_to != "none":
+            require(self._report_to)
 
     def _open(self, path: Path) -> IO[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self._boards is not None and self._board is None:
-            self._board = self._boards(str(path.parent / "tensorboard"))
+        if self._report_to != "none" and self._tracker is None:
+            self._tracker = Tracker(self._report_to, path.parent, self.stage)
         return open(path, "a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -74,18 +68,8 @@ class RunLog:
             self._file = self._file or self._open(self._path)
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-        if self._board is not None:
-            self._write_scalars(entry)
-
-    def _write_scalars(self, line: Mapping[str, Any]) -> None:
-        step = int(line.get("step", 0))
-        for key, value in line.items():
-            if key in ("step", "stage", "seconds"):
-                continue
-            for name, number in value.items() if isinstance(value, dict) else [(None, value)]:
-                if isinstance(number, int | float) and not isinstance(number, bool):
-                    tag = f"{self.stage}/{key}" if name is None else f"{self.stage}/{key}/{name}"
-                    self._board.add_scalar(tag, number, step)
+        if self._tracker is not None:
+            self._tracker.write(entry)
 
     def rewind(self, step: int) -> None:
         """Forget this stage's lines after `step`: a run that goes on from there writes them again."""
@@ -103,9 +87,9 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
 
     def __enter__(self) -> "RunLog":
         return self

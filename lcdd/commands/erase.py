@@ -31,7 +31,7 @@ def erase(
     if config.sft_model_name_or_path is not None:
         patch = Carrier.from_models(model, load_weights(config.sft_model_name_or_path, config, overrides))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
-    with RunLog(log_dir or output, stage=stage) as log:
+    with RunLog(log_dir or output, stage=stage, report_to=config.report_to) as log:
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
         trigger = eraser.fit(prompts, held_out, log=log, progress=True, checkpoints=output)
     overrides += trigger.metadata["overrides"]

@@ -109,6 +109,19 @@ class Resumable(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tracked(Config):
+    """Where the numbers of the log go beside log.jsonl."""
+
+    report_to: str = option(
+        "none",
+        "also log to an experiment tracker (needs `pip install lcdd[NAME]`; set up by its own environment variables)",
+        choices=("none", "tensorboard", "wandb", "trackio", "mlflow"),
+        common=True,
+        resumable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeldOut(Config):
     """Which held-out prompts are answered, and how."""
 

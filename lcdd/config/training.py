@@ -8,7 +8,7 @@ where they exist. A wrong value is an `InputError` that names the field, what wa
 from dataclasses import dataclass
 
 from lcdd.config.fields import option
-from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, Resumable, Writes
+from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, Resumable, Tracked, Writes
 from lcdd.errors import InputError
 
 GATE_KINDS = ("hard_concrete", "heaviside_ste")
@@ -17,7 +17,7 @@ LOSSES = ("cross_entropy", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Writes, Resumable, OnDevice):
+class TrainConfig(Writes, Tracked, Resumable, OnDevice):
     """What SFT and LCDD training share: batches, schedule, precision, log."""
 
     num_train_epochs: float = option(3.0, "passes over the training split", above=0.0, at_most=1e6, common=True)
@@ -55,12 +55,6 @@ class TrainConfig(Writes, Resumable, OnDevice):
         "ddp",
         "under torchrun: every rank holds the whole model, or a shard of it",
         choices=("ddp", "fsdp2"),
-        resumable=True,
-    )
-    report_to: str = option(
-        "none",
-        "also log to TensorBoard, under output_dir/tensorboard",
-        choices=("none", "tensorboard"),
         resumable=True,
     )
     max_nonfinite_steps: int = option(
