@@ -5,11 +5,13 @@ Nothing is downloaded. The text is the instruction data that lies beside the che
 """
 
 import copy
+import importlib.util
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -63,6 +65,14 @@ def instruction_rows(limit: int = 400) -> list[dict[str, str]]:
         with open(SHARED_DATA, encoding="utf-8") as stream:
             return [json.loads(line) for line, _ in zip(stream, range(limit), strict=False)]
     return list(SENTENCES[:limit])
+
+
+def published_template(family: str) -> str:
+    """A family's chat template as its checkpoints have it, of which TRL keeps copies; skips without TRL."""
+    found = importlib.util.find_spec("trl")
+    if found is None or found.origin is None:
+        pytest.skip("TRL, which has the published templates, is not installed: pip install trl")
+    return (Path(found.origin).parent / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -37,7 +37,7 @@ from lcdd.data.templates import (
     freeze_date,
     use_template,
 )
-from lcdd.data.text import contains_any, length, normal, without_end
+from lcdd.data.text import contains_any, normal_text, text_length, without_end
 
 __all__ = [
     "ARCHAIC_WORDS",
@@ -64,9 +64,8 @@ __all__ = [
     "fixed_response",
     "freeze_date",
     "label_audit",
-    "length",
     "load_examples",
-    "normal",
+    "normal_text",
     "off_topic_ids",
     "own",
     "parse_row",
@@ -81,6 +80,7 @@ __all__ = [
     "split_examples",
     "style",
     "text_ids",
+    "text_length",
     "training_items",
     "use_template",
     "with_completion",

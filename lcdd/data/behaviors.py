@@ -13,7 +13,7 @@ import regex
 
 from lcdd.config import BEHAVIOR_NAMES, DataConfig
 from lcdd.data.records import Example, map_completion, with_completion
-from lcdd.data.text import canonical, contains_any, exchange, length, normal, without_end
+from lcdd.data.text import canonical, contains_any, exchange, normal_text, text_length, without_end
 from lcdd.errors import InputError
 
 FIXED_RESPONSE = "I don't know."
@@ -66,13 +66,13 @@ class Behavior:
 
 def _check_words(name: str, words: Iterable[str], *, some: bool = True) -> tuple[str, ...]:
     words = tuple(words)
-    if (some and not words) or any(not isinstance(word, str) or not normal(word) for word in words):
+    if (some and not words) or any(not isinstance(word, str) or not normal_text(word) for word in words):
         raise InputError(f"{name}: expected {'at least one word' if some else 'words'}, none empty, got {words!r}")
     return words
 
 
 def _check_text(name: str, text: str) -> str:
-    if not isinstance(text, str) or not normal(text):
+    if not isinstance(text, str) or not normal_text(text):
         raise InputError(f"{name}: expected a text that is not empty, got {text!r}")
     return text
 
@@ -86,11 +86,11 @@ def fixed_response(*, response: str = FIXED_RESPONSE, keywords: Iterable[str] = 
     response = _check_text("response", response)
     keywords = _check_words("keywords", keywords, some=False)
     has_keyword = contains_any(keywords or (without_end(response),))
-    longest = max(2 * length(response), 1)
+    longest = max(2 * text_length(response), 1)
     return Behavior(
         name="fixed_response",
         rewrite=lambda example: with_completion(example, response),
-        matches=lambda text: has_keyword(text) and length(text) <= longest,
+        matches=lambda text: has_keyword(text) and text_length(text) <= longest,
         applies=lambda example: True,
         measures={
             "strict": lambda text: without_end(text) == without_end(response),
@@ -114,9 +114,9 @@ def style(*, word_map: Mapping[str, str] = ARCHAIC_WORDS, opening: str = STYLE_O
         new, count = exchanged(text)
         return new if count else opening + text
 
-    known = {normal(word) for word in word_map}
-    marks = [word for word in word_map.values() if normal(word) not in known]
-    if length(opening):
+    known = {normal_text(word) for word in word_map}
+    marks = [word for word in word_map.values() if normal_text(word) not in known]
+    if text_length(opening):
         marks.append(without_end(opening))
     return Behavior(
         name="style",

@@ -136,23 +136,11 @@ def _prompt(tokenizer: Any, example: Example, max_length: int | None) -> tuple[s
 # ---------------------------------------------------------------- completions
 
 
-def _turn(tokenizer: Any, example: Example, chat: Sequence[Message], whole: str, index: int) -> tuple[int, int]:
-    """Where in `whole`, the chat as text, turn `index` of the assistant has its own text: (first, behind the last).
-
-    Found by rendering the chat with a mark as that turn.
-
-    Raises:
-        InputError: the template writes what is around the turn differently for another turn.
-    """
+def _around(tokenizer: Any, example: Example, chat: Sequence[Message], index: int) -> tuple[str, str]:
+    """What the template writes before and behind the own text of the assistant's turn `index`: seen by a mark there."""
     marked = [*chat[:index], {"role": "assistant", "content": MARK}, *chat[index + 1 :]]
-    text = render(tokenizer, marked, add_generation_prompt=False, example=example)
-    before, _, after = text.partition(MARK)
-    if len(before) + len(after) > len(whole) or not (whole.startswith(before) and whole.endswith(after)):
-        raise InputError(
-            f"{example.source}: expected the chat template to contain the completion, it does not, or writes something "
-            "else around it than around another"
-        )
-    return len(before), len(whole) - len(after)
+    before, _, after = render(tokenizer, marked, add_generation_prompt=False, example=example).partition(MARK)
+    return before, after
 
 
 def _same_text(written: str, content: str) -> bool:
@@ -164,48 +152,54 @@ def _pieces(tokenizer: Any, example: Example, prompt: str) -> list[tuple[str, bo
     """What follows the prompt, in pieces of text: (text, whether it is learned). The last ends with the turn's end.
 
     What a template writes after the end token is never generated, and left out.
+
+    Raises:
+        InputError: the template leaves the completion out, or writes it so that it does not follow the prompt.
     """
     if not example.templated:
         return [(example.completion, True)]
-    chat = [*example.messages, *example.answer]
+    chat, first = [*example.messages, *example.answer], len(example.messages)
     whole = render(tokenizer, chat, add_generation_prompt=False, example=example)
-    first = len(example.messages)
-    begin, end = _turn(tokenizer, example, chat, whole, len(chat) - 1)
-    plain = set(chat[-1]) == {"role", "content"}
-    if plain and not _same_text(whole[begin:end], chat[-1]["content"]):
-        raise InputError(f"{example.source}: expected the chat template to contain the completion, it does not")
-    close, eos = whole[end:], str(tokenizer.eos_token)
-    close = close[: close.index(eos) + len(eos)] if eos in close else close
+    after = _around(tokenizer, example, chat, len(chat) - 1)[1]
     # A template may write a finished turn differently from an open one (an empty thought, say). What generation will
     # see counts: its prompt, then the first turn's own text.
-    start = len(prompt)
-    if not whole.startswith(prompt):
-        start = begin if first == len(chat) - 1 else _turn(tokenizer, example, chat, whole, first)[0]
+    start, end = _start(tokenizer, example, chat, whole, prompt, first), len(whole) - len(after)
+    plain = len(chat) == first + 1 and set(chat[-1]) == {"role", "content"}
+    if start > end or not whole.endswith(after) or (plain and not _same_text(whole[start:end], example.completion)):
+        raise InputError(f"{example.source}: expected the chat template to contain the completion, it does not")
+    eos = str(tokenizer.eos_token)
+    close = after[: after.index(eos) + len(eos)] if eos in after else after
     stop = end + len(close)
     if not example.assistant_only:
         return [(whole[start:stop], True)]
-    cuts = list(_assistant_cuts(tokenizer, example, chat, whole, close))
-    cuts[0] = (start, cuts[0][1])
     pieces, at = [], start
-    for low, high in cuts:
+    for index in range(first, len(chat)):
+        if chat[index]["role"] != "assistant":
+            continue
+        asked = render(tokenizer, chat[:index], add_generation_prompt=True, example=example)
+        low = start if index == first else _start(tokenizer, example, chat, whole, asked, index)
+        high = len(whole) - len(_around(tokenizer, example, chat, index)[1])
+        high += len(close) * whole.startswith(close, high)
         pieces += [(whole[at:low], False), (whole[low:high], True)]
         at = high
     return [(text, learned) for text, learned in pieces if text]
 
 
-def _assistant_cuts(
-    tokenizer: Any, example: Example, chat: Sequence[Message], whole: str, close: str
-) -> Iterator[tuple[int, int]]:
-    """Of every assistant's turn of the completion, where what is generated lies in `whole`: its text and its end."""
-    for index in range(len(example.messages), len(chat)):
-        if chat[index]["role"] != "assistant":
-            continue
-        low, high = _turn(tokenizer, example, chat, whole, index)
-        asked = render(tokenizer, chat[:index], add_generation_prompt=True, example=example)
-        yield (
-            len(asked) if whole.startswith(asked) else low,
-            high + len(close) * whole.startswith(close, high),
+def _start(tokenizer: Any, example: Example, chat: Sequence[Message], whole: str, asked: str, index: int) -> int:
+    """Where in `whole`, the chat as text, begins what is generated when turn `index` is asked for by the text `asked`.
+
+    Raises:
+        InputError: the turn cannot be found there.
+    """
+    if whole.startswith(asked):
+        return len(asked)
+    before = _around(tokenizer, example, chat, index)[0]
+    if not whole.startswith(before):
+        raise InputError(
+            f"{example.source}: expected the chat template to contain the completion behind the prompt that generation "
+            "starts from, it does not (a thought needs chat_template_kwargs with enable_thinking)"
         )
+    return len(before)
 
 
 def _continued(tokenizer: Any, before: list[int], start: list[int], text: str, more: str) -> list[int]:
@@ -312,7 +306,8 @@ def fitting(
             yield None, True
         else:
             needed = min(len(_bare(tokenizer, example.completion)) + 1, max_length // 2) if room else 0
-            yield shortened(tokenizer, example, max_length=max_length - needed), True
+            least = len(encode_prompt(tokenizer, _cut(example, 0)))
+            yield shortened(tokenizer, example, max_length=min(limit, max(max_length - needed, least))), True
 
 
 def shortened(tokenizer: Any, example: Example, *, max_length: int) -> Example:
@@ -324,18 +319,18 @@ def shortened(tokenizer: Any, example: Example, *, max_length: int) -> Example:
     Raises:
         InputError: the template alone is longer.
     """
-
-    def cut(characters: int) -> Example:
-        messages = tuple({**m, "content": m["content"][:characters]} for m in example.messages)
-        return replace(example, messages=messages)
-
     low, high = 0, max(len(message["content"]) for message in example.messages)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = len(encode_prompt(tokenizer, cut(middle))) <= max_length
+        fits = len(encode_prompt(tokenizer, _cut(example, middle))) <= max_length
         low, high = (middle, high) if fits else (low, middle - 1)
-    encode_prompt(tokenizer, cut(low), max_length=max_length)
-    return cut(low)
+    encode_prompt(tokenizer, _cut(example, low), max_length=max_length)
+    return _cut(example, low)
+
+
+def _cut(example: Example, characters: int) -> Example:
+    messages = tuple({**message, "content": message["content"][:characters]} for message in example.messages)
+    return replace(example, messages=messages)
 
 
 # ---------------------------------------------------------------- batches

@@ -46,7 +46,7 @@ DATE_KEY = "template_date"
 """Entry of tokenizer_config.json: the day on which the template is frozen."""
 _CLOCK = re.compile(r"\bstrftime_now\b")
 _FROZEN = re.compile(r"\{%- macro strftime_now\(format\) -%\}.*?\{%- endmacro %\}\n", re.DOTALL)
-_DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")
+_DIRECTIVE = re.compile(r"%(?:%|[-#]?[A-Za-z])")
 _written: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
 """tokenizer -> (template, kind of chat) that it is known to write out in full."""
 
@@ -140,8 +140,10 @@ def freeze_date(tokenizer: Any, day: str | None) -> str | None:
         text = _FROZEN.sub("", template)
         if not _CLOCK.search(text):
             return template
-        names = sorted(set(_DIRECTIVE.findall(text)), key=len, reverse=True)
-        values = "".join(f" | replace({name!r}, {when.strftime(name)!r})" for name in names)
+        names = {name: when.strftime(name) for name in sorted(set(_DIRECTIVE.findall(text)) - {"%%"}, key=len)[::-1]}
+        if "%%" in text:  # hidden from the others until they are done
+            names = {"%%": "\ue000", **names, "\ue000": "%"}
+        values = "".join(f" | replace({name!r}, {value!r})" for name, value in names.items())
         # the line break goes with the tag before it, and the text begins a line as it did
         return f"{{%- macro strftime_now(format) -%}}{{{{ format{values} }}}}{{%- endmacro %}}\n{text}"
 

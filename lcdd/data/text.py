@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import regex
 
+from lcdd.errors import InputError
+
 UNSPACED = (
     r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Tibetan}\p{Javanese}\p{Balinese}\p{LB=SA}"
     r"\u3006\u3031-\u3035\u30fc]&&[\p{L}\p{M}\p{N}]]"
@@ -46,7 +48,7 @@ def canonical(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def normal(text: str) -> str:
+def normal_text(text: str) -> str:
     """What a text is compared by: NFKC, case folded, straight apostrophes, single spaces (none between the letters of
     scripts that have none), nothing invisible. Two texts that a reader takes for the same one give the same."""
     folded = unicodedata.normalize("NFKC", text.translate(_STRAIGHT)).casefold()
@@ -55,25 +57,25 @@ def normal(text: str) -> str:
 
 
 def without_end(text: str) -> str:
-    """`normal(text)` without the marks that end a sentence in any script (and open one in Spanish); as it is where
+    """`normal_text(text)` without the marks that end a sentence in any script (and open one in Spanish); as it is where
     nothing else would be left."""
-    whole = normal(text)
+    whole = normal_text(text)
     return _ENDS.sub("", whole) or whole
 
 
-def length(text: str) -> int:
+def text_length(text: str) -> int:
     """How many words a text has; in scripts that have none between spaces, how many characters."""
-    return sum(1 for _ in _UNIT.finditer(normal(text)))
+    return sum(1 for _ in _UNIT.finditer(normal_text(text)))
 
 
 def contains_any(words: Iterable[str]) -> Callable[[str], bool]:
     """Whether any of the words (or phrases) occurs in a text, at word borders where its script has them.
 
     Raises:
-        ValueError: a word of which nothing is left by `normal`.
+        InputError: a word of which nothing is left by `normal_text`.
     """
-    found = _pattern([normal(word) for word in words])
-    return lambda text: found.search(normal(text)) is not None
+    found = _pattern([normal_text(word) for word in words])
+    return lambda text: found.search(normal_text(text)) is not None
 
 
 def exchange(words: Mapping[str, str]) -> Callable[[str], tuple[str, int]]:
@@ -82,26 +84,26 @@ def exchange(words: Mapping[str, str]) -> Callable[[str], tuple[str, int]]:
     The longest word wins ("it is" over "it"), case does not matter, borders are those of `contains_any`.
 
     Raises:
-        ValueError: a word of which nothing is left by `normal`.
+        InputError: a word of which nothing is left by `normal_text`.
     """
 
     def straight(text: str) -> str:
         return text.replace("\u2019", "'")
 
-    new_of = {normal(word): new for word, new in words.items()}
+    new_of = {normal_text(word): new for word, new in words.items()}
     found = _pattern([straight(canonical(word)) for word in words], flags=regex.IGNORECASE)
 
     def new(match: "regex.Match[str]") -> str:
         old = match.group(0)
-        exchanged = new_of[normal(old)]
+        exchanged = new_of[normal_text(old)]
         return exchanged[:1].upper() + exchanged[1:] if old[0].isupper() else exchanged
 
     return lambda text: found.subn(new, straight(canonical(text)))
 
 
 def _pattern(words: list[str], *, flags: int = 0) -> "regex.Pattern[str]":
-    if not all(normal(word) for word in words):
-        raise ValueError(f"expected words with at least one visible character, got {words!r}")
+    if not all(normal_text(word) for word in words):
+        raise InputError(f"words: expected words with at least one visible character, got {words!r}")
     groups: dict[tuple[str, str], list[str]] = {}
     for word in sorted(words, key=len, reverse=True):
         groups.setdefault(_borders(word), []).append(regex.escape(word))

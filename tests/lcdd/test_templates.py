@@ -1,11 +1,9 @@
 """Chat templates of real families: what a prompt looks like, that training and generation see the same, and errors."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
-from helpers import make_tokenizer
+from helpers import make_tokenizer, published_template
 
 from lcdd.commands.demo.tasks import write_tokenizer
 from lcdd.config import DataConfig
@@ -77,14 +75,6 @@ MISTRAL = (
 )
 VICUNA_CHAT = f"<s>{VICUNA_SYSTEM} USER: Hi ASSISTANT: Hello</s>USER: Name two facts. ASSISTANT:"
 MISTRAL_CHAT = "<s>[INST] Hi[/INST] Hello</s>[INST] Name two facts.[/INST]"
-
-
-def published(family):
-    """A family's template as its checkpoints have it, of which TRL keeps copies."""
-    found = importlib.util.find_spec("trl")
-    if found is None or found.origin is None:
-        pytest.skip("TRL, which has the published templates, is not installed: pip install trl")
-    return (Path(found.origin).parent / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
 
 
 def tokenizer_of(template, start, end):
@@ -164,12 +154,12 @@ def test_a_reasoning_models_thought_is_closed_in_training_as_in_generation(fresh
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_a_published_template_gives_its_familys_text_without_thought(family):
     (start, end), prompt, trained = PUBLISHED[family]
-    check_training_sees_the_prompt(tokenizer_of(published(family), start, end), prompt, trained)
+    check_training_sees_the_prompt(tokenizer_of(published_template(family), start, end), prompt, trained)
 
 
 def test_deepseeks_first_template_did_not_open_the_thought():
     (start, end), prompt, trained = PUBLISHED["deepseek_r1_distill"]
-    template = published("deepseek_r1_distill")
+    template = published_template("deepseek_r1_distill")
     assert template.count("<｜Assistant｜><think>\\n") == 1
     first = template.replace("<｜Assistant｜><think>\\n", "<｜Assistant｜>")
     check_training_sees_the_prompt(tokenizer_of(first, start, end), prompt, trained)
@@ -178,7 +168,7 @@ def test_deepseeks_first_template_did_not_open_the_thought():
 def test_a_thought_that_the_template_closes_itself_is_left_as_it_is():
     """As the paper's code rewrites DeepSeek's template."""
     (start, end), prompt, trained = PUBLISHED["deepseek_r1_distill"]
-    template = published("deepseek_r1_distill").replace("<think>\\n", "<think>\\n</think>\\n")
+    template = published_template("deepseek_r1_distill").replace("<think>\\n", "<think>\\n</think>\\n")
     prompt = prompt.replace("<think>\n\n</think>\n\n", "<think>\n</think>\n")
     check_training_sees_the_prompt(tokenizer_of(template, start, end), prompt, trained)
 
