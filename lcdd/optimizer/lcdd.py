@@ -13,12 +13,14 @@ arrives in `weight.grad` like any gradient, and all of LCDD happens in `step`:
 
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
@@ -31,6 +33,7 @@ from lcdd.optimizer.forward import ForwardGates
 from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.packed import PackPlan
 from lcdd.optimizer.unmasked import UnmaskedParameters
+from lcdd.optimizer.watch import Watch, check_unwatched
 from lcdd.optimizer.weights import Grads, MaskedWeights
 
 logger = logging.getLogger(__name__)
@@ -40,11 +43,15 @@ _COUNTERS = ("skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """What a step knows before it moves anything; of all ranks together. sums: of gate gradients and of θ."""
+    """What a step knows before it moves anything; of all ranks together.
+
+    sums: of gate gradients and of θ. foreign: entries of the weight that was probed which somebody else has written.
+    """
 
     loss: float
     norm: float
     sums: list[float]
+    foreign: float
     d_gate: Tensor
 
     def finite(self) -> bool:
@@ -63,11 +70,13 @@ class LCDDOptimizer(torch.optim.Optimizer):
         loss.backward(); optimizer.step(loss); optimizer.zero_grad()
 
     While training, the model's weights hold W_eff of the gates drawn for the coming step. `eval()` writes W_eff of
-    the deterministic gates, `train()` goes back; running the model in evaluation mode, or taking its state dict, on
-    sampled gates is an error.
+    the deterministic gates, `train()` goes back; running the model in evaluation mode, taking its state dict, or
+    copying or pickling it on sampled gates is an error. Weights that somebody else writes are taken in where that has
+    one meaning, else an error (`heed_writes`). An optimizer that is deleted leaves an ordinary model behind, folded.
 
-    `param_groups[0]` are the masked weights (their `lr` is Δ's), `param_groups[1]` is θ, whose rate is always
-    `config.gate_lr`, and with `config.train_unmasked` `param_groups[2]` are norms and biases.
+    `param_groups[0]` are the masked weights: their lr, betas, eps and weight_decay are those of AdamW on Δ, for any
+    scheduler to move. `param_groups[1]` is θ, whose rate is `config.gate_lr` whatever a scheduler writes there. With
+    `config.train_unmasked` `param_groups[2]` are norms and biases. No further group can be added.
 
     Attributes:
         gates: θ and the gates in force.
@@ -75,11 +84,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
         model, base: the model in training, and the one it is held against.
         names: the masked linears, in the order of `param_groups[0]`.
         skipped_steps, skipped_in_a_row: steps not taken because the loss or a gradient was not finite.
-        unscheduled: the group of θ, whose rate no schedule changes.
         penalties: how often the coming step adds the price of open gates: once, but in `reference_compat`.
     """
-
-    unscheduled = frozenset({1})
 
     @classmethod
     def attach(
@@ -91,20 +97,21 @@ class LCDDOptimizer(torch.optim.Optimizer):
         total_steps: int,
         initial_logits: Tensor | None = None,
     ) -> "LCDDOptimizer":
-        """Put `model` (fine-tuned) under LCDD against `base`; its weights become W_eff at once.
+        """Put `model` (fine-tuned) under LCDD against `base`; its weights become W_eff at once, its mode training.
 
         The base's weights are referenced, not copied: keep them unchanged. Parameters outside the masked linears are
         set to the base's values, so that a model with all gates closed is the base.
 
         Args:
-            model: the fine-tuned model; trained in place.
+            model: the fine-tuned model; trained in place. torch.compile may come before or after; DDP comes after.
             base: the model before fine-tuning, same architecture, on the same device.
             config: the run's settings.
             total_steps: optimizer steps of the whole run (the last `freeze_fraction` of them freeze the gates).
             initial_logits: θ to start from, float [n_gates]; drawn from the config's normal distribution if None.
 
         Raises:
-            InputError: the models differ in architecture, share weights, or a value is out of range.
+            InputError: the models differ in architecture, share weights, or a value is out of range; the model is
+                attached already, or wrapped for several ranks.
         """
         return cls(model, base, config, total_steps=total_steps, initial_logits=initial_logits)
 
@@ -120,34 +127,34 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self.penalties = reference_compat.penalties_in_step(config)
         if config.gating == "forward" and shards.world_size() > 1:
             raise InputError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
+        model, base = _unwrapped("model", model), _unwrapped("base", base)
+        check_unwatched(model)
         layout = GateLayout(shape_of(model.config))
         self.model, self.base, self.config = model, base, config
         self._masked = MaskedWeights(model, base, layout, config)
+        _warn_of_float16(self._masked)
         self.names = [item.name for item in self._masked]
         weights = [item.weight for item in self._masked]
         logits = _start(layout, config, like=weights[0], given=initial_logits)
         gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=logits)
         self._controller: GateController = DualDescent(gates, config, total_steps=total_steps)
         self._unmasked = UnmaskedParameters(model, base, config, masked=weights)
-        groups: list[dict[str, Any]] = [
-            {"params": weights, "lr": config.learning_rate},
-            {"params": [gates.logits], "lr": config.gate_lr},
-        ]
-        if self._unmasked.parameters:
-            groups.append({"params": self._unmasked.parameters, "lr": config.learning_rate})
-        super().__init__(groups, {})
+        self._ready = False
+        super().__init__(self._groups(), _adam_settings(config))
+        self._ready = True
         self._share_state()
+        self._watch = Watch(model, self)
         self.skipped_steps = self.skipped_in_a_row = 0
         self.last_loss = self.grad_norm = math.nan
         self._observed: tuple[Any, float] | None = None
         self._in_eval = False
         self._forward = self._forward_route() if config.gating == "forward" else None
         self._plan = self._pack_plan(layout)
-        self._handles = [
-            model.register_forward_pre_hook(self._refuse_sampled_evaluation),
-            model.register_state_dict_pre_hook(self._refuse_sampled_state),
-        ]
         self._write_weights(evaluation=False)
+        model.train()
+        parts = (model, self._watch, self._masked, self._controller, self._plan, self._forward)
+        self._finalizer = weakref.finalize(self, _leave_folded, *parts)
+        self._finalizer.atexit = False
 
     # ------------------------------------------------------------------ one step
 
@@ -177,14 +184,18 @@ class LCDDOptimizer(torch.optim.Optimizer):
         good step, and `skipped_in_a_row` counts. Gradients are dropped (None) in either case.
 
         Raises:
-            RuntimeError: the optimizer is in evaluation mode.
-            InputError: no loss was given, or a masked weight has no gradient.
+            RuntimeError: the optimizer is in evaluation mode, or detached.
+            InputError: no loss was given, a masked weight has no gradient, or somebody else has written the weights
+                since the forward.
         """
-        if self._in_eval:
-            raise RuntimeError("step: the optimizer is in evaluation mode; call optimizer.train() first")
+        self._refuse_wrong_mode()
         loss, tokens = self._take_loss(loss, tokens)
+        if self._masked.moved and self._masked.differing(self.gates.values):
+            raise self._foreign()
         grads = self._masked.grads()
         found = self._pass_a(grads, loss, tokens)
+        if found.foreign:
+            raise self._foreign()
         if not found.finite():
             self._skip(str(found))
             return
@@ -205,19 +216,22 @@ class LCDDOptimizer(torch.optim.Optimizer):
         loss, d_gate, sq_norm = shards.reduce_step(loss, tokens, d_gate, sq_norm, sharded=self._masked.sharded)
         logits = self.gates.logits
         gate_sum = (d_gate if logits.grad is None else logits.grad).sum()
-        norm, *sums = torch.stack([x.to(sq_norm.dtype) for x in (sq_norm.sqrt(), gate_sum, logits.sum())]).tolist()
-        return _Measured(loss=loss, norm=norm, sums=sums, d_gate=d_gate)
+        probe = self._masked.probe(self.gates.values, self.completed_steps)
+        looks = (sq_norm.sqrt(), probe, gate_sum, logits.sum())
+        norm, foreign, *sums = torch.stack([look.to(sq_norm.dtype) for look in looks]).tolist()
+        return _Measured(loss=loss, norm=norm, sums=sums, foreign=foreign, d_gate=d_gate)
 
     def _pass_b(self, grads: Grads, norm: float, gate_old: Tensor, rank_old: Tensor) -> None:
         """Clip, step Δ and what no gate masks, and write W_eff of the new gates."""
         limit = self.config.max_grad_norm
         grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        masked, theta, *unmasked = self.param_groups
+        theta["lr"] = self.config.gate_lr  # which a scheduler may have written
         self._masked.pass_b(
-            grads, gate_old, rank_old, self.gates,
-            lr=self.param_groups[0]["lr"], step=self.completed_steps, grad_scale=grad_scale,
-        )  # fmt: skip
-        if self._unmasked.parameters:
-            self._unmasked.step(lr=self.param_groups[2]["lr"], grad_scale=grad_scale)
+            grads, gate_old, rank_old, self.gates, settings=masked, step=self.completed_steps, grad_scale=grad_scale
+        )
+        for group in unmasked:
+            self._unmasked.step(settings=group, grad_scale=grad_scale)
 
     def _take_loss(self, loss: Any, tokens: float) -> tuple[float, float]:
         if callable(loss):
@@ -228,6 +242,12 @@ class LCDDOptimizer(torch.optim.Optimizer):
         if given is None:
             raise InputError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
         return float(given), tokens
+
+    def _refuse_wrong_mode(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("step: the optimizer is detached from its model, by fold() or detach(); attach anew")
+        if self._in_eval:
+            raise RuntimeError("step: the optimizer is in evaluation mode; call optimizer.train() first")
 
     def _skip(self, reason: str) -> None:
         """Count a step that is not taken; θ goes back to the last good one."""
@@ -272,50 +292,100 @@ class LCDDOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ modes and results
 
     def eval(self) -> None:
-        """Write W_eff of the deterministic gates into the model, for evaluation or saving; `train()` goes back."""
-        if not self._in_eval:
-            self._in_eval = True
-            self._write_weights(evaluation=True)
+        """Write W_eff of the deterministic gates into the model, for evaluation or saving; `train()` goes back.
+
+        Raises:
+            InputError: as of `heed_writes`.
+        """
+        self._switch(evaluation=True)
 
     def train(self) -> None:
-        """Back to the gates of the coming step, bit for bit. Trainers call this before every batch: then it is free."""
-        if self._in_eval:
-            self._in_eval = False
-            self._write_weights(evaluation=False)
+        """Back to the gates of the coming step, bit for bit. Trainers call this before every batch: then it is free.
+
+        Raises:
+            InputError: as of `heed_writes`.
+        """
+        self._switch(evaluation=False)
+
+    def _switch(self, *, evaluation: bool) -> None:
+        self.heed_writes(exact=evaluation != self._in_eval)
+        if evaluation != self._in_eval:
+            self._in_eval = evaluation
+            self._write_weights(evaluation=evaluation)
+
+    def heed_writes(self, *, exact: bool = False) -> None:
+        """Take in, or refuse, weights that somebody else has written; `eval`, `train`, `carrier`, `fold`, `state_dict`
+        and every forward in training do this by themselves.
+
+        One kind can be taken in: weights that this run had with its deterministic gates as they are now (a saved state
+        that is loaded into the model, say). Δ follows them, and the weights become W_eff of the gates in force.
+        exact: look at the values, which `.data` changes unseen, in any case.
+
+        Raises:
+            InputError: the weights are none of this run's gates, were replaced, cast or moved, or the base was written.
+        """
+        if not self._finalizer.alive:
+            return
+        self._unmasked.check_frozen()
+        if not (exact or self._masked.moved):
+            return
+        if self._masked.differing(self.gates.values):
+            if not self._masked.take_in(self.gates.evaluation_values()):
+                raise self._foreign()
+            logger.warning("weights that somebody else wrote were taken in: Δ follows them")
+            self._masked.write(self.gates)
+        self._masked.mark()
+
+    def _foreign(self) -> InputError:
+        name = self._masked.differing(self.gates.values)[0].name
+        return InputError(
+            f"model: {name}.weight was written by somebody else (or its base was), and is not W_eff of this run's "
+            "gates; put the weights back, or restore the run's state by optimizer.load_state_dict (optimizer.detach() "
+            "leaves the model as it is)"
+        )
 
     def carrier(self) -> Carrier:
-        """The open gates and their part of Δ, as a patch for the base."""
+        """The open gates and their part of Δ, as a patch for the base.
+
+        Raises:
+            InputError: as of `heed_writes`.
+        """
+        self.heed_writes(exact=True)
         return Carrier.from_training(self)
 
     def fold(self) -> PreTrainedModel:
-        """Bake the deterministic gates into the weights for good, detach, and return the now ordinary model."""
+        """Bake the deterministic gates into the weights for good, detach, and return the now ordinary model.
+
+        Raises:
+            InputError: as of `heed_writes`.
+        """
         self.eval()
         self.detach()
         return self.model
 
     def detach(self) -> None:
         """Leave the model with the weights as they stand and nothing of ours in it."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._plan is not None:
-            self._plan.restore()
-            self._plan = None
-        if self._forward is not None:
-            self._forward.restore()
-            self._forward = None
+        if self._finalizer.detach() is not None:
+            _leave(self.model, self._watch, self._plan, self._forward)
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs but the base: Δ, moments, θ and its optimizer, dual, step counts."""
+        """Everything a resumed run needs but the base: Δ, moments, θ and its optimizer, dual, step counts.
+
+        Raises:
+            InputError: as of `heed_writes`.
+        """
+        self.heed_writes(exact=True)
         state = super().state_dict()
         counters = {name: getattr(self, name) for name in _COUNTERS}
         state["lcdd"] = {**self._controller.state_dict(), **self._unmasked.state_dict(), **counters}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`'s result into an optimizer attached to the same models; rewrites the model's weights."""
+        """Restore `state_dict`'s result into an optimizer attached to the same models; rewrites the model's weights,
+        whoever wrote them last, and drops gradients.
+        """
         ours = state_dict["lcdd"]
         if ours["gate_logits"].shape != self.gates.logits.shape:
             raise InputError(
@@ -330,6 +400,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._unmasked.load_state_dict(ours)
         for name in _COUNTERS:
             setattr(self, name, ours[name])
+        super().zero_grad()
         self._in_eval = False
         self._write_weights(evaluation=False)
 
@@ -338,7 +409,29 @@ class LCDDOptimizer(torch.optim.Optimizer):
         for item in self._masked:
             self.state[item.weight] = item.state
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once attached: LCDD trains what `attach` found."""
+        if self._ready:
+            raise InputError(
+                "add_param_group: expected no further parameters, LCDD trains what attach found; give others an "
+                "optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("LCDDOptimizer: cannot be copied or pickled; save optimizer.state_dict(), and attach anew")
+
     # ------------------------------------------------------------------ parts
+
+    def _groups(self) -> list[dict[str, Any]]:
+        c = self.config
+        groups: list[dict[str, Any]] = [
+            {"params": [item.weight for item in self._masked], "lr": c.learning_rate},
+            {"params": [self.gates.logits], "lr": c.gate_lr},
+        ]
+        if self._unmasked.parameters:
+            groups.append({"params": self._unmasked.parameters, "lr": c.learning_rate})
+        return groups
 
     def _forward_route(self) -> ForwardGates:
         """The model's projections swapped for ones that apply the gates themselves, on this optimizer's θ and Δ."""
@@ -361,19 +454,12 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._masked.write(self.gates)
 
     def _announce_gates(self) -> None:
-        """Tell the modules that gate for themselves, or pack their gradients, of the gates now in force."""
+        """Tell the watch, and the modules that gate for themselves or pack their gradients, of the gates in force."""
+        self._watch.sampled = self.gates.sampled
         if self._forward is not None:
             self._forward.draw(step=self.gates.step, training=self.gates.sampled)
         if self._plan is not None:
             self._plan.update(self.gates)
-
-    def _refuse_sampled_evaluation(self, module: nn.Module, _args: Any) -> None:
-        if not module.training and self.gates.sampled:
-            raise RuntimeError("the model runs in evaluation mode on sampled gates; call optimizer.eval() first")
-
-    def _refuse_sampled_state(self, *_args: Any) -> None:
-        if self.gates.sampled:
-            raise RuntimeError("the model's weights hold sampled gates; call optimizer.eval() before saving them")
 
 
 def _start(layout: GateLayout, config: LCDDConfig, *, like: Tensor, given: Tensor | None) -> Tensor:
@@ -382,3 +468,57 @@ def _start(layout: GateLayout, config: LCDDConfig, *, like: Tensor, given: Tenso
         given = Gates.initial(layout, mean=config.gate_init_mean, std=config.gate_init_std, seed=config.seed)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return given.detach().to(device=like.device, dtype=dtype)
+
+
+def _adam_settings(config: LCDDConfig) -> dict[str, Any]:
+    """AdamW's settings of Δ, as torch's optimizers have them in their groups."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    return {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
+
+
+def _unwrapped(name: str, model: Any) -> PreTrainedModel:
+    """The model itself where torch.compile has wrapped it.
+
+    Raises:
+        InputError: it is wrapped for several ranks.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        raise InputError(f"{name}: expected the model itself, got {type(model).__name__} around it; attach, then wrap")
+    return model
+
+
+def _warn_of_float16(masked: MaskedWeights) -> None:
+    if any(item.weight.dtype == torch.float16 for item in masked):
+        logger.warning(
+            "model: float16 weights have float16 gradients, in which small entries become zero, and which GradScaler "
+            "refuses; load both models in bfloat16, or in float32 and train under torch.autocast with a GradScaler"
+        )
+
+
+def _leave(model: PreTrainedModel, watch: Watch, plan: PackPlan | None, forward: ForwardGates | None) -> None:
+    """Take everything of ours out of the model."""
+    watch.close(model)
+    if plan is not None:
+        plan.restore()
+    if forward is not None:
+        forward.restore()
+
+
+def _leave_folded(
+    model: PreTrainedModel,
+    watch: Watch,
+    masked: MaskedWeights,
+    controller: GateController,
+    plan: PackPlan | None,
+    forward: ForwardGates | None,
+) -> None:
+    """What a deleted optimizer leaves behind: deterministic gates, but where somebody else wrote the weights last."""
+    try:
+        ours = not masked.differing(controller.gates.values)
+    except InputError:  # replaced, cast or moved
+        ours = False
+    if ours and watch.sampled:
+        controller.draw(evaluation=True)
+        masked.write(controller.gates)
+    _leave(model, watch, plan, forward)

@@ -11,7 +11,6 @@ class TrainingOptimizer(Protocol):
 
     Attributes:
         param_groups, state: as of torch.optim.Optimizer.
-        unscheduled: indices of the groups whose learning rate no schedule changes.
         skipped_steps, skipped_in_a_row: steps not taken because the loss or a gradient was not finite.
         last_loss: nats, of the last step taken; NaN before the first.
     """
@@ -31,9 +30,6 @@ class TrainingOptimizer(Protocol):
 
     @property
     def config(self) -> TrainConfig: ...
-
-    @property
-    def unscheduled(self) -> frozenset[int]: ...
 
     def begin_step(self, micro_batches: int) -> None:
         """Called before a step's first backward with the number of backwards on this rank."""

@@ -21,7 +21,6 @@ class SFTOptimizer(torch.optim.AdamW):
     """
 
     base = None
-    unscheduled: frozenset[int] = frozenset()
 
     def __init__(self, model: PreTrainedModel, config: SFTConfig) -> None:
         weights = [site.linear.weight for site in projections(model)]

@@ -1,13 +1,14 @@
 """What no gate masks, in training: embeddings, head, and norms and biases, which `config.train_unmasked` trains."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcdd.config import LCDDConfig
+from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, local, shards, unmasked_parameters
 from lcdd.optimizer.inner import fill_state_, load_state_
 
@@ -23,7 +24,16 @@ class UnmaskedParameters:
         trained = unmasked_parameters(model) if config.train_unmasked else {}
         for name, parameter in trained.items():
             shards.check_sharding(name, parameter)
-        _reset(model, base, kept={id(parameter) for parameter in [*masked, *trained.values()]})
+        kept = {id(parameter) for parameter in [*masked, *trained.values()]}
+        self._frozen = [
+            (name, parameter, fixed.detach())
+            for (name, parameter), fixed in zip(model.named_parameters(), base.parameters(), strict=True)
+            if id(parameter) not in kept
+        ]
+        _reset(self._frozen)
+        for weight in [*masked, *trained.values()]:
+            weight.requires_grad_(True)
+        self._versions = self._current_versions()
         self.parameters = list(trained.values())
         self._optimizer: torch.optim.Optimizer | None = None
         if self.parameters:
@@ -33,18 +43,34 @@ class UnmaskedParameters:
             )  # fmt: skip
             fill_state_(self._optimizer)
 
+    def check_frozen(self) -> None:
+        """Raise InputError if somebody else has written a frozen parameter, or the base's, and they differ now."""
+        if self._current_versions() == self._versions:
+            return
+        for name, parameter, fixed in self._frozen:
+            if not torch.equal(local(parameter.detach()), local(fixed)):
+                raise InputError(
+                    f"model: expected {name} at the base's value, which no gate masks and nothing trains, got another: "
+                    "somebody else has written it, or the base"
+                )
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        return [local(tensor)._version for _, *pair in self._frozen for tensor in pair]
+
     def sq_norm(self) -> Tensor | int:
         """‖gradient‖² [] of the rows on this rank; 0 where nothing has one."""
         return sum(local(p.grad).float().square().sum() for p in self.parameters if p.grad is not None)
 
-    def step(self, *, lr: float, grad_scale: float) -> None:
-        """AdamW on grad_scale · gradient."""
+    def step(self, *, settings: Mapping[str, Any], grad_scale: float) -> None:
+        """AdamW on grad_scale · gradient; settings: lr, betas, eps and weight_decay."""
         if self._optimizer is None:
             return
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(grad_scale)
-        self._optimizer.param_groups[0]["lr"] = lr
+        kept = ("lr", "betas", "eps", "weight_decay")
+        self._optimizer.param_groups[0].update({name: settings[name] for name in kept})
         self._optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,14 +87,12 @@ class UnmaskedParameters:
             load_state_(self._optimizer, state_dict["unmasked_optimizer"])
 
 
-def _reset(model: PreTrainedModel, base: PreTrainedModel, *, kept: set[int]) -> None:
-    """Set every parameter to the base's value and freeze it, but those whose `id` is in `kept`, which are trained."""
+def _reset(frozen: Sequence[tuple[str, nn.Parameter, Tensor]]) -> None:
+    """Set the parameters to the base's values and freeze them."""
     moved = []
-    for (name, parameter), fixed in zip(model.named_parameters(), base.parameters(), strict=True):
-        parameter.requires_grad_(id(parameter) in kept)
-        if id(parameter) in kept:
-            continue
-        ours, theirs = local(parameter.detach()), local(fixed.detach())
+    for name, parameter, fixed in frozen:
+        parameter.requires_grad_(False)
+        ours, theirs = local(parameter.detach()), local(fixed)
         if not torch.equal(ours, theirs):
             moved.append(name)
             ours.copy_(theirs)

@@ -5,12 +5,13 @@
     d_gate, sq_norm = weights.pass_a(grads, gates)
     weights.pass_b(grads, gate_old, rank_old, gates, …)         AdamW on Δ, and the next W_eff
     weights.write(gates)                                        W_eff alone
+    weights.moved, weights.differing(…), weights.take_in(…)     what somebody else has written since
 
 Each weight stands beside its base, where it finds its gates, and its state (Δ, AdamW's moments), which is sharded as
 the weight is. The kernels get this rank's rows; what a rank has no rows of is left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcdd.carrier.patching import expanded_gates
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
 from lcdd.models import (
@@ -33,7 +35,7 @@ from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.block_grad import BlockGrad
 from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.packed import PackedGradLinear
-from lcdd_kernels import AdamWStep, DeltaStepPlan, GateMap
+from lcdd_kernels import AdamWStep, DeltaStepPlan, GateMap, weight_eff_
 
 Grads = tuple[list[Any], list[str] | None]
 """Gradients of the weights with rows on this rank, and their layouts where any is packed."""
@@ -61,6 +63,18 @@ class MaskedWeight:
     def row_map(self) -> GateMap:
         """The gate map of this rank's rows, which begin at their first row's gate."""
         return replace(self.gate_map, row_start=self.gate_map.row_start + shards.row_offset(self.weight))
+
+    def check_place(self) -> None:
+        """Raise InputError if the model has another parameter here now, or this one was cast or moved."""
+        weight, base = self.weight, self.base
+        if not shards.is_sharded(weight) and self.site.linear.weight is not weight:
+            raise InputError(f"model: {self.name}.weight is another parameter now than the one that is trained")
+        expected, got = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (base, weight))
+        if expected != got:
+            raise InputError(
+                f"model: expected {self.name}.weight as its base is, {expected}, got {got}: cast and move both models "
+                "before attach"
+            )
 
     def grad(self) -> tuple[Any, str]:
         """What `backward` left in the weight, this rank's rows, and its layout.
@@ -102,6 +116,7 @@ class MaskedWeights:
         self.sharded = shards.is_sharded(self.items[0].weight)
         self._here = [item for item in self.items if len(local(item.weight))]
         self._plan = self._make_plan(layout.n_gates) if self._here else None
+        self._marks: list[Any] = []
 
     def __iter__(self) -> Iterator[MaskedWeight]:
         return iter(self.items)
@@ -130,18 +145,27 @@ class MaskedWeights:
         return self._plan.grad_stats(found, gate, layouts=layouts, rank=gates.rank if layouts else None)
 
     def pass_b(
-        self, grads: Grads, gate_old: Tensor, rank_old: Tensor, gates: Gates, *, lr: float, step: int, grad_scale: float
+        self,
+        grads: Grads,
+        gate_old: Tensor,
+        rank_old: Tensor,
+        gates: Gates,
+        *,
+        settings: Mapping[str, Any],
+        step: int,
+        grad_scale: float,
     ) -> None:
         """Step Δ by AdamW on grad_scale · dΔ, and write W_eff of the gates now in force.
 
         gate_old, rank_old: the gates [n_gates] that the gradients are of, and each one's place among the open ones.
-        step: counts from 1.
+        settings: lr, betas, eps and weight_decay of AdamW. step: counts from 1.
         """
         if self.config.train_delta and self._plan is not None:
-            c, (found, layouts) = self.config, grads
+            found, layouts = grads
+            beta1, beta2 = settings["betas"]
             adam = AdamWStep(
-                lr=lr, beta1=c.adam_beta1, beta2=c.adam_beta2, eps=c.adam_epsilon, weight_decay=c.weight_decay,
-                step=step, grad_scale=grad_scale,
+                lr=settings["lr"], beta1=beta1, beta2=beta2, eps=settings["eps"],
+                weight_decay=settings["weight_decay"], step=step, grad_scale=grad_scale,
             )  # fmt: skip
             old = torch.ones_like(gate_old) if self.gated_grads else gate_old
             self._plan.step(found, old, gates.values, adam, layouts=layouts, rank=rank_old if layouts else None)
@@ -149,12 +173,14 @@ class MaskedWeights:
             reference_compat.round_as_stored_weights_(self._state("delta"), self._bases)
         if self.config.reference_compat or not self.config.train_delta:
             self._write(gates)
+        self.mark()
 
     @torch.no_grad()
     def write(self, gates: Gates) -> None:
         """W_eff of the gates in force into the model."""
         shards.reshard(self.model)
         self._write(gates)
+        self.mark()
 
     def take_gated_grads(self, logits: Tensor) -> None:
         """On the forward route: bring dΔ to `weight.grad`, where generic code clips, unscales and clears it.
@@ -168,6 +194,56 @@ class MaskedWeights:
             item.weight.grad_dtype = delta.dtype  # type: ignore[attr-defined]
             first = item is self.items[-1]  # in a backward
             delta.register_post_accumulate_grad_hook(partial(_hand_over, item.weight, logits if first else None))
+
+    # ------------------------------------------------------------------ what somebody else writes
+
+    def mark(self) -> None:
+        """Take the weights and the bases as they stand for what they have to be."""
+        self._marks = self._current_marks()
+
+    @property
+    def moved(self) -> bool:
+        """Whether a weight or a base has been written, or its memory exchanged, since the last `mark`.
+
+        What is written through `.data` moves no version counter: `differing` looks at all values, and `probe`, once a
+        step, at those of one weight; the step itself overwrites the others.
+        """
+        return self._current_marks() != self._marks
+
+    def differing(self, gate: Tensor) -> list[MaskedWeight]:
+        """The weights that are not, bit for bit, W_eff of the gates [n_gates]; one matrix of scratch at a time.
+
+        Raises:
+            InputError: a weight was replaced, or has another dtype, device or shape than its base.
+        """
+        for item in self.items:
+            item.check_place()
+        return [
+            item for item in self._here if not torch.equal(local(item.weight.detach()), self._weight_eff(item, gate))
+        ]
+
+    def probe(self, gate: Tensor, number: int) -> Tensor:
+        """How many entries of one weight, another one for each `number`, are not W_eff of the gates: [], as `gate`.
+
+        A step can afford it, and does not have to wait for it.
+        """
+        if not self._here:
+            return gate.new_zeros(())
+        item = self._here[number % len(self._here)]
+        return (local(item.weight.detach()) != self._weight_eff(item, gate)).sum().to(gate.dtype)
+
+    @torch.no_grad()
+    def take_in(self, gate: Tensor) -> bool:
+        """Let Δ follow weights that somebody else wrote, if they are W_eff of these gates [n_gates] with some Δ.
+
+        False, and nothing is changed: entries that the gates close are not the base's.
+        """
+        found = [(item, self._explained(item, gate)) for item in self._here]
+        if any(delta is None for _, delta in found):
+            return False
+        for item, delta in found:
+            local(item.state["delta"]).copy_(delta)
+        return True
 
     # ------------------------------------------------------------------ state
 
@@ -213,6 +289,30 @@ class MaskedWeights:
     def _write(self, gates: Gates) -> None:
         if self._plan is not None:
             self._plan.refresh(gates.values)
+
+    def _current_marks(self) -> list[Any]:
+        tensors = (tensor for item in self._here for tensor in (item.weight, item.base))
+        memory = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)  # to_local() makes a tensor each time
+        return [(tensor.data_ptr(), tensor._version) for tensor in memory]
+
+    def _weight_eff(self, item: MaskedWeight, gate: Tensor) -> Tensor:
+        """What this rank's rows of a weight have to be."""
+        base, delta = local(item.base), local(item.state["delta"].detach())
+        found = torch.empty_like(base)
+        weight_eff_([found], [base], [delta], gate, [item.row_map])
+        return found
+
+    def _explained(self, item: MaskedWeight, gate: Tensor) -> Tensor | None:
+        """Δ of this rank's rows with which the weight is W_eff of the gates; None: there is none."""
+        weight, base, delta = local(item.weight), local(item.base), local(item.state["delta"])
+        row_gate, col_gate = expanded_gates(gate, item.row_map, weight.shape)
+        factor = row_gate[:, None] * col_gate
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        change = weight.to(wide) - base.to(wide)
+        if bool(((factor == 0) & (change != 0)).any()) or not bool(torch.isfinite(change).all()):
+            return None
+        moved = (factor != 0) & (weight != self._weight_eff(item, gate))
+        return torch.where(moved, (change / factor).to(delta.dtype), delta)
 
 
 def _hand_over(weight: Tensor, logits: Tensor | None, delta: Tensor) -> None:

@@ -75,12 +75,8 @@ class Loop:
         # SFT keeps float32 weights, since bfloat16 would round small updates away; LCDD's updates go to delta.
         self.autocast = self.config.bf16 and head.dtype == torch.float32
         self._loss = Replicated(_SummedLoss(self.model, teacher))
-        factor = schedule(self.config.lr_scheduler_type, warmup=self.config.lr_warmup, steps=self.steps)
-        self._factors = [
-            (lambda _: 1.0) if group in optimizer.unscheduled else factor
-            for group in range(len(optimizer.param_groups))
-        ]
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(cast(torch.optim.Optimizer, optimizer), self._factors)
+        self._factor = schedule(self.config.lr_scheduler_type, warmup=self.config.lr_warmup, steps=self.steps)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(cast(torch.optim.Optimizer, optimizer), self._factor)
         self._start, self._spent = time.perf_counter(), 0.0
 
     @property
@@ -209,10 +205,8 @@ class Loop:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**found["optimizer"], "param_groups": groups})
         self._scheduler.last_epoch = self.step
-        for group, rate, factor in zip(
-            self.optimizer.param_groups, self._scheduler.base_lrs, self._factors, strict=True
-        ):
-            group["lr"] = rate * factor(self.step)
+        for group, rate in zip(self.optimizer.param_groups, self._scheduler.base_lrs, strict=True):
+            group["lr"] = rate * self._factor(self.step)
         set_random_state(found["random"])
         self._spent = found["seconds"]
         return True
