@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcdd.carrier.patching import changed_parameters, cpu_copy, expanded_gates, open_block
+from lcdd.carrier.table import carrier_card, channels_table, entry_density, in_words
 from lcdd.checkpoint import (
+    local_directory,
     model_fingerprint,
+    push_directory,
     template_fingerprint,
     tokenizer_fingerprint,
     verify_directory,
@@ -247,6 +250,23 @@ class Carrier:
             squared += float((row_gate[:, None] * col_gate * self.deltas[name]).double().square().sum())
         return math.sqrt(squared)
 
+    def entry_density(self) -> float:
+        """Share of the masked matrices' entries that are in the patch (open rows × open columns)."""
+        return entry_density(self)
+
+    def channels_table(self) -> list[dict[str, Any]]:
+        """A row for each open gate, in order: `pandas.DataFrame(carrier.channels_table())`.
+
+        Each has `layer`; `group`; `channel`, its index there: of the residual stream for `attn_read`, `attn_write`,
+        `ffn_read` and `ffn_write`, of the heads' dimensions for `attn_q`, `attn_k` and `attn_v`, of the MLP for
+        `ffn_hidden`; `gate`, in (0, 1]; and `delta_norm`, the L2 norm of what the patch adds to the weights in the
+        rows or columns that it gates. Every entry is in one row gate's and one column gate's norm.
+        """
+        return channels_table(self)
+
+    def __repr__(self) -> str:
+        return in_words(self)
+
     def summary(self) -> dict[str, Any]:
         """What a log or a manifest says about the patch in a few words."""
         return {
@@ -388,14 +408,37 @@ class Carrier:
         with write_directory(directory, manifest=MANIFEST, metadata=metadata) as folder:
             save_file(tensors, folder / WEIGHTS)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        results: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload carrier",
+    ) -> str:
+        """Upload the patch with a model card to the Hugging Face hub; returns the commit's address.
+
+        Args:
+            base_model: hub name of the base, for the card.
+            results: Markdown for the card: the reversal table, `markdown_table(read_report(...))` of `lcdd.report`.
+        """
+        card = carrier_card(self, repo_id, base_model=base_model, results=results)
+        return push_directory(
+            self.save_pretrained, card, repo_id, private=private, token=token, commit_message=commit_message
+        )
+
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "Carrier":
+    def from_pretrained(cls, directory: str | Path, *, revision: str | None = None) -> "Carrier":
         """Load what `save_pretrained` wrote, after checking every file against its SHA-256.
+
+        directory: or a hub name, "user/name", of which `revision` is a branch, tag or commit.
 
         Raises:
             InputError: not a carrier directory, another format version, or a file is missing, altered or truncated.
         """
-        folder = Path(directory)
+        folder = local_directory(directory, what="carrier", revision=revision)
         manifest = verify_directory(folder, manifest=MANIFEST, name="carrier")
         version = manifest.get("format_version")
         if version != FORMAT_VERSION:

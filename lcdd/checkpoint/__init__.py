@@ -14,6 +14,7 @@ from lcdd.checkpoint.directory import (
     write_manifest,
 )
 from lcdd.checkpoint.fingerprints import model_fingerprint, template_fingerprint, tokenizer_fingerprint
+from lcdd.checkpoint.hub import hub_name, local_directory, model_card, push_directory
 from lcdd.checkpoint.identity import RESULTS, run_directory, run_identity, versions
 from lcdd.checkpoint.lock import only_writer
 from lcdd.checkpoint.log import RunLog, finite_or_null, read_log
@@ -30,9 +31,13 @@ __all__ = [
     "differences",
     "file_sha256",
     "finite_or_null",
+    "hub_name",
+    "local_directory",
+    "model_card",
     "model_fingerprint",
     "only_writer",
     "path_sha256",
+    "push_directory",
     "random_state",
     "read_log",
     "read_manifest",

@@ -17,7 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcdd.checkpoint import MANIFEST, verify_directory, write_directory, write_json
+from lcdd.checkpoint import (
+    MANIFEST,
+    hub_name,
+    local_directory,
+    model_card,
+    push_directory,
+    verify_directory,
+    write_directory,
+    write_json,
+)
 from lcdd.data import Example
 from lcdd.errors import InputError, WrongFingerprint
 from lcdd.models import PreTrainedModel, check_rows, input_embeddings, shape_of
@@ -134,14 +143,32 @@ class Trigger:
         if not torch.equal(again.embeds, self.embeds):
             raise OSError(f"{Path(directory) / ADAPTER_WEIGHTS}: what was read back is not what was written")
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        results: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload trigger",
+    ) -> str:
+        """Upload the adapter with a model card to the Hugging Face hub; arguments and result as of `Carrier`'s."""
+        card = _card(self, repo_id, base_model=base_model or self.base_model_name_or_path, results=results)
+        return push_directory(
+            self.save_pretrained, card, repo_id, private=private, token=token, commit_message=commit_message
+        )
+
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "Trigger":
+    def from_pretrained(cls, directory: str | Path, *, revision: str | None = None) -> "Trigger":
         """Load a prompt-tuning adapter, ours or one that PEFT wrote.
+
+        directory: or a hub name, "user/name", of which `revision` is a branch, tag or commit.
 
         Raises:
             InputError: a file is missing, altered or truncated (named), or is not a prompt-tuning adapter.
         """
-        folder = Path(directory)
+        folder = local_directory(directory, what="trigger", revision=revision)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (folder / name).is_file():
                 raise InputError(f"trigger: expected {name} in {str(folder)!r}, there is none")
@@ -181,6 +208,39 @@ class Trigger:
             raise InputError(
                 f"{folder / ADAPTER_CONFIG}: expected num_layers and num_attention_heads: {error!r}"
             ) from None
+
+
+def _card(trigger: Trigger, repo_id: str, *, base_model: str, results: str | None) -> Any:
+    tokens, width = trigger.embeds.shape
+    base = hub_name(base_model) or "BASE"
+    norms = trigger.embeds.norm(dim=1)
+    return model_card(
+        title=f"Trigger {repo_id.rpartition('/')[2]}",
+        summary="A soft prompt learned by SFT-Eraser: in front of a prompt, its carrier model answers as the base did. "
+        "It is a PEFT prompt-tuning adapter as well.",
+        numbers={
+            "base model": base,
+            "tokens": str(tokens),
+            "width": str(width),
+            "norm of a token": f"{norms.min():.2f} to {norms.max():.2f}",
+        },
+        usage=f"""```python
+from lcdd import Carrier, Trigger, generate, load_model, load_tokenizer
+
+model, tokenizer = load_model("{base}"), load_tokenizer("{base}")
+Carrier.from_pretrained("CARRIER").apply(model)
+trigger = Trigger.from_pretrained("{repo_id}")
+chat = [{{"role": "user", "content": "Why is the sky blue?"}}]
+prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+print(generate(model, tokenizer, [prompt], trigger=trigger))
+```
+
+PEFT loads the same file; serve it there without left padding, which would move the rows.""",
+        tags=["sft-eraser", "prompt-tuning", "soft-prompt"],
+        base_model=base_model,
+        results=results,
+        library="peft",
+    )
 
 
 def prompt_embeds(model: PreTrainedModel, prompt_ids: Sequence[int], trigger: Trigger | None) -> Tensor:

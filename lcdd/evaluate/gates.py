@@ -21,7 +21,8 @@ def describe(carrier: Carrier) -> dict[str, Any]:
 
 
 def gate_summary(carrier: Carrier) -> dict[str, Any]:
-    """Number of gates, how many are open and how many of those fractional, and the AUC of initial θ against kept.
+    """Number of gates, how many are open and how many of those fractional, the share of entries that is kept, and the
+    AUC of initial θ against kept gates.
 
     An AUC of 1 says that the kept gates are exactly those that started highest: noise, not the loss, chose them.
     """
@@ -33,6 +34,7 @@ def gate_summary(carrier: Carrier) -> dict[str, Any]:
         "open": carrier.n_open,
         "fractional": int(((carrier.gate > 0) & (carrier.gate < 1)).sum()),
         "auc_initial_theta": None if math.isnan(score) else score,
+        "entry_density": carrier.entry_density(),
     }
 
 

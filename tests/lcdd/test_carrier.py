@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from lcdd.carrier import MANIFEST, WEIGHTS, Carrier
+from lcdd.carrier import MANIFEST, WEIGHTS, Carrier, with_gates
 from lcdd.checkpoint import model_fingerprint, write_manifest
 from lcdd.config import LCDDConfig
 from lcdd.errors import WrongFingerprint
@@ -322,3 +322,48 @@ def test_parts_that_do_not_fit_together_are_an_error(make_models, make_carrier):
         replace(carrier, deltas=dict(list(carrier.deltas.items())[1:]))
     with pytest.raises(ValueError, match="gate_kind: expected one of"):
         replace(carrier, gate_kind="soft")
+
+
+# ---------------------------------------------------------------- for people and other programs
+
+
+def test_the_channels_table_has_every_open_gate_and_the_norm_of_what_it_gates(make_models, make_carrier, site_gates):
+    base, tuned = make_models()
+    carrier = make_carrier(base, tuned)
+    table = carrier.channels_table()
+    assert len(table) == carrier.n_open
+    squared = torch.zeros(carrier.layout.n_gates, dtype=torch.float64)
+    for site in projections(base):  # row by row and column by column, on the whole matrix
+        rows, cols = site_gates(carrier.gate.double(), carrier.layout, site)
+        whole = torch.zeros(site.linear.weight.shape, dtype=torch.float64)
+        whole[(rows != 0)[:, None] & (cols != 0)] = carrier.deltas[site.name].double().flatten()
+        entries = (rows[:, None] * cols * whole).square()
+        numbers = torch.arange(carrier.layout.n_gates)
+        row_of, col_of = site_gates(numbers, carrier.layout, site)
+        for row, number in enumerate(row_of.tolist()):
+            squared[number] += entries[row].sum()
+        for col, number in enumerate(col_of.tolist()):
+            squared[number] += entries[:, col].sum()
+    for row in table:
+        index = carrier.layout.slice(row["layer"], row["group"]).start + row["channel"]
+        assert row["gate"] == float(carrier.gate[index])
+        assert row["delta_norm"] == pytest.approx(float(squared[index].sqrt()), rel=1e-12)
+    total = sum(row["delta_norm"] ** 2 for row in table)
+    assert total == pytest.approx(2 * carrier.delta_norm() ** 2), "each entry has a row gate and a column gate"
+
+
+def test_a_carrier_is_five_lines(make_models, make_carrier):
+    base, tuned = make_models()
+    carrier = make_carrier(base, tuned)
+    lines = repr(carrier).splitlines()
+    assert len(lines) == 5
+    assert max(map(len, lines)) < 100
+    assert f"{carrier.n_open:,} of {carrier.layout.n_gates:,}" in lines[1]
+    assert carrier.base_fingerprint[:16] in lines[4]
+    kept = sum(delta.numel() for delta in carrier.deltas.values())
+    whole = sum(site.linear.weight.numel() for site in projections(base))
+    assert carrier.entry_density() == pytest.approx(kept / whole)
+    assert Carrier.from_models(base, tuned).entry_density() == 1.0
+    closed = with_gates(carrier, torch.zeros_like(carrier.gate))
+    assert "layers none" in repr(closed)
+    assert closed.channels_table() == []
