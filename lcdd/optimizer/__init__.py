@@ -1,6 +1,6 @@
 """LCDD is an optimizer: gates, dual controller, packed gradients; and plain SFT beside it."""
 
-from lcdd.optimizer.block_grad import BlockGrad
+from lcdd.optimizer.block_grad import BlockGrad, OpenPart
 from lcdd.optimizer.controller import DualDescent, GateController
 from lcdd.optimizer.dual import DualController
 from lcdd.optimizer.forward import ForwardGates, GatedLinear, GatedMLP
@@ -21,6 +21,7 @@ __all__ = [
     "GatedMLP",
     "Gates",
     "LCDDOptimizer",
+    "OpenPart",
     "PackPlan",
     "PackedGradLinear",
     "SFTOptimizer",
