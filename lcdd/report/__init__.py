@@ -2,9 +2,11 @@
 
 from lcdd.report.charts import heat_map, interval_bar, line_chart, reversal_map
 from lcdd.report.content import assemble, read_report, thin, write_report
+from lcdd.report.labels import label
 from lcdd.report.numbers import number
 from lcdd.report.page import render
 from lcdd.report.progress import Bar, Stages, duration
+from lcdd.report.rendering import style_sheet
 from lcdd.report.statistics import auc, newcombe_paired_interval, t975, wilson_interval
 from lcdd.report.tables import (
     claims_table,
@@ -26,6 +28,7 @@ __all__ = [
     "explain",
     "heat_map",
     "interval_bar",
+    "label",
     "line_chart",
     "markdown_table",
     "newcombe_paired_interval",
@@ -35,6 +38,7 @@ __all__ = [
     "reversal_map",
     "reversal_table",
     "samples_table",
+    "style_sheet",
     "t975",
     "terminal_width",
     "text_table",
