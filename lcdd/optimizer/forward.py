@@ -37,6 +37,7 @@ from lcdd.models import (
     projections,
     shape_of,
 )
+from lcdd.optimizer.swapped import Swapped
 from lcdd_kernels import GateMap, GateSpec, gate_values, gated_linear, gated_mlp, gated_qkv, weight_eff_
 from lcdd_kernels.reference.gates import KINDS
 
@@ -212,9 +213,10 @@ class _Gated:
         return self.gates.logits[self._cols]
 
 
-class GatedLinear(nn.Linear):
+class GatedLinear(Swapped, nn.Linear):
     """An nn.Linear whose forward multiplies by W_base + (r ⊗ c) ∘ Δ. Made by `ForwardGates.attach`."""
 
+    _original, _ours = nn.Linear, ("_gated", "_fused")
     _gated: _Gated
     _fused: "GatedQKV | None"
 
@@ -239,7 +241,7 @@ class GatedLinear(nn.Linear):
         )
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Swapped, nn.Module):
     """A SwiGLU MLP as one op. `ForwardGates.attach` mixes it into the class of the model's own MLP, whose projections
     stay where they are; hooks on those do not fire.
     """
@@ -268,7 +270,7 @@ class GatedMLP(nn.Module):
 @cache
 def _gated_mlp_class(original: type[nn.Module]) -> type[GatedMLP]:
     """`original` with GatedMLP's forward; its instances stay instances of `original`."""
-    return type(f"Gated{original.__name__}", (GatedMLP, original), {})
+    return type(f"Gated{original.__name__}", (GatedMLP, original), {"_original": original, "_ours": ("_gated",)})
 
 
 class GatedQKV:

@@ -143,13 +143,13 @@ class LCDDOptimizer(torch.optim.Optimizer):
         super().__init__(self._groups(), _adam_settings(config))
         self._ready = True
         self._share_state()
-        self._watch = Watch(model, self)
         self.skipped_steps = self.skipped_in_a_row = 0
         self.last_loss = self.grad_norm = math.nan
         self._observed: tuple[Any, float] | None = None
         self._in_eval = False
         self._forward = self._forward_route() if config.gating == "forward" else None
         self._plan = self._pack_plan(layout)
+        self._watch = Watch(model, self)
         self._write_weights(evaluation=False)
         model.train()
         parts = (model, self._watch, self._masked, self._controller, self._plan, self._forward)
@@ -169,13 +169,14 @@ class LCDDOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, loss: float | Tensor | Callable | None = None, *, tokens: float = 1.0
+        self, loss: float | Tensor | Callable | None = None, closure: Callable | None = None, *, tokens: float = 1.0
     ) -> None:
         """Take one optimizer step on gradients that `backward` left in the weights.
 
         Args:
-            loss: this step's mean loss over all its micro-batches, in nats; not needed after `observe(loss)`. A
-                closure, as torch.optim allows, is called and its loss taken.
+            loss: this step's mean loss over all its micro-batches, in nats; not needed after `observe(loss)`.
+            closure: as of any torch optimizer: called first, and its loss taken. It may also come in the place of
+                `loss`, which is where torch's optimizers have it.
             tokens: on several ranks, how many tokens this rank's `loss` is the mean of: λ follows the mean over all
                 ranks' tokens. The gradients have to be those of that mean, as DDP's and FSDP2's averages are where
                 each rank scales its summed loss by ranks / (all ranks' tokens).
@@ -189,7 +190,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
                 since the forward.
         """
         self._refuse_wrong_mode()
-        loss, tokens = self._take_loss(loss, tokens)
+        loss, tokens = self._take_loss(loss if closure is None else closure, tokens)
         if self._masked.moved and self._masked.differing(self.gates.values):
             raise self._foreign()
         grads = self._masked.grads()
@@ -366,7 +367,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def detach(self) -> None:
         """Leave the model with the weights as they stand and nothing of ours in it."""
         if self._finalizer.detach() is not None:
-            _leave(self.model, self._watch, self._plan, self._forward)
+            _leave(self.model, self._watch, self._masked, self._plan, self._forward)
 
     # ------------------------------------------------------------------ state
 
@@ -443,8 +444,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def _pack_plan(self, layout: GateLayout) -> PackPlan | None:
         if self._forward is not None:
             return None
-        if shards.world_size() > 1:
-            logger.info("weight gradients are not packed on several ranks: engines average weight.grad alone")
+        if shards.world_size() > 1 or self._masked.sharded:
+            logger.info("weight gradients are not packed on several ranks or shards: engines reduce dense ones")
             return None
         return PackPlan.for_sites([item.site for item in self._masked], layout, self.config)
 
@@ -496,9 +497,16 @@ def _warn_of_float16(masked: MaskedWeights) -> None:
         )
 
 
-def _leave(model: PreTrainedModel, watch: Watch, plan: PackPlan | None, forward: ForwardGates | None) -> None:
+def _leave(
+    model: PreTrainedModel,
+    watch: Watch,
+    masked: MaskedWeights,
+    plan: PackPlan | None,
+    forward: ForwardGates | None,
+) -> None:
     """Take everything of ours out of the model."""
     watch.close(model)
+    masked.close()
     if plan is not None:
         plan.restore()
     if forward is not None:
@@ -521,4 +529,4 @@ def _leave_folded(
     if ours and watch.sampled:
         controller.draw(evaluation=True)
         masked.write(controller.gates)
-    _leave(model, watch, plan, forward)
+    _leave(model, watch, masked, plan, forward)

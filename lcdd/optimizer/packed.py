@@ -17,7 +17,6 @@ where a packed one stores nothing, so that norms, and what generic code does by 
 Shapes: T tokens (all leading dimensions), R open rows, C open columns.
 """
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -32,6 +31,7 @@ from lcdd.errors import InputError
 from lcdd.models import ROW_AND_COL_GROUPS, GateLayout, Projection
 from lcdd.optimizer.block_grad import BlockGrad, OpenPart
 from lcdd.optimizer.gates import Gates
+from lcdd.optimizer.swapped import Swapped
 from lcdd_kernels import (
     PackCrossover,
     default_crossover,
@@ -119,23 +119,23 @@ def _open_grad(x: Tensor, dy: Tensor, part: OpenPart, dtype: torch.dtype, *, lik
     return BlockGrad.of(part, tuple(p.to(like.dtype) for p in parts), like.shape)  # as weight.grad would have
 
 
-class PackedGradLinear(nn.Linear):
+class PackedGradLinear(Swapped, nn.Linear):
     """An `nn.Linear` that can leave the closed part of its weight gradient uncomputed; see the module's docstring.
 
-    Compiled by torch.compile its gradient is dense. A copy, by copy.deepcopy or pickle, is an ordinary nn.Linear.
+    Compiled by torch.compile its gradient is dense.
 
     Attributes:
         part: the open rows and columns; None where the gradient is dense.
     """
 
+    _original, _ours = nn.Linear, ("part",)
     part: OpenPart | None
 
     @staticmethod
     def swap(linear: nn.Linear) -> "PackedGradLinear":
         """Turns this instance into a PackedGradLinear with layout "dense"; its parameters, hooks and names stay as they
         are."""
-        if type(linear) is not nn.Linear:
-            raise InputError(f"linear: expected an nn.Linear (not a subclass), got {type(linear).__name__}")
+        _check_plain("linear", linear)
         linear.__class__ = PackedGradLinear
         assert isinstance(linear, PackedGradLinear)
         linear.part = None
@@ -186,27 +186,13 @@ class PackedGradLinear(nn.Linear):
             raise InputError(f"x: expected dtype {dtype} (the weight's), got {x.dtype}")
         return _PackedLinear.apply(x, self.weight, self.bias, self.part, dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
-        memo[id(self)] = copied = nn.Linear.__new__(nn.Linear)
-        copied.__dict__.update(copy.deepcopy(self._ordinary(), memo))
-        return copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ordinary_linear, (self._ordinary(),)
-
-    def _ordinary(self) -> dict[str, Any]:
-        """The attributes without ours."""
-        return {name: value for name, value in self.__dict__.items() if name != "part"}
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, layout={self.layout}"
 
 
-def _ordinary_linear(attributes: dict[str, Any]) -> nn.Linear:
-    """An nn.Linear with these attributes, as pickle makes it."""
-    linear = nn.Linear.__new__(nn.Linear)
-    linear.__setstate__(attributes)
-    return linear
+def _check_plain(name: str, linear: nn.Linear) -> None:
+    if type(linear) is not nn.Linear:
+        raise InputError(f"{name}: expected an nn.Linear (not a subclass), got {type(linear).__name__}")
 
 
 class PackPlan:
@@ -229,6 +215,8 @@ class PackPlan:
         self.sites, self.layout, self.gate_kind, self.pack = list(sites), layout, gate_kind, pack
         weight = self.sites[0].linear.weight
         self.crossover = crossover or default_crossover(weight.device, weight.dtype)
+        for site in self.sites:
+            _check_plain(f"model: {site.name}", site.linear)  # all of them before any of them
         self.linears = [PackedGradLinear.swap(site.linear) for site in self.sites]
         self._gates: Gates | None = None
         self._closed: dict[tuple[int, str], Tensor] = {}

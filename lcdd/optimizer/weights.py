@@ -195,6 +195,13 @@ class MaskedWeights:
             first = item is self.items[-1]  # in a backward
             delta.register_post_accumulate_grad_hook(partial(_hand_over, item.weight, logits if first else None))
 
+    def close(self) -> None:
+        """Drop gradients, which are for this optimizer alone; each weight's has its own dtype again."""
+        for item in self.items:
+            item.weight.grad = None
+            if self.gated_grads:
+                item.weight.grad_dtype = item.weight.dtype  # type: ignore[attr-defined]
+
     # ------------------------------------------------------------------ what somebody else writes
 
     def mark(self) -> None:

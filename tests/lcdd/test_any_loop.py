@@ -1,14 +1,19 @@
 """What generic training code does to gradients: it has the same effect on packed ones as on dense ones."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from loops import LAYOUTS, TOKENS, assert_same_run, attach, layouts_of, loss_of, packable
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from lcdd.models import shard_model
 
 STEPS = 5
 
@@ -135,6 +140,43 @@ def accelerate(model: Any, optimizer: Any) -> None:
     assert optimizer.completed_steps == STEPS
 
 
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone, as torchrun makes it on a machine with one GPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def ddp(as_views: bool) -> Callable[[Any, Any], None]:
+    def run(model: Any, optimizer: Any) -> None:
+        with one_rank():
+            wrapped = DistributedDataParallel(model, gradient_as_bucket_view=as_views)
+            plain(wrapped, optimizer, lambda _: None, parts=2)
+
+    return run
+
+
+def closure(model: Any, optimizer: Any) -> None:
+    """As Lightning steps."""
+    for _ in range(STEPS):
+
+        def once() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure=once)
+
+
+def anomaly_detection(model: Any, optimizer: Any) -> None:
+    with torch.autograd.set_detect_anomaly(True):
+        plain(model, optimizer, lambda _: None)
+
+
 def compiled(backend: str) -> Callable[[Any, Any], None]:
     def run(model: Any, optimizer: Any) -> None:
         torch._dynamo.reset()
@@ -157,6 +199,10 @@ TREATMENTS = {
     "checkpoint": checkpointing(reentrant=False),
     "reentrant checkpoint": checkpointing(reentrant=True),
     "accelerate": accelerate,
+    "DDP": ddp(as_views=False),
+    "DDP, views": ddp(as_views=True),
+    "closure": closure,
+    "anomaly detection": anomaly_detection,
     "compile eager": compiled("eager"),
     "compile aot_eager": compiled("aot_eager"),
 }
@@ -176,3 +222,32 @@ def test_packed_gradients_are_treated_as_dense_ones_are(layout: str, treatment: 
         assert all(parameter.grad is None for parameter in tuned.parameters())
         runs[pack] = optimizer
     assert_same_run(runs["auto"], runs["never"], tolerance=1e-5)
+
+
+def test_gradients_that_are_made_and_summed_by_hand_decide_the_same() -> None:
+    """torch.autograd.grad fires no hook: a dense gradient keeps what the gates close, and no step reads it."""
+    runs = []
+    for pack in ("never", "auto"):
+        base, tuned = packable()
+        optimizer = attach(base, tuned, "block", pack=pack)
+        weights = optimizer.param_groups[0]["params"]
+        for _ in range(STEPS):
+            loss = loss_of(tuned)
+            for weight, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                weight.grad = torch.zeros_like(weight) + grad
+            optimizer.step(loss)
+        runs.append(optimizer)
+    assert_same_run(*runs, tolerance=1e-5)
+
+
+def test_a_model_sharded_over_one_rank_trains_on_dense_gradients() -> None:
+    with one_rank():
+        losses = []
+        for sharded in (False, True):
+            base, tuned = packable()
+            if sharded:
+                base, tuned = shard_model(base, trained=False), shard_model(tuned, trained=True)
+            optimizer = attach(base, tuned, "block")
+            plain(tuned, optimizer, lambda _: None, parts=2)
+            losses.append(optimizer.last_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -14,6 +14,7 @@ from loops import TOKENS, attach, loss_of, packable
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lcdd.errors import InputError
 from lcdd.models import projections
@@ -191,8 +192,9 @@ def test_a_cast_a_move_and_another_parameter_are_refused_by_name():
 # ---------------------------------------------------------------- copies
 
 
-def test_a_copy_is_an_ordinary_model_and_none_is_made_of_sampled_gates():
-    _, tuned, optimizer = attached()
+@pytest.mark.parametrize("gating", ["optimizer", "forward"])
+def test_a_copy_is_an_ordinary_model_and_none_is_made_of_sampled_gates(gating):
+    _, tuned, optimizer = attached(gating=gating)
     train(tuned, optimizer)
     for make in (copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())):
         with pytest.raises(RuntimeError, match=r"sampled gates of training; call optimizer\.eval\(\) before"):
@@ -204,6 +206,8 @@ def test_a_copy_is_an_ordinary_model_and_none_is_made_of_sampled_gates():
     for clone in (copy.deepcopy(tuned), pickle.loads(pickle.dumps(tuned)), torch.load(buffer, weights_only=False)):
         assert_weights(clone, weights_of(tuned))
         assert all(type(site.linear) is nn.Linear for site in projections(clone))
+        assert type(clone.model.layers[0].mlp) is LlamaMLP
+        clone.requires_grad_(True)
         loss_of(clone).backward()
         grads = [site.linear.weight.grad for site in projections(clone)]
         assert all(type(grad) is torch.Tensor for grad in grads)
@@ -231,7 +235,21 @@ def test_a_second_attach_is_refused_until_the_first_has_ended():
     train(tuned, again)
     with pytest.raises(InputError, match="base: expected its own copy"):
         attach(base, base, "block")
-    attach(*packable(), "block")  # a failed attach leaves nothing behind, and other models are free
+
+
+def test_a_failed_attach_leaves_nothing_behind():
+    base, tuned = packable()
+
+    class Mine(nn.Linear):
+        pass
+
+    projections(tuned)[3].linear.__class__ = Mine
+    with pytest.raises(InputError, match=r"o_proj: expected an nn\.Linear \(not a subclass\), got Mine"):
+        attach(base, tuned, "block")
+    assert not tuned._forward_pre_hooks
+    projections(tuned)[3].linear.__class__ = nn.Linear
+    assert all(type(site.linear) is nn.Linear for site in projections(tuned))
+    train(tuned, attach(base, tuned, "block"))
 
 
 @pytest.mark.parametrize("gating", ["optimizer", "forward"])
