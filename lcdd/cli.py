@@ -200,7 +200,9 @@ def _execute(arguments: argparse.Namespace) -> Any:
         configs, function = from_flags(arguments, *command.configs), command.run
     _loading()
     from lcdd.checkpoint import only_writer
+    from lcdd.models import hide_progress_bars
 
+    hide_progress_bars()
     with only_writer(getattr(configs[0], "output_dir", None)):
         return function(*configs)
 

@@ -13,7 +13,7 @@ from lcdd.eraser import Trigger
 from lcdd.errors import InputError
 from lcdd.evaluate import PatchSource
 from lcdd.models import PreTrainedModel
-from lcdd.report import claims_table, reversal_table, write_report
+from lcdd.report import claims_table, paragraph, reversal_table, write_report
 
 
 def finished(output: Path, content: Mapping[str, Any], say: Say) -> StageResult:
@@ -23,7 +23,7 @@ def finished(output: Path, content: Mapping[str, Any], say: Say) -> StageResult:
         say(f"\n{reversal_table(report)}")
     say("\nWhat this run shows")
     for sentence in report["explanation"]:
-        say(f"- {sentence}")
+        say(paragraph(sentence, first="- "))
     if "audit" in report:
         say("\nWhich of the paper's claims held in this run")
         say(claims_table(report["audit"]))

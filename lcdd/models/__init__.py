@@ -13,6 +13,7 @@ from lcdd.models.layout import GROUPS, ROW_AND_COL_GROUPS, GateLayout
 from lcdd.models.loading import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    hide_progress_bars,
     hub_commit,
     load_model,
     load_model_type,
@@ -70,6 +71,7 @@ __all__ = [
     "full",
     "grad_stats_bytes",
     "head_weight",
+    "hide_progress_bars",
     "hub_commit",
     "input_embeddings",
     "layer_parameters",

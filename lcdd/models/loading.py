@@ -241,6 +241,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     model.save_pretrained(path, safe_serialization=True)
 
 
+def hide_progress_bars() -> None:
+    """Transformers' own bars over loading and saving, which would break into the lines of a command."""
+    transformers_logging.disable_progress_bar()
+
+
 def _refuse_bare_name(path: str | Path) -> None:
     """Raise InputError for a name that can only be meant as a directory and is none.
 

@@ -11,6 +11,7 @@ from lcdd.report.statistics import auc, newcombe_paired_interval, t975, wilson_i
 from lcdd.report.tables import (
     claims_table,
     markdown_table,
+    paragraph,
     reversal_table,
     samples_table,
     terminal_width,
@@ -33,6 +34,7 @@ __all__ = [
     "markdown_table",
     "newcombe_paired_interval",
     "number",
+    "paragraph",
     "read_report",
     "render",
     "reversal_map",

@@ -3,8 +3,8 @@
 import io
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from textwrap import shorten
-from typing import Any
+from textwrap import fill, shorten
+from typing import Any, Literal
 
 from rich.box import Box
 from rich.console import Console
@@ -14,6 +14,8 @@ from lcdd.report.labels import MAIN, interval, label, models_of
 
 RULED = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 """Nothing but a rule under the head."""
+HEAD = 16
+"""A column is at least as wide as its name, up to this many characters."""
 ANSWER = 60
 """Characters of an answer that are shown beside others."""
 
@@ -30,7 +32,8 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int 
     """
     table = Table(box=RULED, pad_edge=False, show_edge=False, padding=(0, 1))
     for place, name in enumerate(head):
-        table.add_column(name, justify="left" if place < left else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if place < left else "right"
+        table.add_column(name, justify=justify, overflow="fold", min_width=min(len(name), HEAD))
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
@@ -43,12 +46,12 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int 
 
 def _reversal_rows(report: Mapping[str, Any], name_of: Callable[[str], str] = str) -> tuple[list[str], list[list[str]]]:
     models, norms = models_of(report), report.get("delta_norm") or {}
-    head = ["model", "behaviour", "95%", "base match", "95%", *(["norm of change"] if norms else [])]
+    head = ["model", "behaviour", "base match", *(["norm of change"] if norms else [])]
     rows = []
     for name in [*(n for n in MAIN if n in models), *(n for n in models if n not in MAIN)]:
         cells = [name_of(name)]
         for key in ("behavior_rate", "base_match"):
-            cells += [f"{models[name][key]:.3f}", interval(models[name][f"{key}_ci95"])]
+            cells.append(f"{models[name][key]:.3f} {interval(models[name][f'{key}_ci95'])}")
         rows.append([*cells, *([f"{norms[name]:.3f}" if name in norms else ""] if norms else [])])
     return head, rows
 
@@ -79,15 +82,21 @@ def samples_table(report: Mapping[str, Any], *, count: int = 5) -> str:
     return text_table(["prompt", *shown], rows, left=len(shown) + 1)
 
 
+def paragraph(text: str, *, first: str = "", rest: str | None = None) -> str:
+    """A text in lines that fit the terminal; `first` and `rest` go in front of the first line and of the others."""
+    rest = " " * len(first) if rest is None else rest
+    return fill(text, terminal_width(), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
 def claims_table(audit: Mapping[str, Any]) -> str:
     """Each claim's verdict and, under it, every number that it rests on with its 95% interval."""
     lines = []
     for claim in audit["claims"]:
-        lines.append(f"{claim['verdict'].upper()}: {claim['name']}. {claim['statement']}")
+        lines.append(paragraph(f"{claim['verdict'].upper()}: {claim['name']}. {claim['statement']}", rest="  "))
         for row in claim["evidence"]:
-            if "value" not in row:
-                lines.append(f"    {row['rule']}: not measured")
-                continue
-            low, high = row["ci95"]
-            lines.append(f"    {row['rule']}: {row['value']:+.3f} [{low:+.3f}, {high:+.3f}], {row['verdict']}")
+            found = "not measured"
+            if "value" in row:
+                low, high = row["ci95"]
+                found = f"{row['value']:+.3f} [{low:+.3f}, {high:+.3f}], {row['verdict']}"
+            lines.append(paragraph(f"{row['rule']}: {found}", first="    "))
     return "\n".join(lines)

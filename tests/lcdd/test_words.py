@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import rates, run_report
 
-from lcdd.report import explain, markdown_table, reversal_table, samples_table, text_table, verdict
+from lcdd.report import (
+    claims_table,
+    explain,
+    markdown_table,
+    paragraph,
+    reversal_table,
+    samples_table,
+    text_table,
+    verdict,
+)
 from lcdd.report.labels import label, share
 
 
@@ -128,7 +137,11 @@ def test_a_table_is_never_wider_than_the_terminal(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     report = run_report()
     report["samples"][0]["answers"]["sft"] = "a very long answer " * 20
-    for text in (reversal_table(report), samples_table(report)):
+    claim = {"rule": "base match of carrier+trigger minus that of sft+trigger > 0", "verdict": "held", "value": 0.1}
+    evidence = [{**claim, "ci95": [0.05, 0.15]}, {"rule": "sparsity " * 20, "verdict": "not measured"}]
+    audit = {"claims": [{"name": "n", "statement": "A long one. " * 20, "verdict": "held", "evidence": evidence}]}
+    said = "\n".join(paragraph(sentence, first="- ") for sentence in explain(report))
+    for text in (reversal_table(report), samples_table(report), claims_table(audit), said):
         assert max(len(line) for line in text.splitlines()) <= columns
     text = " ".join(reversal_table(report).split())
     assert "400 held-out prompts" in text
@@ -139,12 +152,12 @@ def test_tables_have_every_state_and_number(monkeypatch):
     lines = reversal_table(run_report()).splitlines()
     assert len(lines) == 3 + 7
     assert [line.split("  ")[0] for line in lines[3:7]] == ["base", "sft", "carrier", "carrier+trigger"]
-    assert lines[6].split("  ", 1)[1].split() == ["0.000", "[0.000,", "0.030]", "0.900", "[0.870,", "0.930]"]
+    assert lines[6].split()[1:] == ["0.000", "[0.000,", "0.030]", "0.900", "[0.870,", "0.930]"]
     assert "5.000" in lines[5]
     markdown = markdown_table(run_report()).splitlines()
     assert len(markdown) == 2 + 7
-    assert all(line.count("|") == 7 for line in markdown)
-    assert markdown[5].startswith("| carrier, behind its trigger | 0.000 |")
+    assert all(line.count("|") == 5 for line in markdown)
+    assert markdown[5] == "| carrier, behind its trigger | 0.000 [0.000, 0.030] | 0.900 [0.870, 0.930] |  |"
 
 
 def test_samples_stand_side_by_side(monkeypatch):
