@@ -73,6 +73,32 @@ _SMALL: dict[str, Any] = {"device": "cuda", "case": "optimizer step", "model": "
 _LARGE: dict[str, Any] = {**_SMALL, "model": "llama-3-8b, 4 layers"}
 _CLOSED, _DENSE = {"density": 0.2}, {"density": 1.0}
 
+_ANY = float("inf")  # what is told has no limit: it is what was measured
+
+HEADLINES: tuple[tuple[str, Goal], ...] = (
+    (
+        "an LCDD step with every gate open, over a plain fine-tuning step",
+        Goal(text="", provider="lcdd", lane=_DENSE, limit=_ANY, **_CPU),
+    ),
+    (
+        "the same with 80% of the gates closed",
+        Goal(text="", provider="lcdd", lane=_CLOSED, limit=_ANY, **_CPU),
+    ),
+    (
+        "the authors' parametrization with every gate open, over the plain step",
+        Goal(text="", provider="unfused", limit=_ANY, **_CPU),
+    ),
+    (
+        "a step of the trigger's learning, over one prompt at a time as its authors do it",
+        Goal(text="", device="cpu", case="eraser step", provider="lcdd", limit=_ANY),
+    ),
+    (
+        "`lcdd train` from start to end, over the same with the authors' parametrization",
+        Goal(text="", device="cpu", case="lcdd train, whole process", provider="lcdd", limit=_ANY),
+    ),
+)
+"""What a reader wants to know first: times over the floor that each row names, in all records that match."""
+
 GOALS: tuple[Goal, ...] = (
     Goal(text="tax of open gates, 4 micro-batches", provider="lcdd", lane=_DENSE, limit=1.15, **_CPU),
     Goal(

@@ -12,7 +12,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.goals import GIB, GOALS, Goal
+from benchmarks.goals import GIB, GOALS, HEADLINES, Goal
 from benchmarks.records import RESULTS, Record, load
 
 README = Path(__file__).with_name("README.md")
@@ -96,29 +96,52 @@ def tax_svg(series: Mapping[str, Points], *, title: str) -> str:
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Record]) -> str:
-    """One device's records: where and when, the goals, and a table a case."""
+def headlines(rows: Sequence[Record]) -> list[str]:
+    """The five rows that matter first, in words."""
+    lines = ["| time of | is times the other's |", "|---|---|"]
+    for words, what in HEADLINES:
+        if values := sorted(what.values(rows)):
+            ends = dict.fromkeys(f"{value:.2f}" for value in (values[0], values[-1]))
+            lines.append(f"| {words} | **{' to '.join(ends)}** |")
+    return lines
+
+
+def fold(title: str, lines: Sequence[str]) -> list[str]:
+    """Lines behind a title that opens them."""
+    return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>"]
+
+
+def table(rows: Sequence[Record], pictures: Sequence[str] = ()) -> str:
+    """One device's records: where and when, the headlines; folded away the goals, and a table a case."""
     first = rows[0]
     commits = ", ".join(sorted({row.commit for row in rows}))
     dates = sorted({row.date for row in rows})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     lines = [
+        *headlines(rows),
+        "",
+        *pictures,
         f"{first.device}; {first.threads} threads; torch {first.torch}, triton {first.triton}, Python {first.python}; "
         f"commit {commits}; {when}.",
         "",
-        *_goals(rows),
+        *fold("Goals, and which hold", _goals(rows)),
     ]
-    for (case, params), group in groupby(rows, key=lambda row: (row.case, row.params)):
-        of_case = list(group)
-        lines += ["", f"**{case}**: {_words(json.loads(params))}", ""]
-        lines += [
-            "| provider | time, ms (p20–p80) | over the floor | also | peak memory (a run's own) | held for backward |"
-        ]
-        lines += ["|---|---|---|---|---|---|"]
-        for (provider, lane), of_lane in groupby(of_case, key=lambda row: (row.provider, row.lane)):
-            metrics = {row.metric: row for row in of_lane}
-            lines.append(_line(provider, json.loads(lane), metrics))
+    for case, group in groupby(rows, key=lambda row: row.case):
+        found: list[str] = []
+        for params, of_params in groupby(list(group), key=lambda row: row.params):
+            found += ["", f"**{_words(json.loads(params))}**", "", *_case(list(of_params))]
+        lines += fold(case, found[1:])
     return "\n".join(lines)
+
+
+def _case(rows: Sequence[Record]) -> list[str]:
+    lines = [
+        "| provider | time, ms (p20–p80) | over the floor | also | peak memory (a run's own) | held for backward |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (provider, lane), of_lane in groupby(rows, key=lambda row: (row.provider, row.lane)):
+        lines.append(_line(provider, json.loads(lane), {row.metric: row for row in of_lane}))
+    return lines
 
 
 def _goals(rows: Sequence[Record]) -> list[str]:
@@ -140,10 +163,10 @@ def unmeasured_goals(kinds: set[str]) -> str:
     missing = [goal for goal in GOALS if goal.device not in kinds]
     if not missing:
         return ""
-    lines = ["Not measured yet, goals only:", "", "| goal | device | limit |", "|---|---|---|"]
+    lines = ["| goal | device | limit |", "|---|---|---|"]
     for goal in missing:
         lines.append(f"| {goal.text} | {goal.device} | {'≥' if goal.at_least else '≤'} {_figure(goal)(goal.limit)} |")
-    return "\n".join(lines)
+    return "\n".join(fold("Not measured yet, goals only", lines))
 
 
 def _line(provider: str, lane: Mapping[str, object], metrics: Mapping[str, Record]) -> str:
@@ -196,7 +219,7 @@ def refresh(*, results: Path = RESULTS, readme: Path = README) -> list[Path]:
         if not rows:
             continue
         kinds.add("cpu" if "cores" in rows[0].device else "cuda")
-        parts += [f"### {rows[0].device}", "", table(rows), ""]
+        pictures: list[str] = []
         models = dict.fromkeys(json.loads(r.params)["model"] for r in rows if r.case == "optimizer step")
         for model in models:
             series = tax_points(rows, model)
@@ -205,7 +228,8 @@ def refresh(*, results: Path = RESULTS, readme: Path = README) -> list[Path]:
             picture = path.with_name(f"tax-{re.sub(r'[^a-z0-9]+', '-', model.lower()).strip('-')}.svg")
             picture.write_text(tax_svg(series, title=f"Step time over the plain step: {model}"), encoding="utf-8")
             written.append(picture)
-            parts += [f"![Masking tax of {model}](results/{path.parent.name}/{picture.name})", ""]
+            pictures += [f"![Masking tax of {model}](results/{path.parent.name}/{picture.name})", ""]
+        parts += [f"### {rows[0].device}", "", table(rows, pictures), ""]
     parts.append(unmeasured_goals(kinds))
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)

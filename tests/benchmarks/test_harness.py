@@ -313,6 +313,9 @@ def test_tables_and_picture_come_from_the_records(tmp_path):
     assert "| tax of open gates, 4 micro-batches | ≤ 1.15 | 1.05 | yes |" in text
     assert "| tax at 80% closed, hard-concrete, 4 micro-batches | ≤ 0.95 | 1.05 | **no** |" in text
     assert "Not measured yet, goals only" in text
+    assert "| an LCDD step with every gate open, over a plain fine-tuning step | **1.05** |" in text
+    assert text.index("plain fine-tuning step") < text.index(".svg") < text.index("<details>")
+    assert text.count("<details>") == text.count("</details>") == 3
     picture = next(path for path in written if path.suffix == ".svg").read_text()
     assert "the floor" in picture
     assert picture.count("<circle") == 4 + 1
