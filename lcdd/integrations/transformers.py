@@ -28,7 +28,6 @@ from transformers.utils import logging
 
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
-from lcdd.config.training import TrainConfig
 from lcdd.errors import InputError, TrainingStopped
 from lcdd.models import PreTrainedModel, load_model
 from lcdd.optimizer import LCDDOptimizer
@@ -37,8 +36,13 @@ logger = logging.get_logger(__name__)
 
 _OURS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
 """Settings that both classes have, and LCDDConfig decides about."""
-_APART = ("seed", "warmup_steps", "output_dir", "report_to")
-"""Settings of one name that mean two things: both hold."""
+_APART = ("seed", "warmup_steps")
+"""Settings of one name that mean two things (the noise of the gates, the dual's warm-up): both hold."""
+_COMMANDS = (
+    *("base_model_name_or_path", "sft_model_name_or_path", "initial_carrier", "save_folded", "device", "parallel"),
+    *("resume", "resume_override", "checkpoint_override", "max_length", "completion_only", "loss", "lr_warmup_steps"),
+)
+"""Settings that `lcdd train` alone reads."""
 _SHOWN = ("sparsity", "dual_lambda", "ema", "epsilon", "skipped_steps")
 
 
@@ -175,12 +179,17 @@ class LCDDTrainer(Trainer):
 
 
 def check_settings(args: TrainingArguments, config: LCDDConfig) -> None:
-    """Raise InputError if a setting that both have is set in the one that does not decide about it."""
+    """Raise InputError if a setting is made where it would do nothing."""
     theirs = {item.name: item for item in dataclasses.fields(args)}
-    for item in dataclasses.fields(TrainConfig):
+    for item in dataclasses.fields(config):
+        wanted = getattr(config, item.name)
+        if item.name in _COMMANDS and item.name not in theirs and wanted != item.default:
+            raise InputError(
+                f"{item.name}: expected LCDDConfig's default, since lcdd train alone reads it, got {wanted!r}"
+            )
         if item.name not in theirs or item.name in _APART:
             continue
-        given, wanted = getattr(args, item.name), getattr(config, item.name)
+        given = getattr(args, item.name)
         ours = item.name in _OURS
         untouched = given == theirs[item.name].default if ours else wanted == item.default
         off = item.name == "max_grad_norm" and given == 0

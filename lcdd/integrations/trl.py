@@ -47,14 +47,17 @@ class LCDDSFTTrainer(LCDDTrainer, SFTTrainer):
             processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
         more["processing_class"] = processing_class
         if isinstance(eval_dataset, dict):
-            more["eval_dataset"] = {name: _encoded(part, processing_class, args) for name, part in eval_dataset.items()}
+            more["eval_dataset"] = {
+                name: _encoded(part, f"eval_dataset[{name!r}]", processing_class, args)
+                for name, part in eval_dataset.items()
+            }
         else:
-            more["eval_dataset"] = _encoded(eval_dataset, processing_class, args)
-        more["train_dataset"] = _encoded(train_dataset, processing_class, args)
+            more["eval_dataset"] = _encoded(eval_dataset, "eval_dataset", processing_class, args)
+        more["train_dataset"] = _encoded(train_dataset, "train_dataset", processing_class, args)
         super().__init__(model, base, config, args=args, **more)
 
 
-def _encoded(dataset: Any, tokenizer: Any, args: Any) -> Any:
+def _encoded(dataset: Any, name: str, tokenizer: Any, args: Any) -> Any:
     """A data set of Alpaca's columns as token ids and labels, which TRL takes as they are; any other one as it is."""
     columns = getattr(dataset, "column_names", None) or []
     if not set(columns) >= _ALPACA:
@@ -63,7 +66,7 @@ def _encoded(dataset: Any, tokenizer: Any, args: Any) -> Any:
     completion_only = getattr(args, "completion_only_loss", None) is not False
 
     def encode_row(row: dict[str, Any], number: int) -> dict[str, Any]:
-        example = parse_row(row, where=f"train_dataset[{number}]")
+        example = parse_row(row, where=f"{name}[{number}]")
         found = encode(tokenizer, example, max_length=limit, completion_only=completion_only)
         return {"input_ids": list(found.input_ids), "labels": list(found.labels)}
 

@@ -189,7 +189,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
             InputError: no loss was given, a masked weight has no gradient, or somebody else has written the weights
                 since the forward.
         """
-        self._refuse_wrong_mode()
+        self._refuse_detached("step")
+        if self._in_eval:
+            raise RuntimeError("step: the optimizer is in evaluation mode; call optimizer.train() first")
         loss, tokens = self._take_loss(loss if closure is None else closure, tokens)
         if self._masked.moved and self._masked.differing(self.gates.values):
             raise self._foreign()
@@ -244,11 +246,11 @@ class LCDDOptimizer(torch.optim.Optimizer):
             raise InputError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
         return float(given), tokens
 
-    def _refuse_wrong_mode(self) -> None:
+    def _refuse_detached(self, action: str) -> None:
         if not self._finalizer.alive:
-            raise RuntimeError("step: the optimizer is detached from its model, by fold() or detach(); attach anew")
-        if self._in_eval:
-            raise RuntimeError("step: the optimizer is in evaluation mode; call optimizer.train() first")
+            raise RuntimeError(
+                f"{action}: the optimizer is detached from its model, by fold() or detach(); attach anew"
+            )
 
     def _skip(self, reason: str) -> None:
         """Count a step that is not taken; θ goes back to the last good one."""
@@ -309,6 +311,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._switch(evaluation=False)
 
     def _switch(self, *, evaluation: bool) -> None:
+        self._refuse_detached("eval" if evaluation else "train")
         self.heed_writes(exact=evaluation != self._in_eval)
         if evaluation != self._in_eval:
             self._in_eval = evaluation
@@ -360,6 +363,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         Raises:
             InputError: as of `heed_writes`.
         """
+        self.heed_writes(exact=True)
         self.eval()
         self.detach()
         return self.model
@@ -387,6 +391,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """Restore `state_dict`'s result into an optimizer attached to the same models; rewrites the model's weights,
         whoever wrote them last, and drops gradients.
         """
+        self._refuse_detached("load_state_dict")
         ours = state_dict["lcdd"]
         if ours["gate_logits"].shape != self.gates.logits.shape:
             raise InputError(

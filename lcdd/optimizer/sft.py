@@ -53,10 +53,12 @@ class SFTOptimizer(torch.optim.AdamW):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
+            self.zero_grad()
             return
         self.skipped_in_a_row = 0
         self.last_loss, self.grad_norm = loss, norm
         super().step()
+        self.zero_grad()
         if self.starts:
             self._project()
 

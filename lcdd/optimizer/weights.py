@@ -243,7 +243,8 @@ class MaskedWeights:
     def take_in(self, gate: Tensor) -> bool:
         """Let Δ follow weights that somebody else wrote, if they are W_eff of these gates [n_gates] with some Δ.
 
-        False, and nothing is changed: entries that the gates close are not the base's.
+        It follows to the rounding of its dtype, and only where the weights differ from what they had to be. False, and
+        nothing is changed: entries that the gates close are not the base's.
         """
         found = [(item, self._explained(item, gate)) for item in self._here]
         if any(delta is None for _, delta in found):

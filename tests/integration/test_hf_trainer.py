@@ -166,6 +166,7 @@ def test_the_carrier_is_of_the_best_model_where_that_is_loaded(tmp_path: Path) -
         ({}, {"max_grad_norm": 0.3}, "max_grad_norm: expected it in LCDDConfig"),
         ({"max_steps": 9}, {}, "max_steps: expected it in TrainingArguments.*leave LCDDConfig's at its default"),
         ({"gradient_accumulation_steps": 2}, {}, "gradient_accumulation_steps: expected it in TrainingArguments"),
+        ({"loss": "kl", "train_delta": False}, {}, "loss: expected LCDDConfig's default, since lcdd train alone reads"),
         ({}, {"load_best_model_at_end": True, "save_only_model": True}, "save_only_model: expected False"),
     ],
 )

@@ -240,6 +240,32 @@ def test_gradients_that_are_made_and_summed_by_hand_decide_the_same() -> None:
     assert_same_run(*runs, tolerance=1e-5)
 
 
+def test_on_the_forward_route_gradients_are_cleared_and_scaled_where_those_of_others_are() -> None:
+    """One step overflows: the scaler skips it, the loop clears the model's gradients and knows of no θ."""
+    runs = []
+    for scaled in (False, True):
+        base, tuned = packable()
+        optimizer = attach(base, tuned, "block", gating="forward")
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        norms = []
+        for step in range(STEPS):
+            if scaled and step == 2:
+                scaler.scale(loss_of(tuned) * math.inf).backward()
+                scaler.step(optimizer, 1.0)
+                scaler.update()
+                tuned.zero_grad()
+            loss = loss_of(tuned)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer, loss.item())
+            scaler.update()
+            tuned.zero_grad()
+            norms.append(optimizer.grad_norm)
+        runs.append((optimizer, norms))
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-4)
+    assert max(runs[0][1]) < 1.5 * min(runs[0][1])  # not the sum over all steps
+    assert_same_run(runs[1][0], runs[0][0], tolerance=1e-4)
+
+
 def test_a_model_sharded_over_one_rank_trains_on_dense_gradients() -> None:
     with one_rank():
         losses = []

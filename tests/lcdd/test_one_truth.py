@@ -87,10 +87,13 @@ def test_a_state_of_the_same_gates_is_taken_in_and_delta_follows(caplog):
 
 
 @pytest.mark.parametrize("through", ["copy_", "data"])
-@pytest.mark.parametrize("ask", ["carrier", "fold", "eval", "state_dict", "step", "forward"])
+@pytest.mark.parametrize("ask", ["carrier", "fold", "eval", "state_dict", "step", "forward", "evaluating", "shipping"])
 def test_weights_of_no_gates_of_this_run_are_refused_wherever_they_are_noticed(ask, through):
     _, tuned, optimizer = attached()
     train(tuned, optimizer)
+    if ask in ("evaluating", "shipping"):
+        optimizer.eval()
+        ask = {"evaluating": "train", "shipping": "fold"}[ask]
     loss_of(tuned).backward()
     before, delta = optimizer.stats(), {n: d.clone() for n, (_, d, _) in optimizer.masked().items()}
     with torch.no_grad():
@@ -228,9 +231,17 @@ def test_a_second_attach_is_refused_until_the_first_has_ended():
     with pytest.raises(InputError, match=r"attached already; call the other's fold\(\) or detach\(\) first"):
         attach(base, tuned, "block")
     optimizer.fold()
-    for call in (lambda: optimizer.step(1.0), lambda: optimizer.step()):
+    state = optimizer.state_dict()
+    expected = weights_of(tuned)
+    for call in (
+        lambda: optimizer.step(1.0),
+        optimizer.train,
+        lambda: optimizer.load_state_dict(state),
+        optimizer.fold,
+    ):
         with pytest.raises(RuntimeError, match="detached from its model"):
             call()
+    assert_weights(tuned, expected)
     again = attach(base, tuned, "block")
     train(tuned, again)
     with pytest.raises(InputError, match="base: expected its own copy"):
