@@ -76,8 +76,7 @@ def one_bad_loss(model: Any, optimizer: Any) -> None:
     for step in range(STEPS):
         loss = loss_of(model) * (math.nan if step == 2 else 1.0)
         loss.backward()
-        optimizer.step(loss)
-        model.zero_grad()
+        optimizer.step(loss)  # which drops the gradients: nobody clears them here
     assert (optimizer.completed_steps, optimizer.skipped_steps) == (STEPS - 1, 1)
 
 
@@ -222,6 +221,20 @@ def test_packed_gradients_are_treated_as_dense_ones_are(layout: str, treatment: 
         assert all(parameter.grad is None for parameter in tuned.parameters())
         runs[pack] = optimizer
     assert_same_run(runs["auto"], runs["never"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("gating", ["optimizer", "forward"])
+@pytest.mark.parametrize("loss", [math.nan, 1.0])
+def test_a_step_drops_the_gradients_whether_it_is_taken_or_skipped(gating: str, loss: float) -> None:
+    base, tuned = packable()
+    optimizer = attach(base, tuned, "block", gating=gating, train_unmasked=True)
+    loss_of(tuned).backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sum(parameter.grad is not None for parameter in parameters) >= len(parameters) - 1  # θ: on one route alone
+    optimizer.step(loss)
+    deltas = [delta for _, delta, _ in optimizer.masked().values()]
+    assert all(tensor.grad is None for tensor in [*parameters, *deltas])
+    assert optimizer.skipped_steps == (1 if math.isnan(loss) else 0)
 
 
 def test_gradients_that_are_made_and_summed_by_hand_decide_the_same() -> None:
