@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crash_test import ROOT, write_record
+from benchmarks.crash_test import write_record
 
 Case = tuple[str, list[str]]  # what is wrong, command line without --output_dir
 LIMIT_SECONDS = 1.0
@@ -162,8 +162,7 @@ def check(name: str, argv: list[str], output: Path) -> str | None:
 
 def run_cases(folder: Path, *, every: int = 1, seed: int = 0) -> dict[str, Any]:
     """The figures of all cases, or of each `every`-th one."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import SENTENCES, save_checkpoint, write_jsonl
+    from fixtures.checkpoints import SENTENCES, save_checkpoint, write_jsonl
 
     save_checkpoint(folder / "base")
     write_jsonl(folder / "good.jsonl", list(SENTENCES[:24]))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.crash_test import ROOT, write_record
+from benchmarks.crash_test import write_record
 from lcdd.checkpoint import SEAL, file_sha256, model_fingerprint, write_manifest
 
 Loader = Callable[[Path], Any]
@@ -32,9 +32,7 @@ LIES = ("dtype", "shape", "nan", "model", "path")
 
 def make_targets(folder: Path) -> dict[str, Path]:
     """A good carrier, trigger and training checkpoint."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import make_model, make_tokenizer
-
+    from fixtures.checkpoints import make_model, make_tokenizer
     from lcdd.checkpoint import CheckpointStore
     from lcdd.config import LCDDConfig
     from lcdd.eraser import Trigger
@@ -53,9 +51,7 @@ def make_targets(folder: Path) -> dict[str, Path]:
 
 def loaders() -> dict[str, Loader]:
     """How each kind is loaded for use against the small base model, whole."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import make_model
-
+    from fixtures.checkpoints import make_model
     from lcdd.carrier import Carrier
     from lcdd.checkpoint import CheckpointStore
     from lcdd.config import LCDDConfig

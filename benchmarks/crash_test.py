@@ -54,8 +54,7 @@ def finish(child: int) -> int:
 
 def make_inputs(folder: Path) -> None:
     """Two tiny checkpoints and a data set."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
+    from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 
     tokenizer = make_tokenizer()
     save_checkpoint(folder / "base", tokenizer=tokenizer)

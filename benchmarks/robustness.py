@@ -23,12 +23,10 @@ from torch import nn
 
 from benchmarks.crash_test import ROOT, write_record
 
-sys.path.insert(0, str(ROOT / "tests"))
-
 
 def ranks() -> dict[str, Any]:
     """One rank against two (gloo, CPU) after 50 steps: worst differences of λ, Δ and θ, and of the open gates."""
-    from integration import ranks as work
+    from fixtures import ranks as work
 
     found: dict[str, Any] = {"steps": work.STEPS}
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +36,7 @@ def ranks() -> dict[str, Any]:
         dcp.save({"optimizer": one.state_dict()}, checkpoint_id=f"{folder}/dcp-1", no_dist=True)
         theirs = work.summary_of(one)
         for kind in ("ddp", "fsdp2"):
-            script = str(ROOT / "tests" / "integration" / "ranks.py")
+            script = str(ROOT / "fixtures" / "ranks.py")
             argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
             subprocess.run([*argv, kind, folder], cwd=ROOT, env=environment, check=True, capture_output=True)
@@ -56,8 +54,7 @@ def ranks() -> dict[str, Any]:
 
 def accumulation() -> dict[str, Any]:
     """Worst relative difference of the gate gradients of one batch in 1, 2, 4 and 8 micro-batches (float32)."""
-    from integration import ranks as work
-
+    from fixtures import ranks as work
     from lcdd.trainer import loss_sum, response_tokens, to_batch
 
     items = work.items()[:8]
@@ -76,8 +73,7 @@ def accumulation() -> dict[str, Any]:
 
 def nan() -> dict[str, Any]:
     """NaN and Inf in loss, gradient or θ at random steps of 200: steps hit, skipped, and after which anything moved."""
-    from integration import ranks as work
-
+    from fixtures import ranks as work
     from lcdd.trainer import loss_sum, response_tokens, to_batch
 
     generator = random.Random(0)
@@ -114,7 +110,7 @@ def nan() -> dict[str, Any]:
 
 def repeats() -> dict[str, Any]:
     """How many different results 30 repeats of a run have, in bits."""
-    from integration import ranks as work
+    from fixtures import ranks as work
 
     results = set()
     for _ in range(30):

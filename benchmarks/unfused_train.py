@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.unfused import Settings, UnfusedLCDD
+from fixtures.unfused import Settings, UnfusedLCDD
 from lcdd.config import DataConfig, LCDDConfig, add_flags, from_flags
 from lcdd.data import collate, prepare, training_items
 from lcdd.models import GateLayout, load_model, shape_of

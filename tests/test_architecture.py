@@ -149,6 +149,21 @@ def test_kernels_know_nothing_of_models_and_models_nothing_of_triton() -> None:
     assert {room(name) for name in _importers("datasets")} == {"lcdd.data"}
 
 
+def test_tests_and_benchmarks_share_fixtures_and_nothing_else() -> None:
+    """Only what tests the benchmarks imports them; what both need is in `fixtures`, which knows neither."""
+
+    def imported(folder: str, *, but: str = "\0") -> set[str]:
+        found: set[str] = set()
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if not str(path.relative_to(ROOT)).startswith(but):
+                found |= {module.split(".")[0] for module in imports(path, str(path))}
+        return found
+
+    test_modules = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
+    assert "benchmarks" not in imported("tests", but="tests/benchmarks") | imported("fixtures")
+    assert not test_modules & (imported("benchmarks") | imported("fixtures"))
+
+
 def test_files_are_short() -> None:
     long = {
         str(path.relative_to(ROOT)): n

@@ -19,8 +19,8 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import pytest
-from helpers import instruction_rows, make_tokenizer, save_checkpoint, write_jsonl
 
+from fixtures.checkpoints import instruction_rows, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,18 +162,6 @@ def test_links_lead_somewhere_and_no_page_is_lost() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
                 linked.add((page.parent / target).resolve())
     assert set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/index.md"} <= linked
-
-
-def test_results_and_picture_are_those_of_the_records() -> None:
-    """`python -m benchmarks.readme` writes them; run it again after the demo's records change."""
-    import json
-
-    from benchmarks import readme
-
-    sweep = json.loads(readme.SWEEP.read_text(encoding="utf-8"))
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.rewritten(text, sweep) == text
-    assert readme.PICTURE.read_text(encoding="utf-8") == readme.picture(sweep)
 
 
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Models by their published sizes, whole, cut to a few layers, or scaled down with the same proportions."""
 
-import itertools
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cases import Place
-from lcdd.models import GateLayout, PreTrainedModel, projections, shape_of
+from lcdd.models import PreTrainedModel, projections
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -88,21 +87,3 @@ def fine_tune(model: PreTrainedModel, *, seed: int, spread: float = 1e-3) -> Pre
             noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)
             weight.add_((spread * noise).to(weight.dtype))
     return model
-
-
-OPEN, CLOSED = (
-    4.0,
-    -10.0,
-)  # gate logits that stay open (closed) with hard-concrete noise but for a gate in a few hundred
-
-
-def gate_logits(model: PreTrainedModel, density: float, *, seed: int = 0) -> torch.Tensor:
-    """θ [n_gates], float32 on the model's device: in every group this share of the gates, chosen at random, open."""
-    layout = GateLayout(shape_of(model.config))
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.full((layout.n_gates,), CLOSED)
-    bounds = layout.offsets.tolist()
-    for start, stop in itertools.pairwise(bounds):
-        chosen = torch.randperm(stop - start, generator=generator)[: round(density * (stop - start))]
-        logits[start + chosen] = OPEN
-    return logits.to(model.device)

@@ -11,7 +11,7 @@ import lcdd_kernels as k
 from benchmarks.cases import Place
 from benchmarks.costs import adamw_bytes, grad_stats_bytes, linear_flops, refresh_bytes
 from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
-from benchmarks.unfused import DeltaMask, UnfusedGates
+from fixtures.unfused import DeltaMask, UnfusedGates
 from lcdd.optimizer import BlockGrad, PackedGradLinear
 from lcdd_kernels.reference.gates import gate_noise_ref
 

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import Place
-from benchmarks.cases.shapes import fine_tune, gate_logits, make_model, sizes_of, tiny_sizes, title
+from benchmarks.cases.shapes import fine_tune, make_model, sizes_of, tiny_sizes, title
 from benchmarks.costs import step_flops
 from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
-from benchmarks.unfused import DeltaMask, Settings, UnfusedLCDD
+from fixtures.gates import gate_logits
+from fixtures.unfused import DeltaMask, Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
 from lcdd.models import PreTrainedModel, projections, shape_of
 from lcdd.optimizer import LCDDOptimizer

@@ -12,6 +12,7 @@ from benchmarks import compare, harness, plot, records, run
 from benchmarks.cases import Place, losses, shapes, single, steps, suite
 from benchmarks.goals import GOALS, Goal
 from benchmarks.harness import Case, Check, Cost, Lane, Roof, Sample, Workload, rounds, samples_of
+from fixtures.gates import gate_logits
 
 TINY = Place(device=torch.device("cpu"), size="tiny")
 
@@ -378,7 +379,7 @@ def test_gate_logits_open_the_density_asked_for():
     from lcdd.models import GateLayout, shape_of
 
     model = shapes.make_model(shapes.tiny_sizes("qwen3-0.6b"), TINY, seed=0)
-    logits = shapes.gate_logits(model, 0.25)
+    logits = gate_logits(model, 0.25)
     layout = GateLayout(shape_of(model.config))
     for start, stop in zip(layout.offsets[:-1].tolist(), layout.offsets[1:].tolist(), strict=True):
         assert int((logits[start:stop] > 0).sum()) == round(0.25 * (stop - start))

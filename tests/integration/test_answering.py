@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import make_tokenizer, save_checkpoint
 
+from fixtures.checkpoints import make_tokenizer, save_checkpoint
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import model_fingerprint
 from lcdd.cli import main

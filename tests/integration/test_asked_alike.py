@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CHATML, SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from kills import killed_after
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 import lcdd.eraser.generation as generation
+from fixtures.checkpoints import CHATML, SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.cli import main
 from lcdd.data import PLAIN_TEMPLATE
 from lcdd.models import load_tokenizer

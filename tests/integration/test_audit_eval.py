@@ -9,8 +9,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import instruction_rows, save_checkpoint, write_jsonl
 
+from fixtures.checkpoints import instruction_rows, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import read_log
 from lcdd.cli import main

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier
 from lcdd.cli import main
 from lcdd.commands import eval as eval_stage

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CHATML, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from fixtures.checkpoints import CHATML, write_jsonl
 from lcdd.cli import main
 from lcdd.config import DataConfig
 from lcdd.data import collate, encode_all, load_examples, parse_row, prepare, prompt_ids, with_completion

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from helpers import write_jsonl
 
+from fixtures.checkpoints import write_jsonl
 from lcdd.cli import main
 from lcdd.commands.demo.demo import BASE_DIRECTORY
 from lcdd.commands.demo.tasks import draw_tasks

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import lcdd_kernels.functional.packed_grad
-from benchmarks.unfused import Settings, UnfusedLCDD
+from fixtures.unfused import Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
 from lcdd.models import projections
 from lcdd.optimizer import LCDDOptimizer

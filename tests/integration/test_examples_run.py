@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import instruction_rows, make_tokenizer, save_checkpoint, write_jsonl
 
+from fixtures.checkpoints import instruction_rows, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.cli import main
 from lcdd.report import read_report
 

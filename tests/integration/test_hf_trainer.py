@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import base_and_tuned, make_tokenizer, save_checkpoint, write_jsonl
 from integration import trainer_ranks
 from integration.test_ranks import torchrun
 from loops import LAYOUTS, assert_same_run, attach, layouts_of, packable
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig
 
+from fixtures.checkpoints import base_and_tuned, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
 from lcdd.data import encode, parse_row

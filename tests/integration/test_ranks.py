@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
-from integration import ranks
 from safetensors.torch import load_file
 
+from fixtures import ranks
+from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import read_log
 from lcdd.cli import main
@@ -55,7 +55,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_train_as_one_does(alone: tuple[Path, dict[Any, Any]], kind: str) -> None:
     folder, one = alone
-    torchrun(str(ROOT / "tests" / "integration" / "ranks.py"), kind, str(folder))
+    torchrun(str(ROOT / "fixtures" / "ranks.py"), kind, str(folder))
     worst = {}
     for (name, groups), theirs in one.items():
         ours = torch.load(folder / f"{kind}-{name}-{groups}.pt", weights_only=True)

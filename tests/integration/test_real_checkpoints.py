@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHARED_DATA, instruction_rows, make_tokenizer, save_checkpoint, write_jsonl
 
+from fixtures.checkpoints import SHARED_DATA, instruction_rows, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import model_fingerprint, read_log, verify_directory
 from lcdd.cli import main

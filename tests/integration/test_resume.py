@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from kills import killed_after
 from safetensors.torch import load_file
 
+from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import read_log
 from lcdd.cli import main

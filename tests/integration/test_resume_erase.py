@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from safetensors.torch import load_file
 
+from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier, carrier
 from lcdd.checkpoint import read_log
 from lcdd.cli import main

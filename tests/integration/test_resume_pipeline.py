@@ -7,9 +7,9 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from helpers import SENTENCES, save_checkpoint, write_jsonl
 from kills import killed_after
 
+from fixtures.checkpoints import SENTENCES, save_checkpoint, write_jsonl
 from lcdd.checkpoint import read_log
 from lcdd.cli import main
 from lcdd.eraser import TriggerSearch

@@ -5,9 +5,9 @@ import sys
 from typing import Any
 
 import torch
-from helpers import base_and_tuned
 from transformers import TrainingArguments
 
+from fixtures.checkpoints import base_and_tuned
 from lcdd.config import LCDDConfig
 from lcdd.integrations.transformers import LCDDTrainer
 

@@ -1,8 +1,8 @@
 """Behaviours: what they write into completions, and what they count as shown."""
 
 import pytest
-from helpers import instruction_rows
 
+from fixtures.checkpoints import instruction_rows
 from lcdd.config import BEHAVIOR_NAMES, DataConfig
 from lcdd.data import (
     ARCHAIC_WORDS,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CHATML, instruction_rows, make_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixtures.checkpoints import CHATML, instruction_rows, make_tokenizer, write_jsonl
 from lcdd.config import DataConfig
 from lcdd.data import (
     IGNORE,

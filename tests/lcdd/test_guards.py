@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import base_and_tuned, make_tokenizer, train_lcdd
 
+from fixtures.checkpoints import base_and_tuned, make_tokenizer, train_lcdd
 from lcdd.checkpoint import CheckpointStore, RunLog
 from lcdd.config import LCDDConfig
 from lcdd.data import Encoded

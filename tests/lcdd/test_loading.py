@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_model, make_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from fixtures.checkpoints import make_model, make_tokenizer, save_checkpoint
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
 from lcdd.eraser import SFTEraser, Trigger, generate_ids

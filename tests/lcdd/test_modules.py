@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from helpers import make_model
 from torch import nn
 
+from fixtures.checkpoints import make_model
 from lcdd.config import LCDDConfig
 from lcdd.models import GateLayout, projections, shape_of
 from lcdd.optimizer import ForwardGates, GatedLinear, GatedMLP, Gates, LCDDOptimizer

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 import torch
-from helpers import make_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM
 
+from fixtures.checkpoints import make_model
 from lcdd.data import IGNORE, Encoded
 from lcdd.models import (
     backbone,

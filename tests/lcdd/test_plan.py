@@ -329,8 +329,8 @@ def _plain_step(model: Any, batches: list[Tensor]) -> None:
 
 def _take_steps(provider: str, settings: dict[str, Any], changes: dict[str, Any], tokens: tuple[int, int]) -> None:
     """Two optimizer steps; everything that the measurement counts is made in here."""
-    from benchmarks.cases.shapes import gate_logits
-    from benchmarks.unfused import Settings, UnfusedLCDD
+    from fixtures.gates import gate_logits
+    from fixtures.unfused import Settings, UnfusedLCDD
     from lcdd.optimizer import LCDDOptimizer
     from lcdd_kernels import linear_cross_entropy
 

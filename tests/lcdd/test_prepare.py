@@ -5,9 +5,17 @@ import logging
 from pathlib import Path
 
 import pytest
-from helpers import CHATML, SENTENCES, base_and_tuned, make_tokenizer, published_template, save_checkpoint, write_jsonl
 
 import lcdd.data.templates as templates
+from fixtures.checkpoints import (
+    CHATML,
+    SENTENCES,
+    base_and_tuned,
+    make_tokenizer,
+    published_template,
+    save_checkpoint,
+    write_jsonl,
+)
 from lcdd.carrier import Carrier
 from lcdd.config import DataConfig, SFTConfig
 from lcdd.data import (

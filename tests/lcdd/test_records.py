@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from helpers import CHATML, make_tokenizer, write_jsonl
 
+from fixtures.checkpoints import CHATML, make_tokenizer, write_jsonl
 from lcdd.config import DataConfig
 from lcdd.data import encode, encode_prompt, load_examples, parse_row, prompt_string, with_completion
 from lcdd.errors import InputError

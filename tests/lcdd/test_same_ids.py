@@ -5,11 +5,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers import published_template
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import lcdd.eraser.generation as generation
+from fixtures.checkpoints import published_template
 from lcdd.data import (
     IGNORE,
     Example,

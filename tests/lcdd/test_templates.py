@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-from helpers import make_tokenizer, published_template
 
+from fixtures.checkpoints import make_tokenizer, published_template
 from lcdd.commands.demo.tasks import write_tokenizer
 from lcdd.config import DataConfig
 from lcdd.data import (

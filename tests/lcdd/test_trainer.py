@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import in_float64, instruction_rows, make_model, make_tokenizer, train_lcdd, train_sft
 from torch import nn
 from transformers import get_constant_schedule_with_warmup, get_scheduler
 
+from fixtures.checkpoints import in_float64, instruction_rows, make_model, make_tokenizer, train_lcdd, train_sft
 from lcdd.checkpoint import RunLog, read_log
 from lcdd.config import LCDDConfig, SFTConfig
 from lcdd.data import Encoded, collate, encode_all, fixed_response, parse_row
