@@ -212,7 +212,7 @@ def _loading() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|datasets|huggingface_hub)\b")
-    if "torch" not in sys.modules:
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         print("Loading PyTorch ...", file=sys.stderr, flush=True)
 
 

@@ -9,7 +9,7 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, require_new_directory
 from lcdd.commands.belonging import load_base
 from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
-from lcdd.commands.stage import Say, StageResult, check_shapes, resolve_device
+from lcdd.commands.stage import Say, StageResult, check_shapes, resolve_device, tell
 from lcdd.config import AuditConfig, Config, DataConfig, EraserConfig, LCDDConfig, from_mapping
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids, training_items
 from lcdd.errors import InputError
@@ -48,7 +48,7 @@ def _log(directory: Path, stage: str) -> RunLog:
 
 def audit(
     config: AuditConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
-    say: Say = print,
+    say: Say = tell,
 ) -> StageResult:  # fmt: skip
     """Controls and interventions on held-out prompts, and the claims; writes report.json and report.html."""
     config.require("base_model_name_or_path", "sft_model_name_or_path", "carrier", "trigger", "output_dir")

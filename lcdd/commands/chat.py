@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 
 from lcdd.commands.belonging import Answering, load_answering
-from lcdd.commands.stage import Say, StageResult
+from lcdd.commands.stage import Say, StageResult, tell
 from lcdd.config import ChatConfig
 from lcdd.eraser import generate
 from lcdd.report import terminal_width, text_table
@@ -13,7 +13,7 @@ SIDE_BY_SIDE = 72
 """Columns that a terminal needs for answers side by side; on a narrower one they stand below each other."""
 
 
-def chat(config: ChatConfig, *, say: Say = print) -> StageResult:
+def chat(config: ChatConfig, *, say: Say = tell) -> StageResult:
     """Answer line after line, each a prompt of its own, until the input ends; the model is loaded once."""
     config.require("base_model_name_or_path", "carrier")
     who = load_answering(config)
@@ -55,6 +55,6 @@ def _typed() -> Iterator[str]:
 
 def _shown(found: dict[str, str]) -> str:
     texts = [text or "(nothing)" for text in found.values()]
-    if terminal_width() < SIDE_BY_SIDE:
+    if (terminal_width() or SIDE_BY_SIDE) < SIDE_BY_SIDE:
         return "\n".join(f"{name}: {text}" for name, text in zip(found, texts, strict=True))
     return text_table(list(found), [texts], left=len(found))

@@ -6,7 +6,7 @@ from pathlib import Path
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, run_directory
 from lcdd.commands.belonging import learned_on, load_base
-from lcdd.commands.stage import Say, StageResult, command_line, load_weights, write_summary
+from lcdd.commands.stage import Say, StageResult, command_line, load_weights, tell, write_summary
 from lcdd.config import DataConfig, EraserConfig
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids
 from lcdd.eraser import SFTEraser
@@ -15,7 +15,7 @@ from lcdd.models import load_shape
 
 def erase(
     config: EraserConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
-    stage: str = "eraser", say: Say = print,
+    stage: str = "eraser", say: Say = tell,
 ) -> StageResult:  # fmt: skip
     """Learn the trigger that gives the base's answers back; writes `trigger/`, a PEFT prompt-tuning adapter."""
     config.require("base_model_name_or_path", "carrier", "output_dir")

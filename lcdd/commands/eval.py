@@ -9,7 +9,7 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import require_new_directory
 from lcdd.commands.belonging import load_base
 from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
-from lcdd.commands.stage import Say, StageResult, check_shapes
+from lcdd.commands.stage import Say, StageResult, check_shapes, tell
 from lcdd.config import DataConfig, EvalConfig
 from lcdd.data import DATE_KEY, Prepared, off_topic_ids, prepare, prompt_ids
 from lcdd.evaluate import (
@@ -33,7 +33,7 @@ UTILITY_STATES = ("base", "base+trigger", "sft", "carrier", "carrier+trigger")
 
 
 def eval_(
-    config: EvalConfig, data: DataConfig, *, prepared: Prepared | None = None, say: Say = print,
+    config: EvalConfig, data: DataConfig, *, prepared: Prepared | None = None, say: Say = tell,
     context: dict[str, Any] | None = None,
 ) -> StageResult:  # fmt: skip
     """The reversal table on held-out prompts; writes report.json and report.html.

@@ -3,13 +3,13 @@
 from typing import Any
 
 from lcdd.commands.belonging import load_answering
-from lcdd.commands.stage import Say, StageResult
+from lcdd.commands.stage import Say, StageResult, tell
 from lcdd.config import GenerateConfig
 from lcdd.eraser import generate as generate_answers
 from lcdd.eraser import stream
 
 
-def generate(config: GenerateConfig, *, say: Say = print) -> StageResult:
+def generate(config: GenerateConfig, *, say: Say = tell) -> StageResult:
     """Answer prompts by a model, with a carrier applied and a trigger prepended if given."""
     config.require("base_model_name_or_path", "prompt")
     who = load_answering(config)

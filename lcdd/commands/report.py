@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from lcdd.commands.reporting import open_page
-from lcdd.commands.stage import Say, StageResult
+from lcdd.commands.stage import Say, StageResult, tell
 from lcdd.config import ReportConfig
 from lcdd.errors import InputError
 from lcdd.report import claims_table, read_report, reversal_table, write_report
 
 
-def report(config: ReportConfig, *, say: Say = print) -> StageResult:
+def report(config: ReportConfig, *, say: Say = tell) -> StageResult:
     """Render report.html again from report.json."""
     config.require("output_dir")
     output = Path(str(config.output_dir))

@@ -22,7 +22,7 @@ from lcdd.commands.eval import eval_, text_and_harness
 from lcdd.commands.ledger import Ledger, has_run
 from lcdd.commands.reporting import open_page
 from lcdd.commands.sft import sft
-from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, resolve_device
+from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, resolve_device, tell
 from lcdd.commands.train import train
 from lcdd.config import PipelineConfig, TrainConfig
 from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids, training_items
@@ -32,7 +32,7 @@ from lcdd.report import Stages, read_report
 from lcdd.trainer import total_steps
 
 
-def run(config: PipelineConfig, *, say: Say = print) -> StageResult:
+def run(config: PipelineConfig, *, say: Say = tell) -> StageResult:
     """SFT, LCDD, eraser, controls and evaluation in one directory; everything is checked before the first stage."""
     config.require("base_model_name_or_path", "output_dir")
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -17,6 +17,7 @@ from lcdd.commands.stage import (
     command_line,
     resolve_device,
     save_checkpoint,
+    tell,
     write_summary,
 )
 from lcdd.config import DataConfig, SFTConfig
@@ -37,7 +38,7 @@ from lcdd.trainer import HeldOut, fit
 
 def sft(
     config: SFTConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
-    stage: str = "sft", say: Say = print,
+    stage: str = "sft", say: Say = tell,
 ) -> StageResult:  # fmt: skip
     """Fine-tune a base on a behaviour; writes `model/`, an ordinary checkpoint in the base's dtype."""
     with process_group(config.device):

@@ -20,8 +20,19 @@ from lcdd.checkpoint.identity import versions
 from lcdd.config import Config, DataConfig
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, load_model, load_model_type, load_shape, save_model, shards
+from lcdd.report import paragraph, terminal_width
 
 Say = Callable[[str], None]
+
+
+def tell(text: str) -> None:
+    """Print; lines that are wider than the terminal go on below, as far in as they begin."""
+    width = terminal_width()
+    for line in text.split("\n"):
+        if width is not None and len(line) > width:
+            indent = " " * (len(line) - len(line.lstrip()))
+            line = paragraph(line.strip(), first=indent)
+        print(line)
 
 
 @dataclass(frozen=True, kw_only=True)

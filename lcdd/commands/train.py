@@ -17,6 +17,7 @@ from lcdd.commands.stage import (
     command_line,
     load_weights,
     save_checkpoint,
+    tell,
     write_summary,
 )
 from lcdd.config import DataConfig, LCDDConfig
@@ -33,7 +34,7 @@ from lcdd.trainer import HeldOut, StartLosses, TrainResult, fit, judge, total_st
 
 def train(
     config: LCDDConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
-    say: Say = print,
+    say: Say = tell,
 ) -> StageResult:  # fmt: skip
     """LCDD on an SFT checkpoint; writes `carrier/` (and with --save_folded `model/`)."""
     with process_group(config.device):

@@ -259,7 +259,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """The known names that are written nearly so, in words; empty if there are none."""
-    found = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.75)
+    names = sorted(known)
+    found = difflib.get_close_matches(name, names, n=2, cutoff=0.75)
+    if not found and len(part := name.strip("-")) >= 4:
+        found = [other for other in names if part in other][:2]
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 

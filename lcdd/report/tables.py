@@ -1,7 +1,9 @@
 """Tables as text for the terminal, never wider than it; the page has its own, and Markdown is for pasting."""
 
 import io
+import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill, shorten
 from typing import Any, Literal
@@ -14,15 +16,19 @@ from lcdd.report.labels import MAIN, interval, label, models_of
 
 RULED = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 """Nothing but a rule under the head."""
+PIPED = 160
+"""Columns of a table that goes to no terminal."""
 HEAD = 16
 """A column is at least as wide as its name, up to this many characters."""
 ANSWER = 60
 """Characters of an answer that are shown beside others."""
 
 
-def terminal_width() -> int:
-    """Columns of the terminal (or of COLUMNS); 100 where there is none."""
-    return max(40, shutil.get_terminal_size((100, 24)).columns)
+def terminal_width() -> int | None:
+    """Columns of the terminal (or of COLUMNS), at least 40; None where standard output is a pipe or a file."""
+    if not (sys.stdout.isatty() or os.environ.get("COLUMNS")):
+        return None
+    return max(40, shutil.get_terminal_size().columns)
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
@@ -38,7 +44,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int 
         table.add_row(*row)
     text = io.StringIO()
     console = Console(
-        file=text, width=width or terminal_width(), no_color=True, highlight=False, markup=False, emoji=False
+        file=text, width=width or terminal_width() or PIPED, no_color=True, highlight=False, markup=False, emoji=False
     )
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))
@@ -83,9 +89,15 @@ def samples_table(report: Mapping[str, Any], *, count: int = 5) -> str:
 
 
 def paragraph(text: str, *, first: str = "", rest: str | None = None) -> str:
-    """A text in lines that fit the terminal; `first` and `rest` go in front of the first line and of the others."""
+    """A text in lines that fit the terminal, one line where there is none.
+
+    `first` goes in front of the first line, `rest` in front of the others (by default as much space).
+    """
+    width = terminal_width()
+    if width is None:
+        return f"{first}{text}"
     rest = " " * len(first) if rest is None else rest
-    return fill(text, terminal_width(), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return fill(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def claims_table(audit: Mapping[str, Any]) -> str:

@@ -111,6 +111,7 @@ def test_unknown_commands_abbreviations_and_types_are_usage_errors(argv: list[st
         (["sft", "--learning_rte", "1"], "did you mean --learning_rate?"),
         (["sft", "--learning_rte=1"], "did you mean --learning_rate?"),
         (["sft", "--model_name_or_path", "m"], "did you mean --base_model_name_or_path?"),
+        (["sft", "--model_name", "m"], "did you mean --base_model_name_or_path?"),
         (["generate", "--tigger", "t"], "did you mean --trigger?"),
     ],
 )

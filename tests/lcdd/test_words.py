@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import rates, run_report
 
+from lcdd.commands.stage import tell
 from lcdd.report import (
     claims_table,
     explain,
@@ -170,3 +171,23 @@ def test_samples_stand_side_by_side(monkeypatch):
 def test_brackets_in_answers_are_text_and_not_markup(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert "[bold]x[/bold] :smile:" in text_table(["a"], [["[bold]x[/bold] :smile:"]])
+
+
+def test_without_a_terminal_nothing_is_broken_into_lines(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    long = "word " * 100 + "end"
+    assert paragraph(long, first="- ") == f"- {long}"
+    tell(f"  {long}")
+    assert capsys.readouterr().out == f"  {long}\n"
+    report = run_report()
+    report["samples"][0]["prompt"] = "cat green rake cow lemon"
+    assert "cat green rake cow lemon" in samples_table(report)
+
+
+def test_what_is_told_fits_the_terminal_and_keeps_its_indentation(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    tell(f"short\n  {'word ' * 40}\n")
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0] == "short"
+    assert max(map(len, lines)) <= 60
+    assert all(line.startswith("  word") for line in lines[1:-2])

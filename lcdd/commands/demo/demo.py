@@ -22,7 +22,7 @@ from lcdd.commands.belonging import learned_on
 from lcdd.commands.demo.rebuild import rebuild_base
 from lcdd.commands.demo.tasks import CATEGORIES, TOPIC, Split, Task, draw_tasks
 from lcdd.commands.reporting import finished
-from lcdd.commands.stage import Say, StageResult, save_checkpoint
+from lcdd.commands.stage import Say, StageResult, save_checkpoint, tell
 from lcdd.config import AuditConfig, DemoConfig, EraserConfig, LCDDConfig, SFTConfig
 from lcdd.data import (
     Behavior,
@@ -141,7 +141,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(config: DemoConfig, *, say: Say = print) -> StageResult:
+def run(config: DemoConfig, *, say: Say = tell) -> StageResult:
     """Run the demo; writes report.json, report.html, log.jsonl, carrier/, trigger/ and sft/ to `config.output_dir`.
 
     Raises:
