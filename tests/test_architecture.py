@@ -225,6 +225,16 @@ def test_importing_touches_no_gpu_no_triton_no_library() -> None:
     )
 
 
+def test_generate_and_chat_import_nothing_of_training_and_evaluation() -> None:
+    run_python(
+        "import sys, lcdd.commands.generate, lcdd.commands.chat\n"
+        "ours = {'lcdd.trainer', 'lcdd.evaluate', 'lcdd.integrations', 'lcdd.commands.reporting'}\n"
+        "theirs = {'datasets', 'peft', 'trl', 'tensorboard', 'wandb', 'pandas', 'pyarrow', 'lm_eval', 'scipy'}\n"
+        "found = (ours | theirs) & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+
+
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys\nfrom lcdd.cli import main\n"

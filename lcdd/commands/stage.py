@@ -112,36 +112,32 @@ def _log(directory: Path, stage: str, report_to: str) -> RunLog:
     return RunLog(directory if shards.rank() == 0 else None, stage=stage, report_to=report_to)
 
 
-def command_line(command: str, *sections: Config, **settings: Any) -> str:
-    """A command that can be pasted into any shell: `settings`, and whatever of the sections is not the default."""
-    values = {
-        key: value
-        for section in sections
-        for key, value in section.to_dict().items()
-        if value != type(section)().to_dict()[key]
-    }
-    words = [f"lcdd {command}"]
-    for key, value in (settings | values).items():
-        if value is None or value is False:
-            words += [] if value is None else [f"--no-{key}"]
-        elif value is True:
-            words.append(f"--{key}")
-        else:
-            parts = value if isinstance(value, list) else [value]
-            words.append(f"--{key} {' '.join(shlex.quote(from_anywhere(part)) for part in parts)}")
-    return " ".join(words)
+def command_line(command: str, *sections: Config, **paths: Any) -> str:
+    """A command that can be pasted into any shell: `paths`, and whatever of the sections is not the default."""
+    words = [f"lcdd {command}", *(_flag(name, value, file=True) for name, value in paths.items())]
+    for section in sections:
+        default, files = type(section)().to_dict(), section.named("file")
+        changed = {name: value for name, value in section.to_dict().items() if value != default[name]}
+        words += [_flag(name, value, file=name in files) for name, value in changed.items()]
+    return " ".join(word for word in words if word)
+
+
+def _flag(name: str, value: Any, *, file: bool) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    parts = [from_anywhere(part) if file else str(part) for part in (value if isinstance(value, list) else [value])]
+    return f"--{name} {' '.join(map(shlex.quote, parts))}"
 
 
 def from_anywhere(value: Any) -> str:
-    """A path that is there as an absolute one, anything else as it is."""
+    """A path as an absolute one if it is there (or a Path); a name of the hub as it is."""
     path = Path(str(value))
     return str(path.absolute()) if isinstance(value, Path) or path.exists() else str(value)
 
 
 def beside(output: Path, name: str) -> Path:
     """A new directory for the next stage, next to this one's: NAME, or NAME-2 and so on."""
-    for number in itertools.count(1):
-        path = output.with_name(name if number == 1 else f"{name}-{number}")
-        if not path.exists() and path != output:
-            return path
-    raise AssertionError("unreachable")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in map(output.with_name, names) if path != output and not path.exists())

@@ -26,6 +26,7 @@ class DataConfig(Config):
         None,
         "JSONL file, or the name of a data set on the hub (needs `pip install lcdd[hub]`)",
         required=True,
+        file=True,
     )
     dataset_config: str | None = option(None, "configuration of a hub data set")
     dataset_train_split: str = option("train", "split of a hub data set to read; ours is made from it by a stable hash")
@@ -54,6 +55,7 @@ class DataConfig(Config):
     chat_template: str | None = option(
         None,
         "vicuna, plain, or a Jinja file; default: the tokenizer's own, Vicuna's for a model of that name, else plain",
+        file=True,
     )
     template_string_prompts: bool = option(
         False,

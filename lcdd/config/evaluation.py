@@ -59,7 +59,7 @@ class GenerateConfig(Answers):
 class ChatConfig(Answers):
     """Base, carrier and carrier with trigger side by side, on prompts that are typed or piped in, one a line."""
 
-    carrier: str | None = option(None, "carrier directory", required=True)
+    carrier: str | None = option(None, "the carrier: a directory or a hub name", required=True)
 
 
 @dataclass(frozen=True, kw_only=True)

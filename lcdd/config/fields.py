@@ -32,6 +32,7 @@ def option(
     required: bool = False,
     common: bool = False,
     path: bool = False,
+    file: bool = False,
     resumable: bool = False,
     settled: bool = False,
 ) -> Any:
@@ -40,13 +41,14 @@ def option(
     required: the command line insists on it.
     common: people change it; `--help` begins with those.
     path: what one stage hands to another; a pipeline sets it itself, and a resumed run may find it elsewhere.
+    file: may be a file on this machine, and means another one from another directory.
     resumable: a resumed run may change it, since it does not decide what is learned (at most how that is rounded).
     settled: such a one that a finished stage was made with nevertheless.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
         "help": help, "choices": choices, "required": required, "bounds": bounds, "common": common or required,
-        "path": path, "resumable": resumable or path, "settled": settled,
+        "path": path, "file": file or path, "resumable": resumable or path, "settled": settled,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

@@ -54,7 +54,7 @@ class OfSFT(OfBase):
 class WithCarrier(Config):
     """A carrier, and whether it may be used with what it was not made for."""
 
-    carrier: str | None = option(None, "carrier directory", required=True, path=True)
+    carrier: str | None = option(None, "the carrier: a directory or a hub name", required=True, path=True)
     fingerprint_override: bool = option(
         False,
         "go on although carrier or trigger belong to another base, tokenizer or chat template; the differences are "
@@ -139,8 +139,8 @@ class Answers(OfBase, WithCarrier, OnDevice):
     base_model_name_or_path: str | None = option(
         None, "the model that answers: the base, or any checkpoint where no carrier is given", required=True
     )
-    carrier: str | None = option(None, "carrier directory to apply", common=True)
-    trigger: str | None = option(None, "trigger directory to prepend", common=True)
+    carrier: str | None = option(None, "the carrier to apply: a directory or a hub name", common=True)
+    trigger: str | None = option(None, "the trigger to prepend: a directory or a hub name", common=True)
     chat_template: str | None = option(
         None,
         "vicuna, plain, or a Jinja file; default: the tokenizer's own, Vicuna's for a model of that name, else plain",

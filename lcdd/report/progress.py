@@ -122,7 +122,7 @@ class Stages:
 
     def left(self, share: float) -> float | None:
         """Estimated seconds to the end, while `share` of the current stage is done; None before it can be told."""
-        ours = {stage: work for stage, work in self.work.items() if stage not in self.skipped}
+        ours = {stage: work for stage, work in list(self.work.items()) if stage not in self.skipped}
         done = sum(work for stage, work in ours.items() if stage in self.seconds)
         done += ours.get(self.current or "", 0.0) * share
         total = sum(ours.values())
@@ -179,10 +179,10 @@ class _Display:
     def render(self) -> Any:
         """What stands on the terminal now."""
         rows: list[Any] = []
-        share = next((bar.share for bar in self.bars if bar.main), 0.0)
+        share = next((bar.share for bar in list(self.bars) if bar.main), 0.0)
         if self.stages is not None:
             rows.append(_stage_table(self.stages))
-        for bar in self.bars:
+        for bar in list(self.bars):
             line = Table.grid(padding=(0, 1))
             line.add_row(Text(bar.name), ProgressBar(bar.total, bar.done, width=BAR_WIDTH), Text(str(bar)))
             rows.append(line)
@@ -195,7 +195,7 @@ def _stage_table(stages: Stages) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
-    for stage in stages.work:
+    for stage in list(stages.work):  # drawn by a thread of its own, while stages may be added
         if stage in stages.skipped:
             table.add_row(Text(f"✓ {stage}"), Text("before"))
         elif stage in stages.seconds:

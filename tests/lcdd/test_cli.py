@@ -155,11 +155,15 @@ def test_the_next_command_can_be_pasted_whole(monkeypatch, tmp_path: Path, capsy
 def test_the_next_command_works_in_a_fresh_shell(monkeypatch, tmp_path: Path, capsys) -> None:
     """`make demo` installs into .venv, which is on nobody's PATH; and the shell may be anywhere."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "carrier").mkdir()
-    command = command_line("chat", base_model_name_or_path="Qwen/Qwen3-0.6B", carrier="carrier", trigger=Path("new"))
-    assert shlex.split(command)[2:] == [
+    for name in ("carrier", "yes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "d.jsonl").touch()
+    data = DataConfig(dataset_name="d.jsonl", behavior="own", behavior_keywords=("yes",))  # a word, not that directory
+    paths = {"base_model_name_or_path": "Qwen/Qwen3-0.6B", "carrier": "carrier", "trigger": Path("new")}
+    assert shlex.split(command_line("erase", data, **paths))[2:] == [
         "--base_model_name_or_path", "Qwen/Qwen3-0.6B", "--carrier", str(tmp_path / "carrier"), "--trigger",
-        str(tmp_path / "new"),
+        str(tmp_path / "new"), "--dataset_name", str(tmp_path / "d.jsonl"), "--behavior", "own", "--behavior_keywords",
+        "yes",
     ]  # fmt: skip
     monkeypatch.setattr(sft_command, "sft", lambda *_: StageResult(written=(), next_step="lcdd chat"))
     monkeypatch.setattr("sys.argv", [".venv/bin/lcdd", "sft"])
