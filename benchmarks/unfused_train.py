@@ -15,7 +15,7 @@ import torch
 from fixtures.unfused import Settings, UnfusedLCDD
 from lcdd.config import DataConfig, LCDDConfig, add_flags, from_flags
 from lcdd.data import collate, prepare, training_items
-from lcdd.models import GateLayout, load_model, shape_of
+from lcdd.models import layout_of, load_model
 from lcdd.optimizer import Gates
 from lcdd.trainer import step_batches, total_steps
 from lcdd_kernels.reference.gates import GateSpec, gate_noise_ref
@@ -40,7 +40,7 @@ def main() -> None:
         ema_beta=c.loss_ema_beta, warmup_steps=c.warmup_steps, loss_budget=c.loss_budget, loss_floor=c.loss_floor,
         freeze_fraction=c.freeze_fraction,
     )  # fmt: skip
-    layout = GateLayout(shape_of(model.config))
+    layout = layout_of(model)
     logits = Gates.initial(layout, mean=c.gate_init_mean, std=c.gate_init_std, seed=c.seed)
 
     def noise(step: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lcdd.config import LCDDConfig
-from lcdd.models import GateLayout, projections, shape_of
+from lcdd.models import layout_of, sites_of
 from lcdd.optimizer import LCDDOptimizer
 
 LAYOUTS = {"dense": "hard_concrete", "block": "hard_concrete", "panels": "heaviside_ste"}
@@ -28,14 +28,14 @@ def packable() -> tuple[Any, Any]:
     )
     tuned = copy.deepcopy(base)
     with torch.no_grad():
-        for site in projections(tuned):
-            site.linear.weight += 0.02 * torch.randn_like(site.linear.weight)
+        for site in sites_of(tuned):
+            site.weight.add_(0.02 * torch.randn_like(site.weight))
     return base, tuned
 
 
 def attach(base: Any, tuned: Any, layout: str, *, pack: str = "auto", total_steps: int = 20, **changes: Any) -> Any:
     """An optimizer whose gradients have this layout: a tenth of the gates is open, of "dense" all but a few."""
-    n = GateLayout(shape_of(tuned.config)).n_gates
+    n = layout_of(tuned).n_gates
     wide = torch.rand(n, generator=torch.Generator().manual_seed(3)) < (0.97 if layout == "dense" else 0.1)
     # SGD on θ and a large epsilon: Adam would blow the rounding of gradients near zero up to whole steps
     quiet = {"gate_optimizer": "sgd", "gate_lr": 1.0, "adam_epsilon": 1e-4}
@@ -52,7 +52,7 @@ def loss_of(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 
 def layouts_of(model: Any) -> set[str]:
     """The layouts of the gradients that the next backward makes; k and v are too small to pack."""
-    return {site.linear.layout for site in projections(model) if site.kind not in "kv"}
+    return {site.linear.layout for site in sites_of(model) if site.kind not in "kv"}
 
 
 def assert_same_run(ours: LCDDOptimizer, theirs: LCDDOptimizer, *, tolerance: float) -> None:

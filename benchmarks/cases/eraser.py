@@ -23,7 +23,7 @@ from benchmarks.harness import Case, Check, Lane, Workload, relative_error
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
 from lcdd.eraser import EraserPrompt, SFTEraser
-from lcdd.models import GateLayout, PreTrainedModel, projections, shape_of
+from lcdd.models import PreTrainedModel, layout_of, shape_of, sites_of
 
 RADIUS = 1.0
 TEMPLATE = 3  # tokens that every prompt begins with: Qwen3's <|im_start|>, user and newline
@@ -107,11 +107,11 @@ class Batched:
         self.p = problem
         self.embeds = nn.Parameter(problem.start.clone())
         self.optimizer = torch.optim.Adam([self.embeds], lr=1e-2)
-        layout = GateLayout(problem.shape)
+        layout = layout_of(problem.model)
         gate = torch.zeros(layout.n_gates)
-        nothing = {site.name: torch.empty(0, 0) for site in projections(problem.model)}
+        nothing = {site.name: torch.empty(0, 0) for site in sites_of(problem.model)}
         patch = Carrier(
-            shape=problem.shape, gate_kind="hard_concrete", gate_logits=gate, gate=gate, deltas=nothing,
+            layout=layout, gate_kind="hard_concrete", gate_logits=gate, gate=gate, deltas=nothing,
             base_fingerprint="",
         )  # fmt: skip
         config = EraserConfig(kl_tail_tokens=problem.tail, **WEIGHTS)

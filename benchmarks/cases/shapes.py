@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cases import Place
-from lcdd.models import PreTrainedModel, projections
+from lcdd.models import PreTrainedModel, sites_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -82,8 +82,8 @@ def fine_tune(model: PreTrainedModel, *, seed: int, spread: float = 1e-3) -> Pre
     """Add a random delta to the masked linears, in place: a stand-in for fine-tuning."""
     generator = torch.Generator(device=model.device).manual_seed(seed)
     with torch.no_grad():
-        for site in projections(model):
-            weight = site.linear.weight
+        for site in sites_of(model):
+            weight = site.weight
             noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)
             weight.add_((spread * noise).to(weight.dtype))
     return model

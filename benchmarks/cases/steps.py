@@ -26,7 +26,7 @@ from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
 from fixtures.gates import gate_logits
 from fixtures.unfused import DeltaMask, Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
-from lcdd.models import PreTrainedModel, projections, shape_of
+from lcdd.models import PreTrainedModel, shape_of, sites_of
 from lcdd.optimizer import LCDDOptimizer
 from lcdd_kernels.reference.gates import GateSpec, gate_noise_ref
 
@@ -74,7 +74,7 @@ class PlainStep:
     """Fine-tuning without gates: the same weights trained, the same clipping, PyTorch's fused AdamW."""
 
     def __init__(self, model: PreTrainedModel, learning_rate: float) -> None:
-        self.model, self.weights = model, [site.linear.weight for site in projections(model)]
+        self.model, self.weights = model, [site.weight for site in sites_of(model)]
         model.requires_grad_(False)
         for weight in self.weights:
             weight.requires_grad_(True)
@@ -176,16 +176,16 @@ def verify_against_unfused(step: Step, density: float, make: Callable[[float], A
         a, b = got.step(batch), expected.step(batch)
         checks.append(Check(f"loss of step {number}", abs(a - b) / abs(b), loss_limit))
     moments = [expected.delta_optimizer.state[delta]["exp_avg"] for delta in expected.deltas]
-    weights = [site.linear.weight.detach() for site in projections(expected.model)]
+    weights = expected.weights()
     if isinstance(got, OurStep):
         masked = got.optimizer.param_groups[0]["params"]
         found = [got.optimizer.state[weight]["exp_avg"] for weight in masked]
         ours_weights, theta = [w.detach() for w in masked], got.optimizer.gates.logits
     else:
         found = [got.delta_optimizer.state[delta]["exp_avg"] for delta in got.deltas]
-        ours_weights = [site.linear.weight.detach() for site in projections(got.model)]
+        ours_weights = got.weights()
         theta = got.gates.logits
-    start = gate_logits(expected.model, density)
+    start = expected.start
     checks.append(Check("gradient of delta", _worst(found, moments), limit))
     checks.append(Check("movement of theta", relative_error(theta - start, expected.gates.logits - start), limit))
     checks.append(Check("weights after two steps", _worst(ours_weights, weights), limit))

@@ -1,6 +1,6 @@
 """The carrier as a patch: what LCDD left open, and nothing else (method, section 1; design, "Files").
 
-A patch holds, for every masked linear, Δ on its open rows × open columns, and the gates. `apply` writes
+A patch holds, for every masked matrix, Δ on its open rows × open columns, and the gates. `apply` writes
 W = W_base + (r ⊗ c) ∘ Δ into those entries of a base model in place, with the arithmetic of the optimizer (the result
 has the trained model's bits); `revert` puts the saved originals back, bit for bit. Parameters that no gate masks
 (norms and biases, where they were trained) are kept as values.
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcdd.carrier.patching import changed_parameters, cpu_copy, expanded_gates, open_block
+from lcdd.carrier.patching import changed_parameters, cpu_copy, open_block
 from lcdd.carrier.table import carrier_card, channels_table, entry_density, in_words
 from lcdd.checkpoint import (
     local_directory,
@@ -36,15 +36,13 @@ from lcdd.data import DATE_KEY, FORM_KEY
 from lcdd.errors import InputError, WrongFingerprint
 from lcdd.models import (
     GROUPS,
-    PROJECTION_PATHS,
     GateLayout,
-    ModelShape,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     check_same_architecture,
     full,
-    projections,
-    shape_of,
+    layout_of,
+    sites_of,
 )
 from lcdd_kernels import GateMap, weight_eff_
 
@@ -86,7 +84,7 @@ class Training(Protocol):
     @property
     def gates(self) -> TrainedGates: ...
     def masked(self) -> dict[str, tuple[Tensor, Tensor, GateMap]]:
-        """name -> (weight_base, delta, gate map) of every masked linear, in order."""
+        """name -> (weight_base, delta, gate map) of every masked matrix, in the layout's order."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,10 @@ class _Applied:
 class Carrier:
     """A patch that turns a base model into the carrier.
 
-    shape: sizes of the model, and with them the layout of the gates.
+    layout: the model's gates, and the matrices that read them.
     gate_kind: what the gates were trained as.
     gate_logits: θ, float [N]; gate: the evaluation gates z, float [N], open where not 0.
-    deltas: name of a masked linear -> Δ on its open block, [open rows, open columns], in the dtype it was trained in.
+    deltas: name of a masked matrix -> Δ on its open block, [open rows, open columns], in the dtype it was trained in.
     unmasked: name -> value (not difference) of parameters outside the masked linears that differ from the base's.
     unmasked_norm: L2 norm of what those differ by.
     base_fingerprint: `model_fingerprint` of the base it belongs to.
@@ -112,7 +110,7 @@ class Carrier:
         `with_tokenizer`).
     """
 
-    shape: ModelShape
+    layout: GateLayout
     gate_kind: str
     gate_logits: Tensor
     gate: Tensor
@@ -128,16 +126,14 @@ class Carrier:
     @classmethod
     def from_training(cls, optimizer: Training) -> "Carrier":
         """The evaluation gates of an LCDD run and Δ where they are open; the optimizer goes on unchanged."""
-        gate = optimizer.gates.evaluation_values()
-        deltas = {}
-        for name, (_, delta, gate_map) in optimizer.masked().items():
-            rows, cols = open_block(gate, gate_map, delta.shape)
-            deltas[name] = cpu_copy(full(delta)[rows[:, None], cols])
-        unmasked, norm = changed_parameters(
-            optimizer.base, optimizer.model, masked={f"{name}.weight" for name in deltas}
-        )
+        gate, layout = optimizer.gates.evaluation_values(), optimizer.gates.layout
+        masked, deltas = optimizer.masked(), {}
+        for matrix in layout.matrices:
+            rows, cols = open_block(gate, layout, matrix)
+            deltas[matrix.name] = cpu_copy(full(masked[matrix.name][1])[rows[:, None], cols])
+        unmasked, norm = changed_parameters(optimizer.base, optimizer.model, masked=layout.parameters)
         return cls(
-            shape=optimizer.gates.layout.shape,
+            layout=layout,
             gate_kind=optimizer.gates.kind,
             gate_logits=cpu_copy(optimizer.gates.logits),
             gate=cpu_copy(gate),
@@ -159,18 +155,18 @@ class Carrier:
             InputError: the models differ in architecture or dtype.
         """
         check_same_architecture(base, other, names=("base", "other"))
-        deltas, shape = {}, shape_of(base.config)
-        for ours, theirs in zip(projections(base), projections(other), strict=True):
-            fixed, weight = ours.linear.weight.detach(), theirs.linear.weight.detach()
+        deltas, layout = {}, layout_of(base)
+        for ours, theirs in zip(sites_of(base), sites_of(other), strict=True):
+            fixed, weight = ours.weight.detach(), theirs.weight.detach()
             if fixed.dtype != weight.dtype:
                 raise InputError(f"other: expected {ours.name}.weight as {fixed.dtype}, got {weight.dtype}")
             wide = torch.promote_types(fixed.dtype, torch.float32)
             deltas[ours.name] = cpu_copy(weight.to(fixed.device, wide) - fixed.to(wide))
-        unmasked, norm = changed_parameters(base, other, masked={f"{name}.weight" for name in deltas})
+        unmasked, norm = changed_parameters(base, other, masked=layout.parameters)
         dtype = torch.promote_types(next(iter(deltas.values())).dtype, torch.float32)
-        ones = torch.ones(GateLayout(shape).n_gates, dtype=dtype)
+        ones = torch.ones(layout.n_gates, dtype=dtype)
         return cls(
-            shape=shape,
+            layout=layout,
             gate_kind="heaviside_ste",
             gate_logits=ones.clone(),
             gate=ones,
@@ -190,17 +186,13 @@ class Carrier:
         """The same patch with Δ multiplied by `factor`, rounded to Δ's dtype.
 
         Raises:
-            InputError: the patch also changes parameters outside the masked linears, which have no Δ to scale.
+            InputError: the patch also changes parameters that are not masked, which have no Δ to scale.
         """
         if self.unmasked:
-            raise InputError(f"scaled: expected a patch of masked linears only, got also {sorted(self.unmasked)[:3]}")
+            raise InputError(f"scaled: expected a patch of masked matrices only, got also {sorted(self.unmasked)[:3]}")
         return replace(self, deltas={name: delta * factor for name, delta in self.deltas.items()})
 
     # ------------------------------------------------------------------ what is in it
-
-    @property
-    def layout(self) -> GateLayout:
-        return GateLayout(self.shape)
 
     @property
     def n_open(self) -> int:
@@ -210,15 +202,15 @@ class Carrier:
     def sparsity(self) -> dict[str, float]:
         """Share of gates that are closed: "overall", and each group over all layers."""
         counts = self.layout.by_group((self.gate == 0).double())
-        sizes = self.layout.group_sizes
-        by_group = {group: float(counts[group]) / (sizes[group] * self.shape.n_layers) for group in GROUPS}
+        by_group = {group: float(counts[group]) / max(total, 1) for group, total in self.layout.totals.items()}
         return {"overall": 1 - self.n_open / self.layout.n_gates, **by_group}
 
     def sparsity_by_layer(self) -> list[dict[str, float]]:
-        """Share of closed gates of each group, layer by layer."""
+        """Share of closed gates of each group that a layer has, layer by layer."""
+        slices = [{group: self.layout.slice(layer, group) for group in GROUPS} for layer in range(self.layout.n_layers)]
         return [
-            {group: float((self.gate[self.layout.slice(layer, group)] == 0).double().mean()) for group in GROUPS}
-            for layer in range(self.shape.n_layers)
+            {group: float((self.gate[part] == 0).double().mean()) for group, part in parts.items() if part.stop}
+            for parts in slices
         ]
 
     def channels(self, kind: str, *, seed: int = 0) -> list[Tensor]:
@@ -231,11 +223,11 @@ class Carrier:
             raise InputError(f"kind: expected one of {CHANNEL_KINDS}, got {kind!r}")
         generator = torch.Generator().manual_seed(seed)
         found = []
-        for layer in range(self.shape.n_layers):
+        for layer in range(self.layout.n_layers):
             groups = RESIDUAL_GROUPS["write" if kind in ("random", "none") else kind]
             is_open = torch.stack([self.gate[self.layout.slice(layer, group)] != 0 for group in groups]).any(0)
             if kind == "random":
-                chosen = torch.randperm(self.shape.d_model, generator=generator)[: int(is_open.sum())]
+                chosen = torch.randperm(len(is_open), generator=generator)[: int(is_open.sum())]
                 is_open = torch.zeros_like(is_open).index_fill_(0, chosen, True)
             if kind == "none":
                 is_open = torch.zeros_like(is_open)
@@ -245,9 +237,9 @@ class Carrier:
     def delta_norm(self) -> float:
         """L2 norm of everything that `apply` adds to the base, before rounding to the weights' dtype."""
         squared = self.unmasked_norm**2
-        for name, gate_map, shape in self.sites():
-            row_gate, col_gate = (g[g != 0] for g in expanded_gates(self.gate, gate_map, shape))
-            squared += float((row_gate[:, None] * col_gate * self.deltas[name]).double().square().sum())
+        for matrix in self.layout.matrices:
+            row_gate, col_gate = (g[g != 0] for g in self.layout.row_and_col_gates(self.gate, matrix))
+            squared += float((row_gate[:, None] * col_gate * self.deltas[matrix.name]).double().square().sum())
         return math.sqrt(squared)
 
     def entry_density(self) -> float:
@@ -281,9 +273,9 @@ class Carrier:
 
     def check_base(self, model: PreTrainedModel) -> None:
         """Raise InputError unless `model` is, bit for bit, the base that this patch belongs to (reads every weight)."""
-        found = shape_of(model.config)
-        if found != self.shape:
-            raise InputError(f"model: expected the carrier's base of {self.shape}, got {found}")
+        found = layout_of(model)
+        if found != self.layout:
+            raise InputError(f"model: expected the carrier's base, {self.layout.difference(found)}")
         parameters = dict(model.named_parameters())
         for name, value in self.unmasked.items():  # norms and biases, which another architecture may not have
             if name not in parameters or parameters[name].shape != value.shape:
@@ -328,12 +320,11 @@ class Carrier:
         if check:
             self.check_base(model)
         blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for projection in projections(model):
-            weight, delta = projection.linear.weight, self.deltas[projection.name]
+        for site in sites_of(model):
+            weight, delta = site.weight, self.deltas[site.name]
             if delta.numel() == 0:
                 continue
-            gate_map = self.layout.gate_map(projection.kind, projection.layer)
-            row_gate, col_gate = expanded_gates(self.gate.to(weight.device), gate_map, weight.shape)
+            row_gate, col_gate = self.layout.row_and_col_gates(self.gate.to(weight.device), site.matrix)
             rows, cols = row_gate.nonzero()[:, 0], col_gate.nonzero()[:, 0]
             original = weight[rows[:, None], cols]
             patched = original.clone()
@@ -399,7 +390,7 @@ class Carrier:
             tensors["initial_logits"] = self.initial_logits
         metadata = {
             "format_version": FORMAT_VERSION,
-            "layout": {**self.shape.__dict__, "groups": list(GROUPS), "group_sizes": self.layout.group_sizes},
+            "layout": self.layout.to_dict(),
             "base_fingerprint": self.base_fingerprint,
             "unmasked_norm": self.unmasked_norm,
             "tokenizer": dict(self.tokenizer),
@@ -447,10 +438,8 @@ class Carrier:
             raise InputError(f"carrier: expected {folder / MANIFEST} to list {WEIGHTS}, it does not")
         try:
             tensors = dict(sorted(load_file(folder / WEIGHTS).items()))  # empty ones come in an order of the process
-            layout = manifest["layout"]
-            shape = ModelShape(**{key: layout[key] for key in ModelShape.__dataclass_fields__})
             carrier = cls(
-                shape=shape,
+                layout=GateLayout.from_dict(manifest["layout"]),
                 gate_kind=manifest["gate_kind"],
                 gate_logits=tensors["gate_logits"],
                 gate=tensors["gate"],
@@ -485,28 +474,23 @@ class Carrier:
                 raise InputError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{name}: expected finite values, got NaN or infinity")
-        if len(self.deltas) != self.shape.n_layers * len(PROJECTION_PATHS):
-            expected = self.shape.n_layers * len(PROJECTION_PATHS)
-            raise InputError(f"deltas: expected one block for each of {expected} linears, got {len(self.deltas)}")
-        for name, gate_map, shape in self.sites():
-            block = tuple(len(indices) for indices in open_block(self.gate, gate_map, shape))
-            if self.deltas[name].shape != block:
-                raise InputError(f"deltas[{name!r}]: expected shape {block}, got {tuple(self.deltas[name].shape)}")
+        names = [matrix.name for matrix in self.layout.matrices]
+        if set(self.deltas) != set(names):
+            odd = sorted(set(self.deltas) ^ set(names))
+            raise InputError(
+                f"deltas: expected a block for each of {len(names)} matrices, got a difference in {odd[:3]}"
+            )
+        for matrix in self.layout.matrices:
+            block = tuple(len(indices) for indices in open_block(self.gate, self.layout, matrix))
+            if self.deltas[matrix.name].shape != block:
+                found = tuple(self.deltas[matrix.name].shape)
+                raise InputError(f"deltas[{matrix.name!r}]: expected shape {block}, got {found}")
 
     def _open_lists(self) -> list[Tensor]:
         """Open channels of each group of each layer, in the layout's order, int32 ascending."""
         bounds = self.layout.offsets.tolist()
         parts = (self.gate[start:end] for start, end in pairwise(bounds))
         return [part.nonzero()[:, 0].to(torch.int32) for part in parts]
-
-    def sites(self) -> Iterator[tuple[str, GateMap, tuple[int, int]]]:
-        """Name, gate map and [out, in] of every masked linear."""
-        for name in self.deltas:
-            kind = next((kind for kind, path in PROJECTION_PATHS.items() if name.endswith(f".{path}")), None)
-            layer = name.removesuffix(f".{PROJECTION_PATHS[kind]}").rsplit(".", 1)[-1] if kind else ""
-            if kind is None or not layer.isdecimal():
-                raise InputError(f"deltas: expected names of masked linears, got {name!r}")
-            yield name, self.layout.gate_map(kind, int(layer)), self.shape.weight_shape(kind)
 
 
 def _tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

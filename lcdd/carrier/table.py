@@ -1,15 +1,12 @@
 """A carrier as rows for people and other programs: every open channel, and the patch in five lines."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lcdd.carrier.patching import expanded_gates
 from lcdd.checkpoint import hub_name, model_card
-from lcdd.models import GROUPS
 
 if TYPE_CHECKING:
     from lcdd.carrier.carrier import Carrier
@@ -19,17 +16,11 @@ def channels_table(carrier: "Carrier") -> list[dict[str, Any]]:
     """A row for each open gate, as of `Carrier.channels_table`."""
     norms = _squared_norms(carrier).sqrt().tolist()
     gates = carrier.gate.tolist()
-    bounds = enumerate(pairwise(carrier.layout.offsets.tolist()))
+    starts = carrier.layout.offsets.tolist()
     return [
-        {
-            "layer": number // len(GROUPS),
-            "group": GROUPS[number % len(GROUPS)],
-            "channel": index - start,
-            "gate": gates[index],
-            "delta_norm": norms[index],
-        }
-        for number, (start, end) in bounds
-        for index in range(start, end)
+        {"layer": layer, "group": group, "channel": channel, "gate": gates[index], "delta_norm": norms[index]}
+        for (layer, group, size), start in zip(carrier.layout.groups, starts, strict=False)
+        for channel, index in enumerate(range(start, start + size))
         if gates[index] != 0
     ]
 
@@ -37,7 +28,7 @@ def channels_table(carrier: "Carrier") -> list[dict[str, Any]]:
 def entry_density(carrier: "Carrier") -> float:
     """Share of the masked matrices' entries that the patch keeps: open rows × open columns over all of them."""
     kept = sum(delta.numel() for delta in carrier.deltas.values())
-    return kept / sum(rows * cols for _, _, (rows, cols) in carrier.sites())
+    return kept / sum(rows * cols for rows, cols in (matrix.shape for matrix in carrier.layout.matrices))
 
 
 def in_words(carrier: "Carrier") -> str:
@@ -49,11 +40,11 @@ def in_words(carrier: "Carrier") -> str:
     touched = sum(1 for delta in carrier.deltas.values() if delta.numel())
     used = [str(layer) for layer, share in enumerate(layers) if share > 0]
     where = f"{len(used)} of {len(layers)}" if len(used) > 12 else ", ".join(used) or "none"
-    s, sparsity, density = carrier.shape, carrier.sparsity()["overall"], entry_density(carrier)
+    layout, sparsity, density = carrier.layout, carrier.sparsity()["overall"], entry_density(carrier)
     return "\n".join(
         (
-            f"Carrier of a model of {s.n_layers} layers, width {s.d_model} ({carrier.gate_kind} gates)",
-            f"  open gates  {carrier.n_open:,} of {carrier.layout.n_gates:,} (sparsity {sparsity:.4f})",
+            f"Carrier of a model of {layout.n_layers} layers ({carrier.gate_kind} gates)",
+            f"  open gates  {carrier.n_open:,} of {layout.n_gates:,} (sparsity {sparsity:.4f})",
             f"  entries     {kept:,} in {touched} matrices (density {density:.2e}), norm {carrier.delta_norm():.3g}",
             f"  where       layers {where}; most of {', '.join(f'{group} ({by_group[group]:.1%})' for group in most)}",
             f"  belongs to  base {carrier.base_fingerprint[:16]}…",
@@ -102,10 +93,10 @@ def _squared_norms(carrier: "Carrier") -> Tensor:
 
 def _blocks(carrier: "Carrier") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(gate of each open row, gate of each open column, squared entries) of every masked matrix."""
-    numbers = torch.arange(carrier.layout.n_gates)
-    for name, gate_map, shape in carrier.sites():
-        row_gate, col_gate = expanded_gates(carrier.gate.double(), gate_map, shape)
-        row_of, col_of = expanded_gates(numbers, gate_map, shape)
+    layout, numbers = carrier.layout, torch.arange(carrier.layout.n_gates)
+    for matrix in layout.matrices:
+        row_gate, col_gate = layout.row_and_col_gates(carrier.gate.double(), matrix)
+        row_of, col_of = layout.row_and_col_gates(numbers, matrix)
         rows, cols = row_gate != 0, col_gate != 0
-        block = (row_gate[rows][:, None] * col_gate[cols] * carrier.deltas[name].double()).square()
+        block = (row_gate[rows][:, None] * col_gate[cols] * carrier.deltas[matrix.name].double()).square()
         yield row_of[rows], col_of[cols], block

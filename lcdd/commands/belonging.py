@@ -13,7 +13,7 @@ from lcdd.config import Answers
 from lcdd.data import DATE_KEY, Example, freeze_date, question, recorded_form, use_template
 from lcdd.eraser import Trigger
 from lcdd.errors import InputError, WrongFingerprint
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_shape, load_tokenizer
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_tokenizer, skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def load_answering(config: Answers) -> Answering:
         InputError: carrier or trigger were made for another model, tokenizer or chat template (unless overridden).
     """
     path = str(config.base_model_name_or_path)
-    load_shape(path)
+    skeleton(path)
     carrier = Carrier.from_pretrained(config.carrier) if config.carrier else None
     tokenizer, form = tokenizer_as_trained(config, carrier)
     trigger = Trigger.from_pretrained(config.trigger) if config.trigger else None

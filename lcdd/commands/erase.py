@@ -10,7 +10,7 @@ from lcdd.commands.stage import Say, StageResult, command_line, load_weights, te
 from lcdd.config import DataConfig, EraserConfig
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids
 from lcdd.eraser import SFTEraser
-from lcdd.models import load_shape
+from lcdd.models import skeleton
 
 
 def erase(
@@ -20,7 +20,7 @@ def erase(
     """Learn the trigger that gives the base's answers back; writes `trigger/`, a PEFT prompt-tuning adapter."""
     config.require("base_model_name_or_path", "carrier", "output_dir")
     output = run_directory(config)
-    load_shape(str(config.base_model_name_or_path))
+    skeleton(str(config.base_model_name_or_path))
     carrier = Carrier.from_pretrained(str(config.carrier))
     prepared = prepared or prepare(
         data, str(config.base_model_name_or_path), template_date=carrier.tokenizer.get(DATE_KEY)

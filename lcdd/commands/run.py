@@ -27,7 +27,7 @@ from lcdd.commands.train import train
 from lcdd.config import PipelineConfig, TrainConfig
 from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids, training_items
 from lcdd.errors import InputError
-from lcdd.models import load_shape
+from lcdd.models import skeleton
 from lcdd.report import Stages, read_report
 from lcdd.trainer import total_steps
 
@@ -41,7 +41,7 @@ def run(config: PipelineConfig, *, say: Say = tell) -> StageResult:
     resumed = has_run(Path(str(config.output_dir)), resume=config.resume)
     if sft_model is not None:
         check_shapes(base, sft_model, ("base", "sft"))
-    load_shape(base)
+    skeleton(base)
     prepared = prepare(config.data, base, template_date=day_of_run(config) or day_of_model(sft_model))
     _check_stages(config, prepared)
     return _Pipeline(config, prepared, resumed, say).run()

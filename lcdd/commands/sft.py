@@ -26,9 +26,9 @@ from lcdd.errors import InputError
 from lcdd.models import (
     agree_on_end,
     load_model,
-    load_shape,
     process_group,
     shards,
+    skeleton,
 )
 from lcdd.optimizer import SFTOptimizer
 from lcdd.trainer import HeldOut, fit
@@ -52,7 +52,7 @@ def _sft(
     if config.parallel == "fsdp2" and shards.world_size() > 1:
         raise InputError("parallel: expected ddp for sft (each rank holds the whole model), got 'fsdp2'")
     output = run_directory(config)
-    load_shape(str(config.base_model_name_or_path))
+    skeleton(str(config.base_model_name_or_path))
     prepared = prepared or prepare(data, str(config.base_model_name_or_path), template_date=day_of_run(config))
     train_items, validation_items = training_items(prepared, config, say=say)
     overrides: list[str] = []

@@ -19,7 +19,16 @@ from lcdd.checkpoint import (
 from lcdd.checkpoint.identity import versions
 from lcdd.config import Config, DataConfig
 from lcdd.errors import InputError
-from lcdd.models import PreTrainedModel, load_model, load_model_type, load_shape, save_model, shards
+from lcdd.models import (
+    PreTrainedModel,
+    check_same_architecture,
+    load_model,
+    load_model_type,
+    save_model,
+    shape_of,
+    shards,
+    skeleton,
+)
 from lcdd.report import paragraph, terminal_width
 
 Say = Callable[[str], None]
@@ -76,14 +85,15 @@ def load_weights(path: str | None, config: Any, overrides: list[str] | None = No
 
 def check_shapes(base: str | None, other: str | None, names: tuple[str, str]) -> None:
     """Raise InputError unless the configs of two checkpoints give the same architecture and sizes; reads no weights."""
-    ours, theirs = load_shape(str(base)), load_shape(str(other))
     kinds = load_model_type(str(base)), load_model_type(str(other))
     if kinds[0] != kinds[1]:
         raise InputError(f"{names[1]}: expected architecture {kinds[0]!r} as {names[0]} has, got {kinds[1]!r}")
-    for item in dataclasses.fields(ours):
-        expected, found = getattr(ours, item.name), getattr(theirs, item.name)
-        if expected != found:
-            raise InputError(f"{names[1]}: expected {item.name} {expected} as {names[0]} has, got {found}")
+    ours, theirs = skeleton(str(base)), skeleton(str(other))
+    sizes, found = (dataclasses.asdict(shape_of(model.config)) for model in (ours, theirs))
+    for name, expected in sizes.items():
+        if found[name] != expected:
+            raise InputError(f"{names[1]}: expected {name} {expected} as {names[0]} has, got {found[name]}")
+    check_same_architecture(ours, theirs, names=names)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: Any, path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcdd.models import PackedRows, PreTrainedModel, common_prefix, decoder_layers
+from lcdd.models import PackedRows, PreTrainedModel, common_prefix, decoder_layers, feed_forwards, packs
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +89,15 @@ def layer_forward(
 
     Gathered in hooks, so that the gradient of a layer's matching term is made when the backward reaches that layer.
 
-    read: positions whose final hidden state will be used; the last layer's MLP, on which nothing else depends, runs for
-        them and for `last` alone, and what comes out elsewhere means nothing.
+    read: positions whose final hidden state will be used; the last layer's feed-forward, on which nothing else depends,
+        runs for them and for `last` alone (where it is a module that can), and what comes out elsewhere means nothing.
     """
     layers: list[Tensor] = []
     positions = torch.tensor(last, device=embeds.device)
     wanted = torch.tensor(sorted({*read, *last}), device=embeds.device)
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        layers.append((output[0] if isinstance(output, tuple) else output)[0].index_select(0, positions))
+        layers.append(packed.tokens(output if isinstance(output, Tensor) else output[0]).index_select(0, positions))
 
     def pick(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0].index_select(1, wanted),)
@@ -105,10 +105,10 @@ def layer_forward(
     def put_back(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return output.new_zeros(1, len(embeds), output.shape[-1]).index_copy_(1, wanted, output)
 
-    blocks = decoder_layers(model)
-    mlp = blocks[-1].get_submodule("mlp")
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    handles += [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
+    last_mlp = feed_forwards(model)[-1] if packs(model) else None
+    handles = [block.register_forward_hook(keep) for block in decoder_layers(model)]
+    if last_mlp is not None:
+        handles += [last_mlp.register_forward_pre_hook(pick), last_mlp.register_forward_hook(put_back)]
     try:
         hidden = packed.forward(model, embeds)
     finally:

@@ -53,13 +53,14 @@ from lcdd.models import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     decoder_layers,
+    head_of,
     head_weight,
     input_embeddings,
     rows_never_drawn,
     token_rows,
 )
 from lcdd.report import Bar
-from lcdd_kernels import channel_match, linear_kl
+from lcdd_kernels import channel_match
 
 SEED_STRIDE = 10_007
 """Between the seeds of the random starts: start 0 is the one that a single start would be."""
@@ -102,9 +103,9 @@ class SFTEraser:
         self._channels = torch.cat([indices.to(device, torch.int32) for indices in channels])
         self._offsets = torch.tensor([0, *[len(indices) for indices in channels]]).cumsum(0)
         # the base's distributions need the base's head, also while a patch that changes the head is applied
-        self._base_head = head_weight(model).detach()
+        self._base_head = head_of(model).detached()
         if any(model.get_parameter(name) is head_weight(model) for name in patch.unmasked):
-            self._base_head = self._base_head.clone()
+            self._base_head = self._base_head.cloned()
 
     def fit(
         self,
@@ -260,7 +261,7 @@ class SFTEraser:
             Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed + SEED_STRIDE * n, skip=special).embeds
             for n in range(c.num_starts)
         ]
-        return TriggerSearch(torch.stack(starts).to(self._base_head.device), c, radius=self.max_norm())
+        return TriggerSearch(torch.stack(starts).to(self._base_head.weight.device), c, radius=self.max_norm())
 
     def _store(self, directory: str | Path | None, *, prompts: list[list[list[int]]]) -> CheckpointStore | None:
         """Where the run's state goes and comes from, if it is to; settings, base, patch and prompts identify it."""
@@ -351,13 +352,10 @@ class SFTEraser:
         long as its reference. No runs: 0."""
         if not runs:
             return hidden.new_zeros(starts, dtype=torch.float32)
-        head, reference = head_weight(self.model).detach(), torch.cat(references)
+        head, reference = head_of(self.model).detached(), torch.cat(references)
         students = hidden[torch.tensor(list(chain(*runs)), device=hidden.device)].chunk(starts)
         return torch.stack(
-            [
-                linear_kl(student, head, ref_hidden=reference, ref_weight=self._base_head, reduction="sum")
-                for student in students
-            ]
+            [head.kl(student, ref_hidden=reference, ref_head=self._base_head, reduction="sum") for student in students]
         )
 
     def _on_channels(self, layers: list[Tensor]) -> Tensor:

@@ -103,11 +103,11 @@ class Trigger:
 
     def check_fits(self, model: PreTrainedModel) -> None:
         """Raise InputError unless the trigger's width and layer count are the model's."""
-        shape = shape_of(model.config)
-        if self.embeds.shape[1] != shape.d_model:
-            raise InputError(f"trigger: expected width {shape.d_model} as the model has, got {self.embeds.shape[1]}")
-        if self.num_layers != shape.n_layers:
-            raise InputError(f"trigger: made for a model of {self.num_layers} layers, this one has {shape.n_layers}")
+        width, n_layers = input_embeddings(model).embedding_dim, shape_of(model.config).n_layers
+        if self.embeds.shape[1] != width:
+            raise InputError(f"trigger: expected width {width} as the model has, got {self.embeds.shape[1]}")
+        if self.num_layers != n_layers:
+            raise InputError(f"trigger: made for a model of {self.num_layers} layers, this one has {n_layers}")
 
     def check_base(self, fingerprint: str) -> None:
         """Raise InputError if the trigger was learned on another base than the one with this `model_fingerprint`."""

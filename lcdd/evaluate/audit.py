@@ -151,7 +151,7 @@ class _Runner:
     def _necessity(self) -> dict[str, ModelState]:
         carrier = self.study.carrier
         states = {f"carrier-without:group {group}": without_group(carrier, group) for group in GROUPS}
-        for layer in range(carrier.shape.n_layers):
+        for layer in range(carrier.layout.n_layers):
             states[f"carrier-without:layer {layer}"] = without_layer(carrier, layer)
         found = {name: ModelState(patch=patch) for name, patch in states.items()}
         found["sft-without:carrier"] = ModelState(patch=lambda: without_channels(self._sft(), carrier.gate != 0))

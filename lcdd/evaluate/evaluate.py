@@ -16,9 +16,8 @@ from torch import Tensor
 from lcdd.eraser import Prompt, decode, encode_prompts, generate_ids, response_hidden
 from lcdd.errors import InputError
 from lcdd.evaluate.states import ModelState, patched_states
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, head_weight
+from lcdd.models import Head, PreTrainedModel, PreTrainedTokenizerBase, head_of, head_weight
 from lcdd.report import Bar, newcombe_paired_interval, wilson_interval
-from lcdd_kernels import linear_kl
 
 KL_PAIRS = (("sft", "carrier"), ("sft", "carrier+trigger"), ("base", "carrier+trigger"))
 COMPARISONS = (
@@ -197,12 +196,12 @@ def _kl_table(
     needed = {name for pair in pairs for name in pair}
     answer_sets = {f"{name}_answers": outcomes[name].answers[: len(ids)] for name in ("sft", "base") if name in states}
     hidden: dict[tuple[str, str], Tensor] = {}
-    heads: dict[str, Tensor] = {}
+    heads: dict[str, Head] = {}
     with closing(patched_states(model, {name: state for name, state in states.items() if name in needed})) as runs:
         for name, patch in runs:
-            head, triggers = head_weight(model), states[name].triggers
-            changed = patch is not None and any(model.get_parameter(p) is head for p in patch.unmasked)
-            heads[name] = head.detach().clone() if changed else head.detach()
+            head, triggers = head_of(model), states[name].triggers
+            changed = patch is not None and any(model.get_parameter(p) is head_weight(model) for p in patch.unmasked)
+            heads[name] = head.cloned() if changed else head.detached()
             trigger = triggers[0] if triggers else None
             for key, answers in answer_sets.items():
                 rows = response_hidden(model, ids, answers, trigger=trigger, batch_size=batch_size)
@@ -210,7 +209,6 @@ def _kl_table(
     table: dict[str, dict[str, float]] = {}
     for p, q in pairs:
         table[f"{p}||{q}"] = {
-            key: float(linear_kl(hidden[q, key], heads[q], ref_hidden=hidden[p, key], ref_weight=heads[p]))
-            for key in answer_sets
+            key: float(heads[q].kl(hidden[q, key], ref_hidden=hidden[p, key], ref_head=heads[p])) for key in answer_sets
         }
     return table

@@ -40,8 +40,8 @@ def gate_summary(carrier: Carrier) -> dict[str, Any]:
 
 def jaccard(first: Carrier, second: Carrier) -> float:
     """Shared open gates over all open gates of two carriers of one architecture; 1 if neither has any."""
-    if first.shape != second.shape:
-        raise InputError(f"second: expected a carrier of {first.shape}, got {second.shape}")
+    if first.layout != second.layout:
+        raise InputError(f"second: expected a carrier of the same gates, {first.layout.difference(second.layout)}")
     a, b = first.gate != 0, second.gate != 0
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0

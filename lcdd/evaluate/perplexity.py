@@ -13,8 +13,7 @@ from lcdd.config import DataConfig
 from lcdd.data import load_examples, text_ids
 from lcdd.eraser import Trigger, embed_with_trigger, evaluation_mode, length_batches, right_padded
 from lcdd.errors import InputError
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, head_weight, input_embeddings
-from lcdd_kernels import linear_cross_entropy
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, head_of, input_embeddings
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -70,7 +69,7 @@ def perplexity(
     offset = 0 if trigger is None else trigger.embeds.shape[0]
     if trigger is not None:
         trigger.check_fits(model)
-    device, head = input_embeddings(model).weight.device, head_weight(model).detach()
+    device, head = input_embeddings(model).weight.device, head_of(model).detached()
     total, count = 0.0, 0
     with evaluation_mode(model):
         for indices in length_batches([len(window) for window in ids], batch_size):
@@ -81,7 +80,7 @@ def perplexity(
             lengths = torch.tensor([len(window) for window in batch], device=device)
             keep = torch.arange(padded.shape[1] - 1, device=device) < lengths[:, None] - 1
             labels = padded[:, 1:][keep]
-            total += float(linear_cross_entropy(hidden[:, offset:-1][keep], head, labels, reduction="sum"))
+            total += float(head.cross_entropy(hidden[:, offset:-1][keep], labels, reduction="sum"))
             count += len(labels)
     mean = total / count
     return {"nats_per_token": mean, "perplexity": math.exp(mean), "tokens": count}

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcdd.models.sites import PROJECTION_PATHS, ModelShape
+from lcdd.models.sites import ModelShape
 
 FLOAT32 = 4  # bytes; RMSNorm and softmax statistics are kept in float32 whatever the weights' dtype
-PROJECTION_KINDS = tuple(PROJECTION_PATHS)
+PROJECTION_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,26 @@ class Architecture:
         )
 
 
+def weight_shape(shape: ModelShape, kind: str) -> tuple[int, int]:
+    """[out, in] of the projection `kind`."""
+    queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    return {
+        "q": (queries, shape.d_model),
+        "k": (keys, shape.d_model),
+        "v": (keys, shape.d_model),
+        "o": (shape.d_model, queries),
+        "gate": (shape.d_ff, shape.d_model),
+        "up": (shape.d_ff, shape.d_model),
+        "down": (shape.d_model, shape.d_ff),
+    }[kind]
+
+
 # ---------------------------------------------------------------- parameters
 
 
 def layer_parameters(shape: ModelShape) -> int:
     """Masked parameters of one layer."""
-    return sum(rows * cols for rows, cols in map(shape.weight_shape, PROJECTION_KINDS))
+    return sum(rows * cols for rows, cols in (weight_shape(shape, kind) for kind in PROJECTION_KINDS))
 
 
 def masked_parameters(shape: ModelShape) -> int:
@@ -58,14 +72,14 @@ def masked_parameters(shape: ModelShape) -> int:
 
 def largest_matrix(shape: ModelShape) -> int:
     """Parameters of the largest masked matrix."""
-    return max(rows * cols for rows, cols in map(shape.weight_shape, PROJECTION_KINDS))
+    return max(rows * cols for rows, cols in (weight_shape(shape, kind) for kind in PROJECTION_KINDS))
 
 
 def total_parameters(model: Architecture) -> int:
     """Every parameter: masked linears, their biases, norms, embedding, head (once where tied)."""
     s = model.shape
     biased = (("q", "k", "v", "o") if model.attention_bias else ()) + (("gate", "up", "down") if model.mlp_bias else ())
-    biases = sum(s.weight_shape(kind)[0] for kind in biased)
+    biases = sum(weight_shape(s, kind)[0] for kind in biased)
     norms = 2 * s.d_model + (2 * s.head_dim if model.qk_norm else 0)
     ends = (1 if model.tied else 2) * s.vocab_size * s.d_model + s.d_model
     return s.n_layers * (layer_parameters(s) + biases + norms) + ends

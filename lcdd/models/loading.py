@@ -21,7 +21,8 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lcdd.errors import InputError
-from lcdd.models.sites import ModelShape, shape_of
+from lcdd.models.probe import probe
+from lcdd.models.sites import check_config, structure_of
 from lcdd.models.vocabulary import agree_on_end, check_ids
 
 logger = logging.getLogger(__name__)
@@ -98,17 +99,16 @@ def load_model(
     device: str | torch.device = "cpu",
     overrides: list[str] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model; safetensors only, no remote code.
+    """Load a causal language model, and probe it (`lcdd.models.probe`); safetensors only, no remote code.
 
     Args:
         overrides: if given, weights that the config has no place for are left out, and that is noted here.
 
     Raises:
-        InputError: `path` is not a usable checkpoint, its weights are not those of its config, or its architecture is
-            not supported.
+        InputError: `path` is not a usable checkpoint, its weights are not those of its config, its layers cannot be
+            masked, or it failed the probe.
     """
-    config = _config(path)
-    shape_of(config)
+    skeleton(path)
     _check_generation_config(path)
     with _reading("a loadable checkpoint", path), _quietly():
         found: Any = AutoModelForCausalLM.from_pretrained(
@@ -121,7 +121,9 @@ def load_model(
         )
     model, loaded = found
     _check_weights(model, loaded, path, overrides)
-    return model.to(device)
+    model = model.to(device)
+    probe(model)
+    return model
 
 
 def _check_weights(model: PreTrainedModel, loaded: Mapping[str, Any], path: str | Path, overrides: Any) -> None:
@@ -165,9 +167,33 @@ def _check_generation_config(path: str | Path) -> None:
         raise InputError(f"{file}: expected a JSON object, got {type(content).__name__}")
 
 
-def load_shape(path: str | Path) -> ModelShape:
-    """Sizes of the model at `path`, read from its config alone."""
-    return shape_of(_config(path))
+def skeleton(path: str | Path) -> PreTrainedModel:
+    """The model at `path` on the meta device: its parts and shapes without weights, read from its config alone.
+
+    Raises:
+        InputError: there is no config of a causal language model, or its layers cannot be masked.
+    """
+    config = _config(path)
+    with _reading("a causal language model's config", path), _quietly():
+        return skeleton_of(config)
+
+
+def skeleton_of(config: PretrainedConfig) -> PreTrainedModel:
+    """A config's model on the meta device.
+
+    Raises:
+        InputError: it is no causal language model's, or its layers cannot be masked.
+    """
+    check_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise InputError(f"model: expected a causal language model's config, got {config.model_type!r}") from error
+    structure_of(model)
+    return model
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
@@ -224,10 +250,10 @@ def new_model(settings: Mapping[str, Any], *, seed: int) -> PreTrainedModel:
     """A randomly initialised model from the entries of a config.json (`model_type` and sizes); float32, on the CPU.
 
     Raises:
-        InputError: the architecture is not supported.
+        InputError: it is no decoder's.
     """
     config = AutoConfig.for_model(**settings)
-    shape_of(config)
+    check_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

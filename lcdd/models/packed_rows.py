@@ -7,7 +7,8 @@ The tokens stand in one row of the model's input, the shared beginnings first:
 Norms, projections and MLPs see tokens and take them as they come; only attention has to know which belong together. It
 is handed to the model through transformers' `AttentionInterface`: a row attends to its start's beginning and, causally,
 to itself. A model that was loaded with flash attention keeps its own, which takes such rows as they are
-(`cu_seq_lens_q` and the like), but no beginning that several share.
+(`cu_seq_lens_q` and the like), but no beginning that several share. A model that keeps its attention to itself, or
+whose attention does what this one does not, is run over padded rows, each behind its own copy of the beginning.
 
 In a causal model a beginning's states do not depend on what follows, and every row's gradient for it adds up where it
 was computed once: loss and gradients are those of one text at a time.
@@ -17,23 +18,29 @@ group's longest; H query heads of width d.
 """
 
 import itertools
+import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lcdd.models.loading import PreTrainedModel
-from lcdd.models.sites import attention_by, backbone, head_weight, input_embeddings
+from lcdd.models.sites import attention_by, backbone, decoder_layers, head_weight, input_embeddings, own_attention
 
-__all__ = ["PackedRows", "can_share_prefix", "common_prefix", "packed_attention_in", "why_not_packed"]
+__all__ = ["PackedRows", "can_share_prefix", "common_prefix", "packed_attention_in", "packs", "why_not_packed"]
 
+logger = logging.getLogger(__name__)
 
-NOT_BUILT = ("softcap", "s_aux", "position_bias", "attention_bias")
-"""What attentions of some architectures add to the scores, by transformers' names, and packed attention does not."""
+NO_MATTER = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"}
+"""What attentions are told beside what `packed_attention` takes, and it need not know."""
+NARROW = 5
+"""Windows of attention are narrowed to that many tokens for a trial on a few."""
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
 """Packed texts' final states may differ from the same texts' alone by this share of the largest one; a token that sees
 another text or stands at another position is farther off."""
@@ -59,14 +66,44 @@ class PackedRows:
         order = torch.cat([group.tokens for group in self._groups])
         self._order = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self.calls = 0  # of attention
 
     def forward(self, model: PreTrainedModel, embeds: Tensor) -> Tensor:
-        """Final hidden states [N·P + n, D] of embeddings [N·P + n, D]. Layers' hooks see [1, N·P + n, D]."""
+        """Final hidden states [N·P + n, D] of embeddings [N·P + n, D]; what layers' hooks see is for `tokens`."""
+        return self._packed(model, embeds) if packs(model) else self._padded(model, embeds)
+
+    def tokens(self, output: Tensor) -> Tensor:
+        """What a layer gives in this forward -> its tokens [N·P + n, D]."""
+        return output[0] if len(output) == 1 else output.flatten(0, 1).index_select(0, self._padding[1])
+
+    def _packed(self, model: PreTrainedModel, embeds: Tensor) -> Tensor:
+        """[1, N·P + n, D] in every layer."""
         if _own_flash(model) and not self.shared:
             return self._run(model, embeds, **self._flash_arguments())
         _refuse_recomputation(model)
         with attention_by(model, packed_attention):
             return self._run(model, embeds, packed_rows=self)
+
+    def _padded(self, model: PreTrainedModel, embeds: Tensor) -> Tensor:
+        """[R, P + S, D] in every layer: zeros behind each row, which under causal attention no token sees."""
+        rows = torch.cat([embeds, embeds.new_zeros(1, embeds.shape[1])]).index_select(0, self._padding[0])
+        output = backbone(model)(inputs_embeds=rows.unflatten(0, (len(self.lengths), -1)), use_cache=False)
+        return self.tokens(output.last_hidden_state)
+
+    @cached_property
+    def _padding(self) -> tuple[Tensor, Tensor]:
+        """Of rows padded to the longest, each behind its beginning: the packed token in every place [R·(P + S)] (one
+        behind the last: padding), and the place of every packed token [N·P + n]."""
+        rows, shared, width = len(self.lengths), self.shared, self.shared + max(self.lengths)
+        begins, each = self.starts * shared, rows // self.starts
+        row = torch.arange(rows).repeat_interleave(torch.tensor(self.lengths))
+        place = row * width + torch.cat([shared + torch.arange(length) for length in self.lengths])
+        source = torch.full((rows, width), begins + len(row))
+        source[:, :shared] = (torch.arange(rows) // each)[:, None] * shared + torch.arange(shared)
+        source.view(-1)[place] = begins + torch.arange(len(row))
+        begin = (torch.arange(self.starts) * each * width)[:, None] + torch.arange(shared)
+        device = self._order.device
+        return source.flatten().to(device), torch.cat([begin.flatten(), place]).to(device)
 
     def _run(self, model: PreTrainedModel, embeds: Tensor, **more: Any) -> Tensor:
         output = backbone(model)(inputs_embeds=embeds[None], position_ids=self._positions, use_cache=False, **more)
@@ -80,7 +117,12 @@ class PackedRows:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
         """[1, H, N·P + n, d], [1, H_kv, N·P + n, d] twice -> [1, N·P + n, H, d]."""
-        heads, count = query.shape[1], self.starts * self.shared
+        self.calls += 1
+        heads, width, count = query.shape[1], value.shape[3], self.starts * self.shared
+        if width != query.shape[3]:  # values of another width: their scores with zeros are the same
+            size = max(width, query.shape[3])
+            how["scaling"] = query.shape[3] ** -0.5 if how["scaling"] is None else how["scaling"]
+            query, key, value = (F.pad(x, (0, size - x.shape[3])) for x in (query, key, value))
         # together: one gather for what would be three
         tokens = torch.cat([query, key, value], dim=1)[0].transpose(0, 1)
         begin = tokens[:count].unflatten(0, (self.starts, self.shared)).transpose(1, 2)
@@ -93,15 +135,27 @@ class PackedRows:
         out = torch.cat(outputs).index_select(0, self._order)
         if count:
             out = torch.cat([self._scores(q_begin, kv_begin, skip=0, **how).transpose(1, 2).flatten(0, 1), out])
-        return out[None]
+        return out[None, ..., :width]
 
     def _scores(
-        self, query: Tensor, kv: Tensor, *, skip: int, scaling: float | None, window: int | None, dropout: float
+        self,
+        query: Tensor,
+        kv: Tensor,
+        *,
+        skip: int,
+        scaling: float | None,
+        window: int | None,
+        dropout: float,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """[R, H, S, d] whose first position is `skip`, [R, 2·H_kv, skip + S, d] -> [R, H, S, d]."""
         groups = query.shape[1] * 2 // kv.shape[1]
         key, value = kv.repeat_interleave(groups, dim=1).chunk(2, dim=1)  # masked attention has no kernel for GQA
         size = query.shape[2]
+        if softcap is not None or sinks is not None:
+            scale, seen = query.shape[3] ** -0.5 if scaling is None else scaling, self._mask(size, skip, window)
+            return _written_out(query * scale, key, value, seen, softcap=softcap, sinks=sinks, dropout=dropout)
         mask = None if skip == 0 and (window is None or size <= window) else self._mask(size, skip, window)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout
@@ -182,13 +236,37 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of its own attention: [1, heads, N·P + n, d] -> ([1, N·P + n, H, d], None)."""
-    if wanted := [name for name in NOT_BUILT if more.get(name) is not None]:
-        raise NotImplementedError(f"packed attention has no {wanted[0]}")
-    how = {"scaling": scaling, "window": sliding_window, "dropout": dropout}
+    """What transformers calls in place of its own attention: [1, heads, N·P + n, d] -> ([1, N·P + n, H, d], None).
+
+    softcap: scores are capped so. s_aux [H]: a logit in every head's softmax that belongs to no key.
+
+    Raises:
+        NotImplementedError: the model hands over something that is not known here.
+    """
+    if unknown := [name for name, given in more.items() if given is not None and name not in NO_MATTER]:
+        raise NotImplementedError(f"packed attention has no {unknown[0]}")
+    how = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
     return packed_rows.attend(query, key, value, **how), None
+
+
+def _written_out(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, softcap: float | None, sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """Attention of scaled queries whose scores are capped, or with sinks [H]; the softmax at least in float32."""
+    scores = query @ key.transpose(2, 3)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(len(query), -1, query.shape[2], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    shares = scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype)
+    return F.dropout(shares, dropout, training=dropout > 0) @ value
 
 
 @contextmanager
@@ -222,6 +300,19 @@ def _refuse_recomputation(model: PreTrainedModel) -> None:
 
 # ---------------------------------------------------------------- what a model can do
 
+_PACKS: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
+"""Models that were tried, and whether they run packed."""
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether this model runs without padding (`why_not_packed`); tried once, and said aloud where it does not."""
+    if model not in _PACKS:
+        reason = why_not_packed(model)
+        if reason is not None:
+            logger.warning("%s runs padded, since %s", type(model).__name__, reason)
+        _PACKS[model] = reason is None
+    return _PACKS[model]
+
 
 def common_prefix(rows: Sequence[Sequence[int]], *, at_most: int) -> int:
     """How many tokens all rows begin with (a chat template's, a system prompt), `at_most` of them."""
@@ -246,7 +337,8 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
 def why_not_packed(model: PreTrainedModel) -> str | None:
     """Why this model cannot run `PackedRows` exactly, None if it can: tried on three short texts, alone and packed.
 
-    Costs a few forwards of a dozen tokens. Leaves the model as it was.
+    Windows are narrowed for it, so that short texts show them. Costs a few forwards of a dozen tokens. Leaves the model
+    as it was.
     """
     inner = backbone(model)
     kinds: set[str] = set(getattr(inner.config, "layer_types", None) or ())
@@ -255,9 +347,9 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     was_training = inner.training
     inner.eval()
     try:
-        with torch.autocast(head_weight(model).device.type, enabled=False):
+        with torch.autocast(head_weight(model).device.type, enabled=False), narrow_windows(model), own_attention(model):
             alone, packed = _states_alone_and_packed(model)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
         return f"it does not take them: {error}"
     finally:
         inner.train(was_training)
@@ -278,6 +370,25 @@ def _states_alone_and_packed(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     ids = [*texts[0][:shared], *itertools.chain(*(text[shared:] for text in texts))]
     alone = [inner(input_ids=torch.tensor([text], device=device), use_cache=False) for text in texts]
     rows = PackedRows([len(text) - shared for text in texts], shared=shared, device=device)
-    states = rows.forward(model, table(torch.tensor(ids, device=device)))
+    states = rows._packed(model, table(torch.tensor(ids, device=device)))
+    if not _own_flash(model) and rows.calls < len(decoder_layers(model)):
+        raise NotImplementedError("its attention is its own")
     together = [torch.cat([states[:shared], row]) for row in states[shared:].split(rows.lengths)]
     return torch.cat([output.last_hidden_state[0] for output in alone]), torch.cat(together)
+
+
+@contextmanager
+def narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, windows and chunks of attention are `NARROW` tokens."""
+    changed: list[tuple[Any, str, int]] = []
+    for holder in (backbone(model).config, *model.modules()):
+        for name in ("sliding_window", "attention_chunk_size"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > NARROW:
+                changed.append((holder, name, value))
+                setattr(holder, name, NARROW)
+    try:
+        yield
+    finally:
+        for holder, name, value in changed:
+            setattr(holder, name, value)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lcdd.models import shards
 from lcdd.models.loading import PreTrainedModel
-from lcdd.models.sites import backbone, decoder_layers, head_weight, input_embeddings, projections, unmasked_parameters
+from lcdd.models.sites import backbone, decoder_layers, head_weight, input_embeddings, sites_of, unmasked_parameters
 
 T = TypeVar("T")
 
@@ -46,14 +46,15 @@ def share(micro_batches: Sequence[T]) -> list[tuple[T, float]]:
 def shard_model(model: PreTrainedModel, *, trained: bool, train_unmasked: bool = False) -> PreTrainedModel:
     """Shard a model's decoder layers over all ranks by FSDP2, in place; embeddings and head stay whole on every rank.
 
-    trained: its projections get gradients (which FSDP2 has to know first); train_unmasked: norms and biases too.
+    trained: its sites get gradients (which FSDP2 has to know first); train_unmasked: norms and biases too.
     """
     from torch.distributed.fsdp import fully_shard
 
     model.requires_grad_(False)
+    sites = sites_of(model)  # before it is sharded, where the order of fused rows can still be seen
     if trained:
-        for site in projections(model):
-            site.linear.weight.requires_grad_(True)
+        for site in sites:
+            site.parameter.requires_grad_(True)
     if train_unmasked:
         for parameter in unmasked_parameters(model).values():
             parameter.requires_grad_(True)

@@ -24,18 +24,18 @@ from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcdd.errors import InputError
 from lcdd.models import (
-    ROW_AND_COL_GROUPS,
     GateLayout,
     PreTrainedModel,
-    Projection,
+    Site,
     check_same_architecture,
-    decoder_layers,
-    projections,
-    shape_of,
+    feed_forwards,
+    sites_of,
+    structure_of,
 )
 from lcdd.optimizer.swapped import Swapped
 from lcdd_kernels import GateMap, GateSpec, gate_values, gated_linear, gated_mlp, gated_qkv, weight_eff_
@@ -58,7 +58,7 @@ class ForwardGates:
 
     def __init__(
         self,
-        sites: list[Projection],
+        sites: list[Site],
         bases: list[Tensor],
         deltas: list[Tensor],
         *,
@@ -73,7 +73,7 @@ class ForwardGates:
         self.step = 1
         self.training: bool | None = None
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
-        self._weights_trained = [site.linear.weight.requires_grad for site in sites]
+        self._weights_trained = [site.weight.requires_grad for site in sites]
 
     @classmethod
     def attach(
@@ -90,40 +90,43 @@ class ForwardGates:
         """Put `model` on the forward route against `base`, whose weights are referenced, not copied.
 
         Args:
-            model: swapped in place; its projections' weights get no gradient while attached.
+            model: swapped in place; its masked weights get no gradient while attached.
             base: same architecture, same device.
             kind: "hard_concrete" or "heaviside_ste".
             logits: θ, float32 [n_gates] (float64 beside float64 weights); a leaf that requires grad is used as it is,
                 anything else becomes a new Parameter.
             seed: of the hard-concrete noise.
-            deltas: name of each projection (`lcdd.models.projections`) -> Δ [out, in], used as they are, so that
+            deltas: name of each site (`lcdd.models.sites_of`) -> Δ [out, in], used as they are, so that
                 frozen ones get no gradient work; None: Parameters that hold the difference of the two models.
             fuse: one op for an MLP and one for q, k and v, where they have no biases; else one op a projection.
 
         Raises:
-            InputError: the models differ in architecture, the model is attached already, or an argument is off.
+            InputError: the models differ in architecture, the model is attached already, an argument is off, or the
+                model has sites that are no ordinary linears of their own (fused, interleaved, transposed, experts).
         """
         check_same_architecture(base, model)
         if kind not in KINDS:
             raise InputError(f"kind: expected one of {KINDS}, got {kind!r}")
-        layout = GateLayout(shape_of(model.config))
-        sites, base_sites = projections(model), projections(base)
+        (layout, sites), base_sites = structure_of(model), sites_of(base)
         if any(isinstance(site.linear, GatedLinear) for site in sites):
             raise InputError("model: expected ordinary linears, got a model that is on the forward route already")
+        odd = [site.name for site in sites if type(site.linear) is not nn.Linear or not layout.is_direct(site.matrix)]
+        if odd:
+            raise InputError(f"gating: expected 'optimizer' for a model with other sites than linears, got {odd[:3]}")
         if tuple(logits.shape) != (layout.n_gates,):
             raise InputError(f"logits: expected shape ({layout.n_gates},), got {tuple(logits.shape)}")
         if not (logits.is_leaf and logits.requires_grad):
             logits = nn.Parameter(logits.detach().clone())
-        bases = [site.linear.weight.detach() for site in base_sites]
+        bases = [site.weight.detach() for site in base_sites]
         if deltas is None:
             parts: list[Tensor] = [
-                nn.Parameter((site.linear.weight.detach() - fixed).contiguous())
+                nn.Parameter((site.weight.detach() - fixed).contiguous())
                 for site, fixed in zip(sites, bases, strict=True)
             ]
         else:
             if set(deltas) != {site.name for site in sites}:
                 missing = {site.name for site in sites} ^ set(deltas)
-                raise InputError(f"deltas: expected one for each projection, got a difference in {sorted(missing)[:3]}")
+                raise InputError(f"deltas: expected one for each site, got a difference in {sorted(missing)[:3]}")
             parts = [deltas[site.name] for site in sites]
         gates = cls(sites, bases, parts, layout=layout, kind=kind, seed=seed, logits=logits)
         gates._swap(model, fuse=fuse)
@@ -150,8 +153,8 @@ class ForwardGates:
     def fold(self) -> None:
         """Write W_eff of the deterministic gates into the weights and restore the ordinary modules."""
         gate, _ = gate_values(self.logits.detach(), GateSpec(kind=self.kind, training=False))
-        maps = [self.layout.gate_map(site.kind, site.layer) for site in self._sites]
-        weights = [site.linear.weight.data for site in self._sites]
+        maps = [site.gate_map for site in self._sites]
+        weights = [site.parameter.data for site in self._sites]
         weight_eff_(weights, self._bases, [delta.detach() for delta in self.deltas.values()], gate, maps)
         self.restore()
 
@@ -163,23 +166,22 @@ class ForwardGates:
                 module.__dict__.pop(name, None)
         self._swapped = []
         for site, trained in zip(self._sites, self._weights_trained, strict=True):
-            site.linear.weight.requires_grad_(trained)
+            site.parameter.requires_grad_(trained)
 
     def _swap(self, model: PreTrainedModel, *, fuse: bool) -> None:
         by_layer: dict[int, dict[str, GatedLinear]] = {}
+        swiglus = [mlp if mlp is not None and _is_swiglu(mlp) else None for mlp in feed_forwards(model)]
         for site, base in zip(self._sites, self._bases, strict=True):
-            site.linear.weight.requires_grad_(False)
-            linear = self._become(site.linear, GatedLinear)
+            site.parameter.requires_grad_(False)
+            linear = self._become(site.linear, GatedLinear)  # type: ignore[arg-type]  # attach has seen to it
             linear._gated = _Gated(self, site, base)
             linear._fused = None
             by_layer.setdefault(site.layer, {})[site.kind] = linear
         if not fuse:
             return
-        silu = getattr(model.config, "hidden_act", None) in ("silu", "swish")
-        for index, block in enumerate(decoder_layers(model)):
-            parts = by_layer[index]
-            if silu and all(parts[kind].bias is None for kind in ("gate", "up", "down")):
-                mlp = block.get_submodule("mlp")
+        for index, parts in by_layer.items():
+            mlp = swiglus[index]
+            if mlp is not None:
                 original: Any = type(mlp)  # mypy takes a class of modules for unhashable
                 self._become(mlp, _gated_mlp_class(original))._gated = self
             if all(parts[kind].bias is None for kind in "qkv"):
@@ -194,15 +196,26 @@ class ForwardGates:
         return cast(M, module)
 
 
+@torch.no_grad()
+def _is_swiglu(mlp: nn.Module) -> bool:
+    """Whether a module computes down_proj(silu(gate_proj(x)) · up_proj(x)) without biases: seen by running it."""
+    linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(linear, nn.Linear) and linear.bias is None for linear in linears):
+        return False
+    gate, up, down = (cast(nn.Linear, linear).weight for linear in linears)
+    x = torch.linspace(-2, 2, 2 * gate.shape[1], dtype=gate.dtype, device=gate.device).view(2, -1)
+    expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    return torch.allclose(mlp(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
 class _Gated:
     """What one projection reads in its forward. A plain object, so that nothing of it enters the module tree."""
 
-    def __init__(self, gates: ForwardGates, site: Projection, weight_base: Tensor) -> None:
+    def __init__(self, gates: ForwardGates, site: Site, weight_base: Tensor) -> None:
         self.gates, self.kind, self.weight_base = gates, site.kind, weight_base
         self.delta = gates.deltas[site.name]
-        self.map: GateMap = gates.layout.gate_map(site.kind, site.layer)
-        groups = ROW_AND_COL_GROUPS[site.kind]
-        self._rows, self._cols = (gates.layout.slice(site.layer, group) for group in groups)
+        self.map: GateMap = site.gate_map
+        self._rows, self._cols = (run.slots for run in gates.layout.runs(site.matrix))
 
     @property
     def row_logits(self) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lcdd.errors import InputError
-from lcdd.models.layout import GROUPS, GateLayout
+from lcdd.models import GROUPS, GateLayout, Run, base_group
 from lcdd_kernels import GateSpec, gate_logits_grad, gate_values, open_indices
 
 
@@ -15,6 +15,8 @@ class Gates:
         logits: θ, float [n_gates] (float32, or float64 beside float64 weights).
         initial_logits: θ as it started, to tell later whether noise chose the carrier.
         values: the gates z in force, float [n_gates], in [0, 1].
+        slots: the same as kernels are given them, float [n_slots]: with the copies that `GateLayout` calls aliases.
+        rank: place of each slot among the open ones of its run, int32 [n_slots]; -1 where it is closed.
         expected_l0: E[L0] of θ, a scalar tensor.
         sampled: whether `values` holds noise (hard-concrete gates in training); evaluation gates do not.
     """
@@ -43,7 +45,8 @@ class Gates:
         self.sampled = training and self.kind == "hard_concrete"
         self.spec = GateSpec(kind=self.kind, seed=self.seed, step=step, training=self.sampled)
         self.values, self.expected_l0 = gate_values(self.logits.detach(), self.spec)
-        self.indices, counts, self.rank = open_indices(self.values, self.layout.offsets)
+        self.slots = self.layout.expand(self.values)
+        self.indices, counts, self.rank = open_indices(self.slots, self.layout.slot_offsets)
         self.counts = counts.tolist()  # the step's one look at the gates from the host
 
     def logits_grad(self, d_gate: Tensor, *, l0_weight: float) -> Tensor:
@@ -55,17 +58,17 @@ class Gates:
         values, _ = gate_values(self.logits.detach(), GateSpec(kind=self.kind, training=False))
         return values
 
-    def open_in(self, layer: int, group: str) -> Tensor:
-        """Channels of `group` in `layer` whose gate is open, int32 ascending."""
-        start = self.layout.slice(layer, group).start
-        return self.indices[start : start + self.counts[self.layout.group_number(layer, group)]]
+    def open_in(self, run: Run) -> Tensor:
+        """Places in a run whose gates are open, int32 ascending."""
+        return self.indices[run.start : run.start + self.counts[run.number]]
 
-    def closed_in(self, layer: int, group: str) -> Tensor:
-        """Channels of `group` in `layer` whose gate is closed, int64 ascending."""
-        values = self.values[self.layout.slice(layer, group)]
-        closed = values.numel() - self.counts[self.layout.group_number(layer, group)]
-        return torch.nonzero_static(values == 0, size=closed)[:, 0]
+    def closed_in(self, run: Run) -> Tensor:
+        """Places in a run whose gates are closed, int64 ascending."""
+        return torch.nonzero_static(self.slots[run.slots] == 0, size=run.size - self.counts[run.number])[:, 0]
 
     def open_counts(self) -> dict[str, int]:
-        """Open gates of each group, summed over layers."""
-        return {group: sum(self.counts[i :: len(GROUPS)]) for i, group in enumerate(GROUPS)}
+        """Open gates of each of `GROUPS`, over all layers."""
+        totals = dict.fromkeys(GROUPS, 0)
+        for (_, name, _), count in zip(self.layout.groups, self.counts, strict=False):  # copies are not counted
+            totals[base_group(name)] += count
+        return totals

@@ -14,7 +14,7 @@ arrives in `weight.grad` like any gradient, and all of LCDD happens in `step`:
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
-from lcdd.models import GateLayout, PreTrainedModel, shape_of, shards
+from lcdd.models import GateLayout, PreTrainedModel, shards
 from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.controller import DualDescent, GateController
 from lcdd.optimizer.dual import DualController
@@ -82,7 +82,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         gates: θ and the gates in force.
         dual: the constraint's controller.
         model, base: the model in training, and the one it is held against.
-        names: the masked linears, in the order of `param_groups[0]`.
+        names: of the masked weights, in the order of `param_groups[0]`.
         skipped_steps, skipped_in_a_row: steps not taken because the loss or a gradient was not finite.
         penalties: how often the coming step adds the price of open gates: once, but in `reference_compat`.
     """
@@ -129,12 +129,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
             raise InputError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
         model, base = _unwrapped("model", model), _unwrapped("base", base)
         check_unwatched(model)
-        layout = GateLayout(shape_of(model.config))
         self.model, self.base, self.config = model, base, config
-        self._masked = MaskedWeights(model, base, layout, config)
-        _warn_of_float16(self._masked)
-        self.names = [item.name for item in self._masked]
-        weights = [item.weight for item in self._masked]
+        self._masked = MaskedWeights(model, base, config)
+        self.names, weights, layout = self._masked.names, self._masked.parameters, self._masked.layout
+        _warn_of_float16(weights)
         logits = _start(layout, config, like=weights[0], given=initial_logits)
         gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=logits)
         self._controller: GateController = DualDescent(gates, config, total_steps=total_steps)
@@ -148,7 +146,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._observed: tuple[Any, float] | None = None
         self._in_eval = False
         self._forward = self._forward_route() if config.gating == "forward" else None
-        self._plan = self._pack_plan(layout)
+        self._plan = self._pack_plan()
         self._watch = Watch(model, self)
         self._write_weights(evaluation=False)
         model.train()
@@ -193,7 +191,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         if self._in_eval:
             raise RuntimeError("step: the optimizer is in evaluation mode; call optimizer.train() first")
         loss, tokens = self._take_loss(loss if closure is None else closure, tokens)
-        if self._masked.moved and self._masked.differing(self.gates.values):
+        if self._masked.moved and self._masked.differing(self.gates):
             raise self._foreign()
         grads = self._masked.grads()
         found = self._pass_a(grads, loss, tokens)
@@ -202,12 +200,12 @@ class LCDDOptimizer(torch.optim.Optimizer):
         if not found.finite():
             self._skip(str(found))
             return
-        gate_old, rank_old = self.gates.values, self.gates.rank
+        slots_old, rank_old = self.gates.slots, self.gates.rank
         if not self._controller.step(found.d_gate, found.loss, penalties=self.penalties):
             self._skip("its update of θ is not finite")
             return
         self._announce_gates()
-        self._pass_b(grads, found.norm, gate_old, rank_old)
+        self._pass_b(grads, found.norm, slots_old, rank_old)
         super().zero_grad()
         self.skipped_in_a_row = 0
         self.last_loss, self.grad_norm = found.loss, found.norm
@@ -219,19 +217,19 @@ class LCDDOptimizer(torch.optim.Optimizer):
         loss, d_gate, sq_norm = shards.reduce_step(loss, tokens, d_gate, sq_norm, sharded=self._masked.sharded)
         logits = self.gates.logits
         gate_sum = (d_gate if logits.grad is None else logits.grad).sum()
-        probe = self._masked.probe(self.gates.values, self.completed_steps)
+        probe = self._masked.probe(self.gates, self.completed_steps)
         looks = (sq_norm.sqrt(), probe, gate_sum, logits.sum())
         norm, foreign, *sums = torch.stack([look.to(sq_norm.dtype) for look in looks]).tolist()
         return _Measured(loss=loss, norm=norm, sums=sums, foreign=foreign, d_gate=d_gate)
 
-    def _pass_b(self, grads: Grads, norm: float, gate_old: Tensor, rank_old: Tensor) -> None:
+    def _pass_b(self, grads: Grads, norm: float, slots_old: Tensor, rank_old: Tensor) -> None:
         """Clip, step Δ and what no gate masks, and write W_eff of the new gates."""
         limit = self.config.max_grad_norm
         grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
         masked, theta, *unmasked = self.param_groups
         theta["lr"] = self.config.gate_lr  # which a scheduler may have written
         self._masked.pass_b(
-            grads, gate_old, rank_old, self.gates, settings=masked, step=self.completed_steps, grad_scale=grad_scale
+            grads, slots_old, rank_old, self.gates, settings=masked, step=self.completed_steps, grad_scale=grad_scale
         )
         for group in unmasked:
             self._unmasked.step(settings=group, grad_scale=grad_scale)
@@ -289,8 +287,11 @@ class LCDDOptimizer(torch.optim.Optimizer):
         return self._controller.stop_reason()
 
     def masked(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
-        """name -> (weight_base, delta, gate map) of every masked linear, in order."""
-        return {item.name: (item.base, item.state["delta"], item.gate_map) for item in self._masked}
+        """name -> (weight_base, delta, gate map) of every masked matrix, in order."""
+        return {
+            item.name: (item.site.view(item.base), item.site.view(item.state["delta"]), item.site.gate_map)
+            for item in self._masked.items
+        }
 
     # ------------------------------------------------------------------ modes and results
 
@@ -333,7 +334,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._unmasked.check_frozen()
         if not (exact or self._masked.moved):
             return
-        if self._masked.differing(self.gates.values):
+        if self._masked.differing(self.gates):
             if not self._masked.take_in(self.gates.evaluation_values()):
                 raise self._foreign()
             logger.warning("weights that somebody else wrote were taken in: Δ follows them")
@@ -341,7 +342,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._masked.mark()
 
     def _foreign(self) -> InputError:
-        name = self._masked.differing(self.gates.values)[0].name
+        name = self._masked.differing(self.gates)[0].name
         return InputError(
             f"model: {name}.weight was written by somebody else (or its base was), and is not W_eff of this run's "
             "gates; put the weights back, or restore the run's state by optimizer.load_state_dict (optimizer.detach() "
@@ -412,8 +413,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
 
     def _share_state(self) -> None:
         """Each weight's state, where torch.optim keeps it."""
-        for item in self._masked:
-            self.state[item.weight] = item.state
+        self.state.update(self._masked.states)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once attached: LCDD trains what `attach` found."""
@@ -432,7 +432,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def _groups(self) -> list[dict[str, Any]]:
         c = self.config
         groups: list[dict[str, Any]] = [
-            {"params": [item.weight for item in self._masked], "lr": c.learning_rate},
+            {"params": self._masked.parameters, "lr": c.learning_rate},
             {"params": [self.gates.logits], "lr": c.gate_lr},
         ]
         if self._unmasked.parameters:
@@ -440,19 +440,20 @@ class LCDDOptimizer(torch.optim.Optimizer):
         return groups
 
     def _forward_route(self) -> ForwardGates:
-        """The model's projections swapped for ones that apply the gates themselves, on this optimizer's θ and Δ."""
-        deltas = {item.name: item.state["delta"] for item in self._masked}
+        """The model's linears swapped for ones that apply the gates themselves, on this optimizer's θ and Δ."""
+        deltas = {item.name: item.state["delta"] for item in self._masked.items}
         self._masked.take_gated_grads(self.gates.logits)
         c, logits = self.config, self.gates.logits
         return ForwardGates.attach(self.model, self.base, kind=c.gate_kind, logits=logits, seed=c.seed, deltas=deltas)
 
-    def _pack_plan(self, layout: GateLayout) -> PackPlan | None:
+    def _pack_plan(self) -> PackPlan | None:
         if self._forward is not None:
             return None
         if shards.world_size() > 1 or self._masked.sharded:
             logger.info("weight gradients are not packed on several ranks or shards: engines reduce dense ones")
             return None
-        return PackPlan.for_sites([item.site for item in self._masked], layout, self.config)
+        sites = [item.site for item in self._masked.items]
+        return PackPlan.for_sites(sites, self._masked.layout, self.config)
 
     def _write_weights(self, *, evaluation: bool) -> None:
         self._controller.draw(evaluation=evaluation)
@@ -494,8 +495,8 @@ def _unwrapped(name: str, model: Any) -> PreTrainedModel:
     return model
 
 
-def _warn_of_float16(masked: MaskedWeights) -> None:
-    if any(item.weight.dtype == torch.float16 for item in masked):
+def _warn_of_float16(weights: Sequence[Tensor]) -> None:
+    if any(weight.dtype == torch.float16 for weight in weights):
         logger.warning(
             "model: float16 weights have float16 gradients, in which small entries become zero, and which GradScaler "
             "refuses; load both models in bfloat16, or in float32 and train under torch.autocast with a GradScaler"
@@ -528,7 +529,7 @@ def _leave_folded(
 ) -> None:
     """What a deleted optimizer leaves behind: deterministic gates, but where somebody else wrote the weights last."""
     try:
-        ours = not masked.differing(controller.gates.values)
+        ours = not masked.differing(controller.gates)
     except InputError:  # replaced, cast or moved
         ours = False
     if ours and watch.sampled:

@@ -10,7 +10,7 @@ gradient is a `BlockGrad`, which stores those and is zero elsewhere.
     linear.weight.grad                                as of any linear
     linear.restore()                                  an ordinary nn.Linear again
 
-`PackPlan` does this for a whole model: it swaps the projections, and after every draw of the gates tells each one its
+`PackPlan` does this for a whole model: it swaps the linears, and after every draw of the gates tells each one its
 open rows and columns, or leaves it dense where packing would cost more than it saves. A dense gradient is made zero
 where a packed one stores nothing, so that norms, and what generic code does by them, do not depend on the layout.
 
@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
-from lcdd.models import ROW_AND_COL_GROUPS, GateLayout, Projection
+from lcdd.models import GateLayout, Run, Site
 from lcdd.optimizer.block_grad import BlockGrad, OpenPart
 from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.swapped import Swapped
@@ -196,50 +196,56 @@ def _check_plain(name: str, linear: nn.Linear) -> None:
 
 
 class PackPlan:
-    """Which projections of a model have packed weight gradients, and the open rows and columns of each; see the module.
+    """Which sites of a model have packed weight gradients, and the open rows and columns of each; see the module.
 
-    sites: swapped in place (`PackedGradLinear.swap`); `restore()` swaps them back.
+    sites: those that are an `nn.Linear` are swapped in place (`PackedGradLinear.swap`), `restore()` swaps them back;
+        slices, transposed weights and subclasses of nn.Linear keep their dense gradients.
     crossover: None takes the defaults for the weights' device and dtype.
     pack: off leaves every gradient dense, zero where a packed one would store nothing.
     """
 
     def __init__(
         self,
-        sites: Sequence[Projection],
+        sites: Sequence[Site],
         layout: GateLayout,
         *,
         gate_kind: str,
         crossover: PackCrossover | None = None,
         pack: bool = True,
     ) -> None:
-        self.sites, self.layout, self.gate_kind, self.pack = list(sites), layout, gate_kind, pack
-        weight = self.sites[0].linear.weight
+        self.layout, self.gate_kind, self.pack = layout, gate_kind, pack
+        weight = sites[0].parameter
         self.crossover = crossover or default_crossover(weight.device, weight.dtype)
-        for site in self.sites:
-            _check_plain(f"model: {site.name}", site.linear)  # all of them before any of them
-        self.linears = [PackedGradLinear.swap(site.linear) for site in self.sites]
+        self.linears = [
+            (site, PackedGradLinear.swap(site.linear))
+            for site in sites
+            if site.linear is not None and type(site.linear) is nn.Linear
+        ]
         self._gates: Gates | None = None
-        self._closed: dict[tuple[int, str], Tensor] = {}
+        self._closed: dict[int, Tensor] = {}
+        by_parameter: dict[nn.Parameter, list[Site]] = {}
+        for site in sites:
+            by_parameter.setdefault(site.parameter, []).append(site)
         self._hooks = [
-            site.linear.weight.register_post_accumulate_grad_hook(partial(self._zero_closed, site))
-            for site in self.sites
+            parameter.register_post_accumulate_grad_hook(partial(self._zero_closed, views))
+            for parameter, views in by_parameter.items()
         ]
 
     @classmethod
-    def for_sites(cls, sites: Sequence[Projection], layout: GateLayout, config: LCDDConfig) -> "PackPlan":
+    def for_sites(cls, sites: Sequence[Site], layout: GateLayout, config: LCDDConfig) -> "PackPlan":
         """The plan of an optimizer with this config."""
         return cls(sites, layout, gate_kind=config.gate_kind, pack=config.pack == "auto")
 
     def update(self, gates: Gates) -> None:
-        """Give every projection the open rows and columns of `gates`.
+        """Give every linear the open rows and columns of `gates`.
 
         Reads the counts of open gates from the host's copy and makes slices: no device-to-host wait.
         """
         self._gates = gates
         self._closed.clear()
-        for site, linear in zip(self.sites, self.linears, strict=True):
-            rows, cols = (gates.open_in(site.layer, group) for group in ROW_AND_COL_GROUPS[site.kind])
-            copies = self._copies(site)
+        for site, linear in self.linears:
+            row_run, col_run = self.layout.runs(site.matrix)
+            rows, cols = gates.open_in(row_run), gates.open_in(col_run)
             layout = "dense"
             if self.pack:
                 layout = pack_layout(
@@ -247,52 +253,50 @@ class PackPlan:
                     out_features=linear.out_features,
                     in_features=linear.in_features,
                     n_rows=rows.numel(),
-                    n_cols=cols.numel() * copies,
+                    n_cols=cols.numel() * col_run.repeat,
                     crossover=self.crossover,
                 )
             if layout == "dense":
                 linear.set_plan("dense")
             else:
-                linear.set_plan(layout, rows, self._columns(cols, copies))
+                linear.set_plan(layout, rows, _columns(cols, col_run))
 
     def layouts(self) -> list[str]:
-        """The layout in force of every site, in order."""
-        return [linear.layout for linear in self.linears]
+        """The layout in force of every linear, in order."""
+        return [linear.layout for _, linear in self.linears]
 
     def restore(self) -> None:
         """Ordinary linear layers again."""
         for hook in self._hooks:
             hook.remove()
-        for linear in self.linears:
+        for _, linear in self.linears:
             linear.restore()
 
     @torch.no_grad()
-    def _zero_closed(self, site: Projection, weight: Tensor) -> None:
-        """After a backward: make a dense gradient [out, in] zero where a packed one stores nothing."""
-        grad = weight.grad
-        if grad is None or isinstance(grad, BlockGrad):
+    def _zero_closed(self, sites: Sequence[Site], parameter: Tensor) -> None:
+        """After a backward: make a parameter's dense gradient zero where a packed one stores nothing."""
+        whole = parameter.grad
+        if whole is None or isinstance(whole, BlockGrad):
             return
-        rows, cols = (self._closed_in(site.layer, group) for group in ROW_AND_COL_GROUPS[site.kind])
-        cols = self._columns(cols, self._copies(site))
-        if PACKED_LAYOUT[self.gate_kind] == "panels":
-            if rows.numel() and cols.numel():
-                grad[rows[:, None], cols] = 0
-            return
-        for dim, closed in ((0, rows), (1, cols)):
-            if closed.numel():
-                grad.index_fill_(dim, closed, 0)
+        for site in sites:
+            grad, (row_run, col_run) = site.view(whole), self.layout.runs(site.matrix)
+            rows, cols = self._closed_in(row_run), _columns(self._closed_in(col_run), col_run)
+            if PACKED_LAYOUT[self.gate_kind] == "panels":
+                if rows.numel() and cols.numel():
+                    grad[rows[:, None], cols] = 0
+                continue
+            for dim, closed in ((0, rows), (1, cols)):
+                if closed.numel():
+                    grad.index_fill_(dim, closed, 0)
 
-    def _closed_in(self, layer: int, group: str) -> Tensor:
-        """`Gates.closed_in` of the last update, made once for all projections of a group."""
+    def _closed_in(self, run: Run) -> Tensor:
+        """`Gates.closed_in` of the last update, made once for all sites of a run."""
         assert self._gates is not None
-        if (layer, group) not in self._closed:
-            self._closed[layer, group] = self._gates.closed_in(layer, group)
-        return self._closed[layer, group]
+        if run.number not in self._closed:
+            self._closed[run.number] = self._gates.closed_in(run)
+        return self._closed[run.number]
 
-    def _copies(self, site: Projection) -> int:
-        """How many columns of the site one gate serves."""
-        return self.layout.shape.n_heads // self.layout.shape.n_kv_heads if site.kind == "o" else 1
 
-    def _columns(self, gates: Tensor, copies: int) -> Tensor:
-        """The columns that these gates of a group serve."""
-        return expand_columns(gates, head_dim=self.layout.shape.head_dim, repeat=copies) if copies > 1 else gates
+def _columns(gates: Tensor, run: Run) -> Tensor:
+    """The columns that these gates of a run serve."""
+    return expand_columns(gates, head_dim=run.head_dim, repeat=run.repeat) if run.repeat > 1 else gates

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lcdd.config import SFTConfig
-from lcdd.models import PreTrainedModel, projections, shards, unmasked_parameters
+from lcdd.models import PreTrainedModel, shards, sites_of, unmasked_parameters
 
 COUNTERS = ("skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
 
@@ -23,7 +23,7 @@ class SFTOptimizer(torch.optim.AdamW):
     base = None
 
     def __init__(self, model: PreTrainedModel, config: SFTConfig) -> None:
-        weights = [site.linear.weight for site in projections(model)]
+        weights = list(dict.fromkeys(site.parameter for site in sites_of(model)))
         if config.train_unmasked:
             weights += list(unmasked_parameters(model).values())
         chosen = {id(weight) for weight in weights}

@@ -1,17 +1,17 @@
 """The masked weights of a model in training: W_eff = W_base + (r ⊗ c) ∘ Δ (method, section 1).
 
-    weights = MaskedWeights(model, base, layout, config)
+    weights = MaskedWeights(model, base, config)
     grads = weights.grads()                                     G, as `backward` left it behind
     d_gate, sq_norm = weights.pass_a(grads, gates)
-    weights.pass_b(grads, gate_old, rank_old, gates, …)         AdamW on Δ, and the next W_eff
+    weights.pass_b(grads, slots_old, rank_old, gates, …)        AdamW on Δ, and the next W_eff
     weights.write(gates)                                        W_eff alone
     weights.moved, weights.differing(…), weights.take_in(…)     what somebody else has written since
 
-Each weight stands beside its base, where it finds its gates, and its state (Δ, AdamW's moments), which is sharded as
-the weight is. The kernels get this rank's rows; what a rank has no rows of is left out.
+Each parameter stands beside its base and its state (Δ, AdamW's moments), which is sharded as the parameter is; each
+site is a view of them with its gates. The kernels get this rank's rows; what a rank has no rows of is left out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdd.carrier.patching import expanded_gates
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
 from lcdd.models import (
     GateLayout,
     PreTrainedModel,
-    Projection,
+    Site,
     check_same_architecture,
     local,
-    projections,
     shards,
+    sites_of,
+    structure_of,
 )
 from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.block_grad import BlockGrad
@@ -38,21 +38,18 @@ from lcdd.optimizer.packed import PackedGradLinear
 from lcdd_kernels import AdamWStep, DeltaStepPlan, GateMap, weight_eff_
 
 Grads = tuple[list[Any], list[str] | None]
-"""Gradients of the weights with rows on this rank, and their layouts where any is packed."""
+"""Gradients of the sites with rows on this rank, and their layouts where any is packed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MaskedWeight:
-    """One masked weight W_eff [out, in].
+    """One site in training, W_eff [rows, columns].
 
-    base: the base's weight, sharded as `weight` is. gate_map: where the whole matrix finds its gates.
-    state: "delta", and where it is trained AdamW's "exp_avg" and "exp_avg_sq".
+    base, state: of its whole parameter: the base's, and "delta", and where it is trained "exp_avg" and "exp_avg_sq".
     """
 
-    site: Projection
-    weight: Tensor
+    site: Site
     base: Tensor
-    gate_map: GateMap
     state: dict[str, Tensor]
 
     @property
@@ -60,33 +57,59 @@ class MaskedWeight:
         return self.site.name
 
     @cached_property
-    def row_map(self) -> GateMap:
-        """The gate map of this rank's rows, which begin at their first row's gate."""
-        return replace(self.gate_map, row_start=self.gate_map.row_start + shards.row_offset(self.weight))
+    def _first(self) -> int:
+        """Which row (or slice) of the parameter this rank's first one is."""
+        return shards.row_offset(self.site.parameter)
 
-    def check_place(self) -> None:
-        """Raise InputError if the model has another parameter here now, or this one was cast or moved."""
-        weight, base = self.weight, self.base
-        if not shards.is_sharded(weight) and self.site.linear.weight is not weight:
-            raise InputError(f"model: {self.name}.weight is another parameter now than the one that is trained")
-        expected, got = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (base, weight))
-        if expected != got:
-            raise InputError(
-                f"model: expected {self.name}.weight as its base is, {expected}, got {got}: cast and move both models "
-                "before attach"
-            )
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank has rows of it."""
+        mine, part = len(local(self.site.parameter)), self.site.matrix.part
+        return mine > 0 if part is None else 0 <= part - self._first < mine
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """This rank's rows of the site, in a tensor of its parameter's shape."""
+        mine, part = local(tensor), self.site.matrix.part
+        return mine if part is None else mine[part - self._first]
+
+    @cached_property
+    def gate_map(self) -> GateMap:
+        """Of this rank's rows, which begin at their first row's gate."""
+        whole = self.site.gate_map
+        return whole if self.site.matrix.part is not None else replace(whole, row_start=whole.row_start + self._first)
+
+    def weight_eff(self, slots: Tensor) -> Tensor:
+        """What this rank's rows have to be under gates [n_slots]."""
+        base = self.here(self.base)
+        found = torch.empty_like(base)
+        weight_eff_([found], [base], [self.here(self.state["delta"].detach())], slots, [self.gate_map])
+        return found
+
+    def explained(self, gate: Tensor, layout: GateLayout) -> Tensor | None:
+        """Δ of this rank's rows with which the weight is W_eff of the gates [n_gates]; None: there is none."""
+        weight, base, delta = (self.here(t) for t in (self.site.parameter, self.base, self.state["delta"]))
+        row_gate, col_gate = layout.row_and_col_gates(gate, self.site.matrix)
+        if self.site.matrix.part is None:
+            row_gate = row_gate[self._first : self._first + len(weight)]
+        factor = row_gate[:, None] * col_gate
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        change = weight.to(wide) - base.to(wide)
+        if bool(((factor == 0) & (change != 0)).any()) or not bool(torch.isfinite(change).all()):
+            return None
+        moved = (factor != 0) & (weight != self.weight_eff(layout.expand(gate)))
+        return torch.where(moved, (change / factor).to(delta.dtype), delta)
 
     def grad(self) -> tuple[Any, str]:
-        """What `backward` left in the weight, this rank's rows, and its layout.
+        """What `backward` left in the parameter, this rank's rows of the site, and its layout.
 
         Raises:
             InputError: it left nothing.
         """
-        grad = self.weight.grad
+        grad = self.site.parameter.grad
         if grad is None:
-            raise InputError(f"{self.name}.weight: expected a gradient from backward(), got none")
+            raise InputError(f"{self.site.matrix.parameter}: expected a gradient from backward(), got none")
         if not isinstance(grad, BlockGrad):
-            return local(grad), "dense"
+            return self.here(grad), "dense"
         part, linear = grad.part, self.site.linear
         if part is not None and isinstance(linear, PackedGradLinear) and part is linear.part:
             return grad.parts if part.layout == "panels" else grad.parts[0], part.layout
@@ -94,12 +117,14 @@ class MaskedWeight:
 
 
 class MaskedWeights:
-    """All masked weights of a model, in the order of `lcdd.models.projections`.
+    """All sites of a model, in the order of `lcdd.models.sites_of`.
 
     gated_grads: `weight.grad` is dΔ, which autograd has taken through the gates (the forward route), in place of G.
+    names: of the masked parameters, a linear's without its ".weight"; states: each one's "delta", and where it is
+    trained AdamW's "exp_avg" and "exp_avg_sq".
     """
 
-    def __init__(self, model: PreTrainedModel, base: PreTrainedModel, layout: GateLayout, config: LCDDConfig) -> None:
+    def __init__(self, model: PreTrainedModel, base: PreTrainedModel, config: LCDDConfig) -> None:
         """Take the difference of the two models as Δ.
 
         Raises:
@@ -109,17 +134,26 @@ class MaskedWeights:
         shards.reshard(base)
         check_same_architecture(base, model)
         self.model, self.config, self.gated_grads = model, config, config.gating == "forward"
+        self.layout, sites = structure_of(model)
+        self._bases = {s.parameter: b.parameter.detach() for s, b in zip(sites, sites_of(base), strict=True)}
+        self.names = list(dict.fromkeys(s.matrix.parameter.removesuffix(".weight") for s in sites))
+        for name, (parameter, fixed) in zip(self.names, self._bases.items(), strict=True):
+            _check_pair(name, parameter, fixed)
+        self.states: dict[Tensor, dict[str, Tensor]] = {
+            parameter: _new_state(parameter, fixed, config) for parameter, fixed in self._bases.items()
+        }
         self.items = [
-            _pair(site, base_site.linear.weight.detach(), layout, config)
-            for site, base_site in zip(projections(model), projections(base), strict=True)
+            MaskedWeight(site=s, base=self._bases[s.parameter], state=self.states[s.parameter]) for s in sites
         ]
-        self.sharded = shards.is_sharded(self.items[0].weight)
-        self._here = [item for item in self.items if len(local(item.weight))]
-        self._plan = self._make_plan(layout.n_gates) if self._here else None
+        self.sharded = shards.is_sharded(sites[0].parameter)
+        self._here = [item for item in self.items if item.is_here]
+        self._plan = self._make_plan() if self._here else None
         self._marks: list[Any] = []
 
-    def __iter__(self) -> Iterator[MaskedWeight]:
-        return iter(self.items)
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is trained, each once."""
+        return list(self.states)
 
     # ------------------------------------------------------------------ the passes
 
@@ -142,12 +176,14 @@ class MaskedWeights:
             return torch.zeros_like(gate), sum((grad.float().square().sum() for grad in found), gate.new_zeros(()))
         if self._plan is None:
             return torch.zeros_like(gate), gate.new_zeros(())
-        return self._plan.grad_stats(found, gate, layouts=layouts, rank=gates.rank if layouts else None)
+        rank = gates.rank if layouts else None
+        d_slots, sq_norm = self._plan.grad_stats(found, gates.slots, layouts=layouts, rank=rank)
+        return self.layout.fold(d_slots), sq_norm
 
     def pass_b(
         self,
         grads: Grads,
-        gate_old: Tensor,
+        slots_old: Tensor,
         rank_old: Tensor,
         gates: Gates,
         *,
@@ -157,7 +193,7 @@ class MaskedWeights:
     ) -> None:
         """Step Δ by AdamW on grad_scale · dΔ, and write W_eff of the gates now in force.
 
-        gate_old, rank_old: the gates [n_gates] that the gradients are of, and each one's place among the open ones.
+        slots_old, rank_old: `Gates.slots` and `rank` of the gates that the gradients are of.
         settings: lr, betas, eps and weight_decay of AdamW. step: counts from 1.
         """
         if self.config.train_delta and self._plan is not None:
@@ -167,10 +203,10 @@ class MaskedWeights:
                 lr=settings["lr"], beta1=beta1, beta2=beta2, eps=settings["eps"],
                 weight_decay=settings["weight_decay"], step=step, grad_scale=grad_scale,
             )  # fmt: skip
-            old = torch.ones_like(gate_old) if self.gated_grads else gate_old
-            self._plan.step(found, old, gates.values, adam, layouts=layouts, rank=rank_old if layouts else None)
+            old = torch.ones_like(slots_old) if self.gated_grads else slots_old
+            self._plan.step(found, old, gates.slots, adam, layouts=layouts, rank=rank_old if layouts else None)
         if self.config.reference_compat:
-            reference_compat.round_as_stored_weights_(self._state("delta"), self._bases)
+            reference_compat.round_as_stored_weights_(self._state("delta"), self._base_rows)
         if self.config.reference_compat or not self.config.train_delta:
             self._write(gates)
         self.mark()
@@ -187,20 +223,20 @@ class MaskedWeights:
 
         logits: θ, whose gradient autograd keeps apart: it is dropped when those of the weights were.
         """
-        for item in self.items:
-            delta = item.state["delta"].requires_grad_(self.config.train_delta)
+        for number, (weight, state) in enumerate(self.states.items(), start=1):
+            delta = state["delta"].requires_grad_(self.config.train_delta)
             if not self.config.train_delta:
                 continue
-            item.weight.grad_dtype = delta.dtype  # type: ignore[attr-defined]
-            first = item is self.items[-1]  # in a backward
-            delta.register_post_accumulate_grad_hook(partial(_hand_over, item.weight, logits if first else None))
+            weight.grad_dtype = delta.dtype  # type: ignore[attr-defined]
+            first = number == len(self.states)  # in a backward
+            delta.register_post_accumulate_grad_hook(partial(_hand_over, weight, logits if first else None))
 
     def close(self) -> None:
         """Drop gradients, which are for this optimizer alone; each weight's has its own dtype again."""
-        for item in self.items:
-            item.weight.grad = None
+        for weight in self.states:
+            weight.grad = None
             if self.gated_grads:
-                item.weight.grad_dtype = item.weight.dtype  # type: ignore[attr-defined]
+                weight.grad_dtype = weight.dtype  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ what somebody else writes
 
@@ -217,27 +253,29 @@ class MaskedWeights:
         """
         return self._current_marks() != self._marks
 
-    def differing(self, gate: Tensor) -> list[MaskedWeight]:
-        """The weights that are not, bit for bit, W_eff of the gates [n_gates]; one matrix of scratch at a time.
+    def differing(self, gates: Gates) -> list[MaskedWeight]:
+        """The sites that are not, bit for bit, W_eff of the gates in force; one matrix of scratch at a time.
 
         Raises:
             InputError: a weight was replaced, or has another dtype, device or shape than its base.
         """
-        for item in self.items:
-            item.check_place()
+        self._check_places()
         return [
-            item for item in self._here if not torch.equal(local(item.weight.detach()), self._weight_eff(item, gate))
+            item
+            for item in self._here
+            if not torch.equal(item.here(item.site.parameter.detach()), item.weight_eff(gates.slots))
         ]
 
-    def probe(self, gate: Tensor, number: int) -> Tensor:
-        """How many entries of one weight, another one for each `number`, are not W_eff of the gates: [], as `gate`.
+    def probe(self, gates: Gates, number: int) -> Tensor:
+        """How many entries of one site, another one for each `number`, are not W_eff of the gates in force: [].
 
         A step can afford it, and does not have to wait for it.
         """
         if not self._here:
-            return gate.new_zeros(())
+            return gates.slots.new_zeros(())
         item = self._here[number % len(self._here)]
-        return (local(item.weight.detach()) != self._weight_eff(item, gate)).sum().to(gate.dtype)
+        differs = item.here(item.site.parameter.detach()) != item.weight_eff(gates.slots)
+        return differs.sum().to(gates.slots.dtype)
 
     @torch.no_grad()
     def take_in(self, gate: Tensor) -> bool:
@@ -246,81 +284,78 @@ class MaskedWeights:
         It follows to the rounding of its dtype, and only where the weights differ from what they had to be. False, and
         nothing is changed: entries that the gates close are not the base's.
         """
-        found = [(item, self._explained(item, gate)) for item in self._here]
-        if any(delta is None for _, delta in found):
-            return False
-        for item, delta in found:
-            local(item.state["delta"]).copy_(delta)
+        found: list[Tensor] = []
+        for item in self._here:
+            delta = item.explained(gate, self.layout)
+            if delta is None:
+                return False
+            found.append(delta)
+        for item, delta in zip(self._here, found, strict=True):
+            item.here(item.state["delta"]).copy_(delta)
         return True
 
     # ------------------------------------------------------------------ state
 
     def check_state(self, state: dict[int, dict[str, Any]]) -> None:
         """Raise InputError unless `load_state` can take `state`."""
-        for index, item in enumerate(self.items):
-            for key, tensor in item.state.items():
+        for index, (name, ours) in enumerate(zip(self.names, self.states.values(), strict=True)):
+            for key, tensor in ours.items():
                 given = state[index][key]
                 if getattr(given, "shape", tensor.shape) != tensor.shape:
                     raise InputError(
-                        f"state_dict: expected {key} of {item.name} of shape {tuple(tensor.shape)}, "
-                        f"got {tuple(given.shape)}"
+                        f"state_dict: expected {key} of {name} of shape {tuple(tensor.shape)}, got {tuple(given.shape)}"
                     )
 
     @torch.no_grad()
     def load_state(self, state: dict[int, dict[str, Any]]) -> None:
         """Copy Δ and the moments, whole or sharded or rows on disk, number by number; the weights are not written."""
-        for index, item in enumerate(self.items):
-            for key, tensor in item.state.items():
+        for index, ours in enumerate(self.states.values()):
+            for key, tensor in ours.items():
                 shards.copy_rows_(tensor, state[index][key])
 
     # ------------------------------------------------------------------ parts
 
-    def _make_plan(self, n_gates: int) -> DeltaStepPlan:
+    def _make_plan(self) -> DeltaStepPlan:
         """The kernels' view of this rank's rows."""
         moments = {"exp_avgs": "exp_avg", "exp_avg_sqs": "exp_avg_sq"} if self.config.train_delta else {}
         return DeltaStepPlan(
-            [item.row_map for item in self._here],
-            n_gates=n_gates,
-            weights=[local(item.weight) for item in self._here],
-            bases=self._bases,
+            [item.gate_map for item in self._here],
+            n_gates=self.layout.n_slots,
+            weights=[item.here(item.site.parameter) for item in self._here],
+            bases=self._base_rows,
             deltas=self._state("delta"),
             **{name: self._state(key) for name, key in moments.items()},
         )
 
     @property
-    def _bases(self) -> list[Tensor]:
-        return [local(item.base) for item in self._here]
+    def _base_rows(self) -> list[Tensor]:
+        return [item.here(item.base) for item in self._here]
 
     def _state(self, key: str) -> list[Tensor]:
-        return [local(item.state[key]) for item in self._here]
+        return [item.here(item.state[key]) for item in self._here]
 
     def _write(self, gates: Gates) -> None:
         if self._plan is not None:
-            self._plan.refresh(gates.values)
+            self._plan.refresh(gates.slots)
+
+    def _check_places(self) -> None:
+        """Raise InputError if the model has another parameter somewhere now, or one was cast or moved."""
+        now = dict(self.model.named_parameters())
+        for item in self.items:
+            name, weight = item.site.matrix.parameter, item.site.parameter
+            if not shards.is_sharded(weight) and now.get(name) is not weight:
+                raise InputError(f"model: {name} is another parameter now than the one that is trained")
+            expected, got = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (item.base, weight))
+            if expected != got:
+                raise InputError(
+                    f"model: expected {name} as its base is, {expected}, got {got}: cast and move both models before "
+                    "attach"
+                )
 
     def _current_marks(self) -> list[Any]:
-        tensors = (tensor for item in self._here for tensor in (item.weight, item.base))
+        tensors = (tensor for pair in self._bases.items() for tensor in pair)
         memory = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)  # to_local() makes a tensor each time
         return [(tensor.data_ptr(), tensor._version) for tensor in memory]
-
-    def _weight_eff(self, item: MaskedWeight, gate: Tensor) -> Tensor:
-        """What this rank's rows of a weight have to be."""
-        base, delta = local(item.base), local(item.state["delta"].detach())
-        found = torch.empty_like(base)
-        weight_eff_([found], [base], [delta], gate, [item.row_map])
-        return found
-
-    def _explained(self, item: MaskedWeight, gate: Tensor) -> Tensor | None:
-        """Δ of this rank's rows with which the weight is W_eff of the gates; None: there is none."""
-        weight, base, delta = local(item.weight), local(item.base), local(item.state["delta"])
-        row_gate, col_gate = expanded_gates(gate, item.row_map, weight.shape)
-        factor = row_gate[:, None] * col_gate
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        change = weight.to(wide) - base.to(wide)
-        if bool(((factor == 0) & (change != 0)).any()) or not bool(torch.isfinite(change).all()):
-            return None
-        moved = (factor != 0) & (weight != self._weight_eff(item, gate))
-        return torch.where(moved, (change / factor).to(delta.dtype), delta)
 
 
 def _hand_over(weight: Tensor, logits: Tensor | None, delta: Tensor) -> None:
@@ -335,19 +370,17 @@ def _hand_over(weight: Tensor, logits: Tensor | None, delta: Tensor) -> None:
         logits.grad = None
 
 
-def _pair(site: Projection, base: Tensor, layout: GateLayout, config: LCDDConfig) -> MaskedWeight:
-    """The masked weight of a site, with Δ and, where it is trained, AdamW's moments at zero."""
-    weight = site.linear.weight
-    _check_pair(site.name, weight, base)
+def _new_state(parameter: Tensor, base: Tensor, config: LCDDConfig) -> dict[str, Tensor]:
+    """Δ and, where it is trained, AdamW's moments at zero."""
+    weight = parameter.detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
     delta_dtype = getattr(torch, config.delta_dtype or "", reference_compat.delta_dtype(config, weight.dtype))
-    state = {"delta": (weight.detach().to(wide) - base.to(wide)).to(delta_dtype)}
+    state = {"delta": (weight.to(wide) - base.to(wide)).to(delta_dtype)}
     if config.train_delta:
         moment_dtype = getattr(torch, config.moment_dtype or "", wide)
         for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = torch.zeros_like(weight.detach(), dtype=moment_dtype)
-    gate_map = layout.gate_map(site.kind, site.layer)
-    return MaskedWeight(site=site, weight=weight, base=base, gate_map=gate_map, state=state)
+            state[key] = torch.zeros_like(weight, dtype=moment_dtype)
+    return state
 
 
 def _check_pair(name: str, weight: Tensor, base: Tensor) -> None:

@@ -6,15 +6,13 @@ padded, which is said.
 Shapes: B examples, S tokens, n tokens of all examples, D model width, R response tokens of a batch.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcdd.data import IGNORE, Encoded, collate
 from lcdd.models import (
@@ -23,19 +21,14 @@ from lcdd.models import (
     backbone,
     can_share_prefix,
     common_prefix,
+    head_of,
     head_weight,
     input_embeddings,
-    why_not_packed,
+    packs,
 )
-from lcdd_kernels import linear_cross_entropy, linear_kl
-
-logger = logging.getLogger(__name__)
-
 
 WORTH_SHARING = 8
 """Tokens of a common beginning from which on computing it once pays for attention behind it."""
-
-_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,17 +59,6 @@ class Batch:
         states = states.index_select(0, self.read)
         kind = states.device.type  # the norm's float32 output would make the head's product a float32 one
         return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
-
-
-def packs(model: PreTrainedModel) -> bool:
-    """Whether this model runs without padding (`why_not_packed`); tried once, and said aloud where it does not."""
-    inner = backbone(model)
-    if inner not in _packs:
-        reason = why_not_packed(model)
-        if reason is not None:
-            logger.warning("%s runs padded, since %s", type(model).__name__, reason)
-        _packs[inner] = reason is None
-    return _packs[inner]
 
 
 def to_batch(items: Sequence[Encoded], model: PreTrainedModel, pad_token_id: int) -> Batch:
@@ -118,15 +100,13 @@ def _padded(items: Sequence[Encoded], pad_token_id: int, device: torch.device) -
 
 def loss_sum(model: PreTrainedModel, batch: Batch, teacher: PreTrainedModel | None = None) -> Tensor:
     """Summed cross-entropy of a batch's response tokens, or with a teacher the summed KL(teacher || model)."""
-    hidden, head = batch.hidden(model), head_weight(model)
-    if teacher is None:
-        return linear_cross_entropy(hidden, head.to(hidden.dtype), batch.labels, reduction="sum", reject_nan=False)
+    head = head_of(model)  # before the forward that autograd and DDP follow
+    hidden = batch.hidden(model)
+    if teacher is None:  # a NaN loss is the optimizer's to skip, not an error
+        return head.cross_entropy(hidden, batch.labels, reduction="sum", reject_nan=False)
     with torch.no_grad():
-        ref_hidden = batch.hidden(teacher)
-    ref_head = head_weight(teacher).to(ref_hidden.dtype)
-    # A NaN loss is the optimizer's to skip, not an error.
-    mean = linear_kl(hidden, head.to(hidden.dtype), ref_hidden=ref_hidden, ref_weight=ref_head, reject_nan=False)
-    return mean * len(batch.labels)
+        ref_head, ref_hidden = head_of(teacher), batch.hidden(teacher)
+    return head.kl(hidden, ref_hidden=ref_hidden, ref_head=ref_head, reject_nan=False) * len(batch.labels)
 
 
 def response_tokens(items: Sequence[Encoded]) -> int:

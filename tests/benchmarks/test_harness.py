@@ -376,11 +376,11 @@ def test_scaled_models_keep_their_proportions():
 
 
 def test_gate_logits_open_the_density_asked_for():
-    from lcdd.models import GateLayout, shape_of
+    from lcdd.models import layout_of
 
     model = shapes.make_model(shapes.tiny_sizes("qwen3-0.6b"), TINY, seed=0)
     logits = gate_logits(model, 0.25)
-    layout = GateLayout(shape_of(model.config))
+    layout = layout_of(model)
     for start, stop in zip(layout.offsets[:-1].tolist(), layout.offsets[1:].tolist(), strict=True):
         assert int((logits[start:stop] > 0).sum()) == round(0.25 * (stop - start))
 

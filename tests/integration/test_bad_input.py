@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import MambaConfig, MambaForCausalLM
 
 from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier
@@ -23,7 +23,7 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with good inputs: base, sft, wide (another shape), deep, gpt2, data, carrier."""
+    """A directory with good inputs: base, sft, wide (another shape), deep, mamba, data, carrier."""
     folder = tmp_path_factory.mktemp("made")
     tokenizer = make_tokenizer()
     save_checkpoint(folder / "base", tokenizer=tokenizer)
@@ -31,9 +31,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(folder / "wide", width=48, tokenizer=tokenizer)
     save_checkpoint(folder / "deep", layers=3, tokenizer=tokenizer)
     save_checkpoint(folder / "llama", "llama", tokenizer=tokenizer)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=64, n_embd=32, n_layer=1, n_head=2))
-    gpt2.save_pretrained(folder / "gpt2")
-    tokenizer.save_pretrained(folder / "gpt2")
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1, state_size=4))
+    mamba.save_pretrained(folder / "mamba")
+    tokenizer.save_pretrained(folder / "mamba")
     write_jsonl(folder / "data.jsonl", list(SENTENCES))
     base, sft = load_model(folder / "base"), load_model(folder / "sft")
     Carrier.from_models(base, sft).with_tokenizer(tokenizer).save_pretrained(folder / "carrier")
@@ -107,8 +107,9 @@ def test_models_of_different_shapes(refused: Run, made: Path, command: str, mode
 
 
 @pytest.mark.parametrize("command", ["sft", "run"])
-def test_unknown_architecture(refused: Run, made: Path, command: str) -> None:
-    assert "expected one of the architectures" in refused(command, base_model_name_or_path=str(made / "gpt2"))
+def test_an_architecture_that_cannot_be_masked(refused: Run, made: Path, command: str) -> None:
+    message = refused(command, base_model_name_or_path=str(made / "mamba"))
+    assert "state-space, convolutional and recurrent layers cannot be masked, got mixer.conv1d in layer 0" in message
 
 
 @pytest.mark.parametrize("command", WITH_DATA)

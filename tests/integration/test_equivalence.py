@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import lcdd_kernels.functional.packed_grad
 from fixtures.unfused import Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
-from lcdd.models import projections
+from lcdd.models import sites_of
 from lcdd.optimizer import LCDDOptimizer
 from lcdd_kernels import GateSpec, PackCrossover, gate_values, use_backend
 
@@ -45,8 +45,8 @@ def _models(dtype: torch.dtype):
             base.set_submodule(name, norm)
     tuned = copy.deepcopy(base)
     with torch.no_grad():
-        for site in projections(tuned):
-            site.linear.weight += 0.1 * torch.randn_like(site.linear.weight)
+        for site in sites_of(tuned):
+            site.weight.add_(0.1 * torch.randn_like(site.weight))
         tuned.model.norm.weight += 0.1  # not gated: both must take it back to the base
     return base, tuned
 
@@ -203,7 +203,7 @@ def test_float64_run_with_packed_gradients_is_the_same(run, micro_batches, monke
     monkeypatch.setattr(lcdd_kernels.functional.packed_grad, "DEFAULT_CROSSOVER", {("cpu", torch.float32): always})
     settings, mean = _settings(run, 200)
     fused = _compare(settings, torch.float64, mean=mean, micro_batches=micro_batches, tolerance=1e-10)
-    assert {type(site.linear).__name__ for site in projections(fused.model)} == {"PackedGradLinear"}
+    assert {type(site.linear).__name__ for site in sites_of(fused.model)} == {"PackedGradLinear"}
     assert "dense" not in fused._plan.layouts()
 
 

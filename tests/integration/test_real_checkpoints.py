@@ -16,7 +16,7 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import model_fingerprint, read_log, verify_directory
 from lcdd.cli import main
 from lcdd.eraser import Trigger
-from lcdd.models import load_model, projections
+from lcdd.models import load_model, sites_of
 from lcdd.report import read_report
 
 STATES = {
@@ -111,7 +111,7 @@ def test_pipeline_ends_with_carrier_trigger_and_report(
     for ours, theirs in zip(model.parameters(), untouched.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     # neither phase touches anything but the projections
-    masked = {f"{site.name}.weight" for site in projections(untouched)}
+    masked = {f"{site.name}.weight" for site in sites_of(untouched)}
     sft_model = load_model(output / "sft" / "model")
     for (name, ours), theirs in zip(sft_model.named_parameters(), untouched.parameters(), strict=True):
         assert torch.equal(ours, theirs) != (name in masked), name

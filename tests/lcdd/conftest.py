@@ -16,7 +16,7 @@ from transformers import (
 
 from lcdd.carrier import Carrier
 from lcdd.commands.demo.tasks import VOCABULARY, write_tokenizer
-from lcdd.models import projections
+from lcdd.models import sites_of
 
 ARCHITECTURES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -58,8 +58,8 @@ def make_models():
         base = model_class(config).to(dtype).eval()
         tuned = copy.deepcopy(base)
         with torch.no_grad():
-            for site in projections(tuned):
-                site.linear.weight += spread * torch.randn_like(site.linear.weight)
+            for site in sites_of(tuned):
+                site.weight.add_(spread * torch.randn_like(site.weight))
         return base, tuned
 
     return make
@@ -77,12 +77,12 @@ def make_carrier():
         gate = torch.rand(n, generator=generator).add(0.5).clamp(max=1.0) * is_open
         gate = gate.to(dense.gate.dtype)
         deltas = {}
-        for site in projections(tuned):
+        for site in sites_of(tuned):
             rows, cols = dense_gates(gate, dense.layout, site)
-            delta = dense.deltas[site.name].to(site.linear.weight.dtype)
+            delta = dense.deltas[site.name].to(site.weight.dtype)
             deltas[site.name] = delta[rows != 0][:, cols != 0]
         return Carrier(
-            shape=dense.shape,
+            layout=dense.layout,
             gate_kind="hard_concrete",
             gate_logits=torch.where(is_open, 1.0, -3.0),
             gate=gate,
@@ -107,8 +107,7 @@ def dense_gates(gate, layout, site):
     }
     rows, cols = (gate[layout.slice(site.layer, group)] for group in groups[site.kind])
     if site.kind == "o":
-        heads = cols.view(layout.shape.n_kv_heads, layout.shape.head_dim)
-        cols = heads.repeat_interleave(layout.shape.n_heads // layout.shape.n_kv_heads, dim=0).flatten()
+        cols = cols.view(2, 8).repeat_interleave(2, dim=0).flatten()  # 2 KV heads of 8 serve 2 query heads each
     return rows, cols
 
 

@@ -14,7 +14,7 @@ from lcdd.carrier import (
     without_group,
     without_layer,
 )
-from lcdd.models import GROUPS, projections
+from lcdd.models import GROUPS, sites_of
 
 
 @pytest.fixture(params=["qwen3", "llama"])
@@ -24,15 +24,15 @@ def setting(request, make_models, make_carrier):
 
 
 def weights(base, patch):
-    return {site.name: site.linear.weight for site in projections(patch.fold(copy.deepcopy(base)))}
+    return {site.name: site.weight for site in sites_of(patch.fold(copy.deepcopy(base)))}
 
 
 def expected(base, tuned, gate, layout, site_gates):
     """W = W_base + (r ⊗ c) ∘ (W_tuned − W_base), by the method's table."""
-    for ours, theirs in zip(projections(base), projections(tuned), strict=True):
+    for ours, theirs in zip(sites_of(base), sites_of(tuned), strict=True):
         rows, cols = site_gates(gate, layout, ours)
-        weight = ours.linear.weight
-        yield ours.name, weight + rows[:, None] * cols * (theirs.linear.weight - weight)
+        weight = ours.weight
+        yield ours.name, weight + rows[:, None] * cols * (theirs.weight - weight)
 
 
 def test_other_gates_give_the_weights_of_the_definition(setting, site_gates):

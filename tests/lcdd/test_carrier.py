@@ -10,7 +10,7 @@ from lcdd.carrier import MANIFEST, WEIGHTS, Carrier, with_gates
 from lcdd.checkpoint import model_fingerprint, write_manifest
 from lcdd.config import LCDDConfig
 from lcdd.errors import WrongFingerprint
-from lcdd.models import GROUPS, decoder_layers, head_weight, projections
+from lcdd.models import GROUPS, decoder_layers, head_weight, sites_of
 
 IDS = torch.arange(3, 23).view(2, 10)
 
@@ -32,7 +32,7 @@ def test_apply_then_revert_gives_every_byte_of_the_base_back(make_models, make_c
         expected = base(IDS).logits
     with carrier.applied(base):
         assert not same(bits(base), before)
-        assert torch.equal(projections(base)[6].linear.weight, w_eff_down(before, tuned, carrier, base))
+        assert torch.equal(sites_of(base)[6].weight, w_eff_down(before, tuned, carrier, base))
     assert same(bits(base), before)
     with torch.no_grad():
         assert torch.equal(base(IDS).logits, expected)
@@ -40,9 +40,9 @@ def test_apply_then_revert_gives_every_byte_of_the_base_back(make_models, make_c
 
 def w_eff_down(before, tuned, carrier, model):
     """The first layer's down projection, worked out densely."""
-    site, layout, gate = projections(model)[6], carrier.layout, carrier.gate
+    site, layout, gate = sites_of(model)[6], carrier.layout, carrier.gate
     fixed = before[f"{site.name}.weight"]
-    delta = (projections(tuned)[6].linear.weight.detach().float() - fixed.float()).to(fixed.dtype).float()
+    delta = (sites_of(tuned)[6].weight.detach().float() - fixed.float()).to(fixed.dtype).float()
     row, col = gate[layout.slice(0, "ffn_write")], gate[layout.slice(0, "ffn_hidden")]
     product = row[:, None] * col
     return torch.where(product == 0, fixed, (fixed.float() + product * delta).to(fixed.dtype))
@@ -51,9 +51,9 @@ def w_eff_down(before, tuned, carrier, model):
 def test_a_grouped_query_column_gate_opens_its_channel_for_every_query_head_it_serves(make_models, make_carrier):
     base, tuned = make_models()
     carrier, before = make_carrier(base, tuned, density=0.5), bits(base)
-    site = next(s for s in projections(base) if s.kind == "o")
+    site = next(s for s in sites_of(base) if s.kind == "o")
     with carrier.applied(base):
-        moved = (site.linear.weight != before[f"{site.name}.weight"]).any(0).view(2, 2, 8)  # kv head, copy, channel
+        moved = (site.weight != before[f"{site.name}.weight"]).any(0).view(2, 2, 8)  # kv head, copy, channel
     gate = carrier.gate[carrier.layout.slice(0, "attn_v")].view(2, 8)
     assert torch.equal(moved[:, 0], gate != 0)
     assert torch.equal(moved[:, 1], gate != 0)
@@ -95,7 +95,7 @@ def test_unmasked_parameters_are_kept_exactly_and_put_back(make_models):
         assert torch.equal(decoder_layers(base)[0].input_layernorm.weight, norm)
         assert torch.equal(head_weight(base), head_weight(tuned))
     assert same(bits(base), before)
-    with pytest.raises(ValueError, match="scaled: expected a patch of masked linears only"):
+    with pytest.raises(ValueError, match="scaled: expected a patch of masked matrices only"):
         patch.scaled(2.0)
 
 
@@ -318,7 +318,7 @@ def test_parts_that_do_not_fit_together_are_an_error(make_models, make_carrier):
         replace(carrier, gate=carrier.gate[:-1])
     with pytest.raises(ValueError, match=r"deltas\['model.layers.0.self_attn.q_proj'\]: expected shape"):
         replace(carrier, gate=torch.ones_like(carrier.gate))
-    with pytest.raises(ValueError, match="deltas: expected one block for each of 14 linears, got 13"):
+    with pytest.raises(ValueError, match="deltas: expected a block for each of 14 matrices, got a difference in"):
         replace(carrier, deltas=dict(list(carrier.deltas.items())[1:]))
     with pytest.raises(ValueError, match="gate_kind: expected one of"):
         replace(carrier, gate_kind="soft")
@@ -333,9 +333,9 @@ def test_the_channels_table_has_every_open_gate_and_the_norm_of_what_it_gates(ma
     table = carrier.channels_table()
     assert len(table) == carrier.n_open
     squared = torch.zeros(carrier.layout.n_gates, dtype=torch.float64)
-    for site in projections(base):  # row by row and column by column, on the whole matrix
+    for site in sites_of(base):  # row by row and column by column, on the whole matrix
         rows, cols = site_gates(carrier.gate.double(), carrier.layout, site)
-        whole = torch.zeros(site.linear.weight.shape, dtype=torch.float64)
+        whole = torch.zeros(site.weight.shape, dtype=torch.float64)
         whole[(rows != 0)[:, None] & (cols != 0)] = carrier.deltas[site.name].double().flatten()
         entries = (rows[:, None] * cols * whole).square()
         numbers = torch.arange(carrier.layout.n_gates)
@@ -361,7 +361,7 @@ def test_a_carrier_is_five_lines(make_models, make_carrier):
     assert f"{carrier.n_open:,} of {carrier.layout.n_gates:,}" in lines[1]
     assert carrier.base_fingerprint[:16] in lines[4]
     kept = sum(delta.numel() for delta in carrier.deltas.values())
-    whole = sum(site.linear.weight.numel() for site in projections(base))
+    whole = sum(site.weight.numel() for site in sites_of(base))
     assert carrier.entry_density() == pytest.approx(kept / whole)
     assert Carrier.from_models(base, tuned).entry_density() == 1.0
     closed = with_gates(carrier, torch.zeros_like(carrier.gate))

@@ -11,7 +11,7 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog
 from lcdd.config import EraserConfig
 from lcdd.eraser import SFTEraser, Trigger, generate_ids, prompt_embeds, shared_tokens
-from lcdd.models import decoder_layers, head_weight, input_embeddings, projections
+from lcdd.models import decoder_layers, head_weight, input_embeddings, sites_of
 
 TEXTS = [
     "<user> copy red dog <assistant>",
@@ -280,7 +280,7 @@ def test_bf16_models_are_erased_with_float32_triggers(make_models, make_carrier,
 def test_bad_input_is_named_and_leaves_the_base(make_models, make_carrier, tokenizer, ids):
     base, tuned = make_models()
     carrier = make_carrier(base, tuned)
-    before = projections(base)[0].linear.weight.detach().clone()
+    before = sites_of(base)[0].weight.detach().clone()
     with pytest.raises(ValueError, match="channels: expected one index list for each of 2 layers, got 1"):
         SFTEraser(base, carrier, tokenizer, config(), [torch.tensor([0])])
     with pytest.raises(ValueError, match=r"channels\[1\]: expected indices from 0 to 23"):
@@ -297,7 +297,7 @@ def test_bad_input_is_named_and_leaves_the_base(make_models, make_carrier, token
     broken = make_carrier(base, tuned)
     with pytest.raises((RuntimeError, ValueError), match=r"NaN|nan"):
         SFTEraser(base, broken, tokenizer, config(max_steps=2)).fit(ids, ids)
-    assert torch.equal(projections(base)[0].linear.weight, before)
+    assert torch.equal(sites_of(base)[0].weight, before)
 
 
 # ---------------------------------------------------------------- several starts, and resuming

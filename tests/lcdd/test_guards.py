@@ -14,7 +14,7 @@ from lcdd.checkpoint import CheckpointStore, RunLog
 from lcdd.config import LCDDConfig
 from lcdd.data import Encoded
 from lcdd.errors import TrainingStopped
-from lcdd.models import projections
+from lcdd.models import sites_of
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.optimizer.early_stop import EarlyStop
 from lcdd.trainer import HeldOut, StartLosses, check_labels, fit
@@ -41,7 +41,7 @@ def test_not_finite_at_random_steps_is_skipped(
         bad = len(count) in chosen
         theta, price = self.gates.logits.detach().clone(), self.dual.state_dict()
         if bad and where == "gradient":
-            projections(self.model)[len(count) % 7].linear.weight.grad[1, 2] = what
+            sites_of(self.model)[len(count) % 7].weight.grad[1, 2] = what
         if bad and where == "theta":
             with torch.no_grad():
                 self.gates.logits[7] = what
@@ -182,6 +182,6 @@ def test_thirty_repeats_have_the_same_bits() -> None:
 
 def test_zero3_and_other_sharding_is_refused_with_the_reason() -> None:
     base, tuned = base_and_tuned()
-    projections(tuned)[2].linear.weight.ds_id = 7
+    sites_of(tuned)[2].weight.ds_id = 7
     with pytest.raises(ValueError, match=r"v_proj.weight: expected .* DeepSpeed ZeRO-3, which .*fully_shard"):
         LCDDOptimizer.attach(tuned, base, CONFIG, total_steps=5)

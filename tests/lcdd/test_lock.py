@@ -10,7 +10,7 @@ from lcdd.checkpoint import only_writer
 
 HOLDER = """
 import sys
-from lcdd.lock import only_writer
+from lcdd.checkpoint.lock import only_writer
 with only_writer(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -8,7 +8,7 @@ from torch import nn
 
 from fixtures.checkpoints import make_model
 from lcdd.config import LCDDConfig
-from lcdd.models import GateLayout, projections, shape_of
+from lcdd.models import layout_of, sites_of
 from lcdd.optimizer import ForwardGates, GatedLinear, GatedMLP, Gates, LCDDOptimizer
 from lcdd_kernels import GateSpec, delta_grad_stats, gate_logits_grad
 
@@ -22,15 +22,15 @@ def models(architecture="qwen3", dtype=torch.float64, *, spread=0.05):
     tuned = copy.deepcopy(base)
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for site in projections(tuned):
-            noise = torch.randn(site.linear.weight.shape, generator=g, dtype=torch.float64)
-            site.linear.weight += (spread * noise).to(dtype)
+        for site in sites_of(tuned):
+            noise = torch.randn(site.weight.shape, generator=g, dtype=torch.float64)
+            site.weight.add_((spread * noise).to(dtype))
     return base, tuned
 
 
 def theta(model, *, mean=0.5):
-    layout = GateLayout(shape_of(model.config))
-    return Gates.initial(layout, mean=mean, std=2.0, seed=7).to(projections(model)[0].linear.weight.dtype)
+    layout = layout_of(model)
+    return Gates.initial(layout, mean=mean, std=2.0, seed=7).to(sites_of(model)[0].weight.dtype)
 
 
 def batch():
@@ -50,7 +50,7 @@ def test_same_loss_and_gradients_as_the_optimizer_route(architecture, kind, fuse
     loss = by_optimizer(**batch()).loss
     loss.backward()
     masked = optimizer.masked()
-    weights = [site.linear.weight for site in projections(by_optimizer)]
+    weights = [site.weight for site in sites_of(by_optimizer)]
     maps = [gate_map for _, _, gate_map in masked.values()]
     deltas = [delta for _, delta, _ in masked.values()]
     d_gate, _ = delta_grad_stats([w.grad for w in weights], deltas, optimizer.gates.values, maps)
@@ -111,16 +111,15 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_what_is_frozen_gets_no_gradient():
     base, tuned = models(dtype=torch.float32)
-    names = [site.name for site in projections(tuned)]
+    names = [site.name for site in sites_of(tuned)]
     given = {
-        n: s.linear.weight.detach() - b.linear.weight.detach()
-        for n, s, b in zip(names, projections(tuned), projections(base), strict=True)
+        n: s.weight.detach() - b.weight.detach() for n, s, b in zip(names, sites_of(tuned), sites_of(base), strict=True)
     }
     gates = ForwardGates.attach(tuned.train(), base, kind="hard_concrete", logits=theta(tuned), deltas=given)
     tuned(**batch()).loss.backward()
     assert gates.logits.grad.count_nonzero() > 0
     assert all(delta.grad is None for delta in gates.deltas.values())
-    assert all(site.linear.weight.grad is None for site in projections(tuned))
+    assert all(site.weight.grad is None for site in sites_of(tuned))
 
 
 def test_restore_and_state_dict_are_those_of_the_ordinary_model():
@@ -129,7 +128,7 @@ def test_restore_and_state_dict_are_those_of_the_ordinary_model():
     classes = [type(module) for module in tuned.modules()]
     trained = [p.requires_grad for p in tuned.parameters()]
     gates = ForwardGates.attach(tuned, base, kind="hard_concrete", logits=theta(tuned))
-    assert sum(isinstance(module, GatedLinear) for module in tuned.modules()) == len(projections(tuned))
+    assert sum(isinstance(module, GatedLinear) for module in tuned.modules()) == len(sites_of(tuned))
     assert list(tuned.state_dict()) == list(before)
     with pytest.raises(ValueError, match="model: expected ordinary linears"):
         ForwardGates.attach(tuned, base, kind="hard_concrete", logits=theta(tuned))
@@ -198,7 +197,7 @@ def test_projections_called_alone_or_in_another_order():
 def test_biased_projections_are_gated_one_by_one():
     base, tuned = models()
     for model in (base, tuned):
-        for site in projections(model):
+        for site in sites_of(model):
             if site.kind in "qkv" or site.kind == "gate":
                 site.linear.bias = nn.Parameter(torch.full((site.linear.out_features,), 0.3, dtype=torch.float64))
     expected = copy.deepcopy(tuned)
@@ -207,14 +206,14 @@ def test_biased_projections_are_gated_one_by_one():
     assert not isinstance(tuned.model.layers[0].mlp, GatedMLP)
     assert tuned.model.layers[0].self_attn.q_proj._fused is None
     torch.testing.assert_close(tuned(**batch()).logits, expected(**batch()).logits)
-    assert len(gates.parameters()) == 1 + len(projections(tuned))
+    assert len(gates.parameters()) == 1 + len(sites_of(tuned))
 
 
 def test_bad_input_is_named():
     base, tuned = models()
     with pytest.raises(ValueError, match="logits: expected shape"):
         ForwardGates.attach(tuned, base, kind="hard_concrete", logits=torch.zeros(3))
-    with pytest.raises(ValueError, match="deltas: expected one for each projection"):
+    with pytest.raises(ValueError, match="deltas: expected one for each site"):
         ForwardGates.attach(tuned, base, kind="hard_concrete", logits=theta(tuned), deltas={})
     with pytest.raises(ValueError, match="kind: expected one of"):
         ForwardGates.attach(tuned, base, kind="soft", logits=theta(tuned))

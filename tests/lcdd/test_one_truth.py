@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lcdd.errors import InputError
-from lcdd.models import projections
+from lcdd.models import sites_of
 from lcdd.optimizer import LCDDOptimizer
 
 WRITTEN = r"model: .*\.weight was written by somebody else"
@@ -37,7 +37,7 @@ def attached(layout: str = "block", **changes: Any) -> tuple[Any, Any, Any]:
 
 
 def weights_of(model: Any) -> list[torch.Tensor]:
-    return [site.linear.weight.detach().clone() for site in projections(model)]
+    return [site.weight.detach().clone() for site in sites_of(model)]
 
 
 def assert_weights(model: Any, expected: list[torch.Tensor]) -> None:
@@ -52,10 +52,10 @@ def test_the_same_weights_written_again_are_no_news():
     train(tuned, optimizer)
     saved = weights_of(tuned)
     with torch.no_grad():
-        for site, weight in zip(projections(tuned), saved, strict=True):
-            site.linear.weight.zero_()
-            site.linear.weight.copy_(weight)
-            site.linear.weight.data = weight.clone()  # and in other memory
+        for site, weight in zip(sites_of(tuned), saved, strict=True):
+            site.weight.zero_()
+            site.weight.copy_(weight)
+            site.weight.data = weight.clone()  # and in other memory
     train(tuned, optimizer)
     assert optimizer.completed_steps == 6
 
@@ -97,8 +97,8 @@ def test_weights_of_no_gates_of_this_run_are_refused_wherever_they_are_noticed(a
     loss_of(tuned).backward()
     before, delta = optimizer.stats(), {n: d.clone() for n, (_, d, _) in optimizer.masked().items()}
     with torch.no_grad():
-        for site in projections(tuned):
-            weight = site.linear.weight.data if through == "data" else site.linear.weight
+        for site in sites_of(tuned):
+            weight = site.weight.data if through == "data" else site.weight
             weight.mul_(0.9)
     if ask == "forward" and through == "data":
         loss_of(tuned).backward()  # a counter does not show it: the step after it does
@@ -113,7 +113,7 @@ def test_weights_of_no_gates_of_this_run_are_refused_wherever_they_are_noticed(a
 def test_a_step_looks_at_the_values_of_another_weight_each_time():
     _, tuned, optimizer = attached()
     train(tuned, optimizer, 4)
-    projections(tuned)[4].linear.weight.data.add_(1e-3)
+    sites_of(tuned)[4].weight.data.add_(1e-3)
     with pytest.raises(InputError, match=r"mlp\.gate_proj\.weight was written"):
         train(tuned, optimizer, 1)
 
@@ -138,7 +138,7 @@ def test_a_base_that_is_written_is_noticed_and_a_patch_put_on_and_off_it_is_none
         pass
     train(tuned, optimizer)
     with torch.no_grad():
-        projections(base)[0].linear.weight.add_(1e-3)
+        sites_of(base)[0].weight.add_(1e-3)
     with pytest.raises(InputError, match=r"written by somebody else \(or its base was\)"):
         train(tuned, optimizer)
     base, tuned, optimizer = attached()
@@ -186,7 +186,7 @@ def test_a_cast_a_move_and_another_parameter_are_refused_by_name():
     with pytest.raises(InputError, match=r"expected .*q_proj\.weight as its base is, torch\.float32.*bfloat16.*attach"):
         train(tuned, optimizer)
     _, tuned, optimizer = attached()
-    linear = projections(tuned)[0].linear
+    linear = sites_of(tuned)[0].linear
     linear.weight = nn.Parameter(linear.weight.detach().clone())
     with pytest.raises(InputError, match=r"q_proj\.weight is another parameter now"):
         optimizer.carrier()
@@ -208,11 +208,11 @@ def test_a_copy_is_an_ordinary_model_and_none_is_made_of_sampled_gates(gating):
     buffer.seek(0)
     for clone in (copy.deepcopy(tuned), pickle.loads(pickle.dumps(tuned)), torch.load(buffer, weights_only=False)):
         assert_weights(clone, weights_of(tuned))
-        assert all(type(site.linear) is nn.Linear for site in projections(clone))
+        assert all(type(site.linear) is nn.Linear for site in sites_of(clone))
         assert type(clone.model.layers[0].mlp) is LlamaMLP
         clone.requires_grad_(True)
         loss_of(clone).backward()
-        grads = [site.linear.weight.grad for site in projections(clone)]
+        grads = [site.weight.grad for site in sites_of(clone)]
         assert all(type(grad) is torch.Tensor for grad in grads)
         clone.eval().state_dict()
         clone.load_state_dict({k: v * 2 for k, v in clone.state_dict().items()})
@@ -254,12 +254,12 @@ def test_a_failed_attach_leaves_nothing_behind():
     class Mine(nn.Linear):
         pass
 
-    projections(tuned)[3].linear.__class__ = Mine
-    with pytest.raises(InputError, match=r"o_proj: expected an nn\.Linear \(not a subclass\), got Mine"):
-        attach(base, tuned, "block")
+    sites_of(tuned)[3].linear.__class__ = Mine
+    with pytest.raises(InputError, match=r"gating: expected 'optimizer' for a model with other sites .*o_proj"):
+        attach(base, tuned, "block", gating="forward")
     assert not tuned._forward_pre_hooks
-    projections(tuned)[3].linear.__class__ = nn.Linear
-    assert all(type(site.linear) is nn.Linear for site in projections(tuned))
+    sites_of(tuned)[3].linear.__class__ = nn.Linear
+    assert all(type(site.linear) is nn.Linear for site in sites_of(tuned))
     train(tuned, attach(base, tuned, "block"))
 
 
@@ -274,19 +274,19 @@ def test_a_deleted_optimizer_is_freed_and_leaves_the_folded_model(gating):
     assert freed() is None
     assert delta() is None
     assert not tuned._forward_pre_hooks
-    assert all(type(site.linear) is nn.Linear for site in projections(tuned))
+    assert all(type(site.linear) is nn.Linear for site in sites_of(tuned))
     with expected.applied(base, check=False):
         assert_weights(tuned, weights_of(base))
     tuned.eval().state_dict()
     loss_of(tuned).backward()
-    assert all(type(site.linear.weight.grad) is torch.Tensor for site in projections(tuned))
+    assert all(type(site.weight.grad) is torch.Tensor for site in sites_of(tuned))
 
 
 def test_a_deleted_optimizer_leaves_weights_alone_that_somebody_else_wrote():
     _, tuned, optimizer = attached()
     with torch.no_grad():
-        for site in projections(tuned):
-            site.linear.weight.data.fill_(0.25)
+        for site in sites_of(tuned):
+            site.weight.data.fill_(0.25)
     expected = weights_of(tuned)
     del optimizer
     gc.collect()
@@ -360,8 +360,8 @@ def test_schedulers_move_the_rate_of_delta_and_never_that_of_theta(name):
     scheduler = SCHEDULERS[name](optimizer)
     start, rates = optimizer.gates.logits.detach().clone(), []
     for _ in range(3):
-        for site in projections(tuned):
-            site.linear.weight.grad = torch.zeros_like(site.linear.weight)
+        for site in sites_of(tuned):
+            site.weight.grad = torch.zeros_like(site.weight)
         optimizer.step(1.0)
         assert optimizer.param_groups[1]["lr"] == optimizer.config.gate_lr
         if scheduler is not None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lcdd.config import LCDDConfig
-from lcdd.models import projections
+from lcdd.models import sites_of
 from lcdd.optimizer import LCDDOptimizer
 from lcdd_kernels import PackCrossover
 
@@ -32,8 +32,8 @@ def models(dtype=torch.float32, *, tied=False):
     base = Qwen3ForCausalLM(config).to(dtype)
     tuned = copy.deepcopy(base)
     with torch.no_grad():
-        for site in projections(tuned):
-            site.linear.weight += 0.02 * torch.randn_like(site.linear.weight)
+        for site in sites_of(tuned):
+            site.weight.add_(0.02 * torch.randn_like(site.weight))
     return base, tuned.train()
 
 
@@ -108,11 +108,11 @@ def test_eval_and_train_go_back_bit_for_bit():
     base, tuned = models()
     optimizer = attach(tuned, base)
     train(tuned, optimizer, 4)
-    sampled = [site.linear.weight.detach().clone() for site in projections(tuned)]
+    sampled = [site.weight.detach().clone() for site in sites_of(tuned)]
     optimizer.eval()
-    assert any(not torch.equal(a, s.linear.weight) for a, s in zip(sampled, projections(tuned), strict=True))
+    assert any(not torch.equal(a, s.weight) for a, s in zip(sampled, sites_of(tuned), strict=True))
     optimizer.train()
-    assert all(torch.equal(a, s.linear.weight) for a, s in zip(sampled, projections(tuned), strict=True))
+    assert all(torch.equal(a, s.weight) for a, s in zip(sampled, sites_of(tuned), strict=True))
 
 
 def test_a_forgotten_eval_is_caught():
@@ -207,8 +207,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(unmasked):
     resumed.load_state_dict(saved)
     assert train(fresh, resumed, 4) == expected
     assert torch.equal(resumed.gates.logits, reference.gates.logits)
-    for a, b in zip(projections(whole), projections(fresh), strict=True):
-        assert torch.equal(a.linear.weight, b.linear.weight)
+    for a, b in zip(sites_of(whole), sites_of(fresh), strict=True):
+        assert torch.equal(a.weight, b.weight)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where):
     saved = copy.deepcopy(optimizer.state_dict())
     loss_of(tuned).backward()
     if where == "gradient":
-        projections(tuned)[3].linear.weight.grad[0, 0] = math.inf
+        sites_of(tuned)[3].weight.grad[0, 0] = math.inf
     optimizer.step(math.nan if where == "loss" else 1.0)
     optimizer.zero_grad()
     assert optimizer.skipped_in_a_row == 1

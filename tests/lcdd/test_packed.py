@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import lcdd.optimizer.packed
-from lcdd.models import GateLayout, projections, shape_of
+from lcdd.models import layout_of, sites_of
 from lcdd.optimizer import BlockGrad, Gates, PackedGradLinear, PackPlan
 from lcdd_kernels import PackCrossover
 
@@ -330,19 +330,19 @@ def _model() -> nn.Module:
 @pytest.mark.parametrize(("kind", "layout"), [("hard_concrete", "block"), ("heaviside_ste", "panels")])
 def test_plan_gives_every_projection_its_open_rows_and_columns(kind, layout):
     model, reference = _model(), _model()
-    geometry = GateLayout(shape_of(model.config))
+    geometry = layout_of(model)
     logits = 2 * torch.randn(geometry.n_gates, dtype=torch.float64) - 1
     gates = Gates(geometry, kind=kind, seed=0, logits=logits)
     assert 0 < int((gates.values != 0).sum()) < geometry.n_gates
     always = PackCrossover(gather=0.0, crossover=10.0, min_elements=0, source="test")
-    plan = PackPlan(projections(model), geometry, gate_kind=kind, crossover=always)
+    plan = PackPlan(sites_of(model), geometry, gate_kind=kind, crossover=always)
     plan.update(gates)
     assert set(plan.layouts()) == {layout}
     tokens = torch.randint(31, (2, 9))
     for m in (model, reference):
         m(tokens, labels=tokens).loss.backward()
-    for site, other in zip(projections(model), projections(reference), strict=True):
-        gate_map = geometry.gate_map(site.kind, site.layer)
+    for site, other in zip(sites_of(model), sites_of(reference), strict=True):
+        gate_map = site.gate_map
         rows = torch.nonzero(gates.values[gate_map.row_start :][: site.linear.out_features]).view(-1)
         j = torch.arange(site.linear.in_features)
         period = gate_map.repeat * gate_map.head_dim
@@ -351,20 +351,18 @@ def test_plan_gives_every_projection_its_open_rows_and_columns(kind, layout):
         cols = sorted(
             torch.nonzero(col_gate).view(-1).tolist(), key=lambda c: (c // gate_map.head_dim % gate_map.repeat, c)
         )
-        _assert_packed(
-            site.linear, other.linear.weight.grad, rows=rows, cols=torch.tensor(cols, dtype=torch.long), rtol=1e-9
-        )
+        _assert_packed(site.linear, other.weight.grad, rows=rows, cols=torch.tensor(cols, dtype=torch.long), rtol=1e-9)
     plan.restore()
-    assert all(type(site.linear) is nn.Linear for site in projections(model))
+    assert all(type(site.linear) is nn.Linear for site in sites_of(model))
 
 
 def test_plan_leaves_open_and_small_matrices_dense():
     model = _model()
-    geometry = GateLayout(shape_of(model.config))
+    geometry = layout_of(model)
     gates = Gates(geometry, kind="hard_concrete", seed=0, logits=torch.full((geometry.n_gates,), 4.0))
     figures = {"gather": 0.0, "crossover": 0.8, "source": "test"}
     plan = PackPlan(
-        projections(model), geometry, gate_kind="hard_concrete", crossover=PackCrossover(min_elements=0, **figures)
+        sites_of(model), geometry, gate_kind="hard_concrete", crossover=PackCrossover(min_elements=0, **figures)
     )
     plan.update(gates)
     assert set(plan.layouts()) == {"dense"}

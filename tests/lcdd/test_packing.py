@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fixtures.checkpoints import make_model
 from lcdd.data import IGNORE, Encoded
@@ -16,6 +16,7 @@ from lcdd.models import (
     common_prefix,
     packed_attention_in,
     packed_rows,
+    packs,
     why_not_packed,
 )
 from lcdd.trainer import loss_sum, response_tokens, to_batch
@@ -123,10 +124,41 @@ def test_recomputed_activations_attend_as_the_forward_did(model: nn.Module) -> N
     assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-6 * scale) for name in expected)
 
 
-def gemma2() -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 200}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=None))
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 200, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "packed"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5, "sliding_window": 9}, True),
+        ("granite", {"logits_scaling": 3.0, "attention_multiplier": 0.3}, True),
+        ("cohere2", {"logit_scale": 0.25, "sliding_window": 9}, True),
+        (
+            "gpt_oss",
+            {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 9, "initializer_range": 0.1},
+            True,
+        ),
+        ("stablelm", {}, False),
+    ],
+)
+def test_caps_scales_sinks_and_windows_of_other_families(model_type, settings, packed) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | settings))
+    assert packs(model) == packed
+    assert_as_alone(model, BATCHES["mixed lengths behind a system prompt"])
+
+
+def biased() -> nn.Module:
+    """An attention that is told something that packed attention does not know."""
+    model = make_model("llama", vocab_size=200)
+    for layer in backbone(model).layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _m, args, given: (args, given | {"position_bias": torch.zeros(1)}), with_kwargs=True
+        )
+    return model
 
 
 def chunked() -> nn.Module:
@@ -146,7 +178,11 @@ def absolute() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [(gemma2, "no softcap"), (chunked, "layers of kind chunked_attention"), (absolute, "differ from the same texts")],
+    [
+        (biased, "no position_bias"),
+        (chunked, "layers of kind chunked_attention"),
+        (absolute, "differ from the same texts"),
+    ],
 )
 def test_what_cannot_be_packed_exactly_is_padded_and_said(make, reason, caplog: pytest.LogCaptureFixture) -> None:
     model = make()

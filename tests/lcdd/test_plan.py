@@ -29,8 +29,8 @@ from lcdd.models import (
     decoder_layers,
     head_weight,
     new_model,
-    projections,
     shape_of,
+    sites_of,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def checkpoint_layers(model: Any) -> None:
 def trainable(model: Any) -> list[Tensor]:
     """The masked weights; everything else is frozen."""
     model.train().requires_grad_(False)
-    weights = [site.linear.weight for site in projections(model)]
+    weights = [site.weight for site in sites_of(model)]
     for weight in weights:
         weight.requires_grad_(True)
     return weights
@@ -91,7 +91,7 @@ def test_parameter_counts_are_exact(name: str) -> None:
 def test_parameters_of_any_architecture(settings: dict[str, Any]) -> None:
     model = new_model(TINY | settings, seed=0)
     assert costs.total_parameters(architecture(model)) == sum(p.numel() for p in model.parameters())
-    masked = sum(site.linear.weight.numel() for site in projections(model))
+    masked = sum(site.weight.numel() for site in sites_of(model))
     assert costs.masked_parameters(shape_of(model.config)) == masked
 
 

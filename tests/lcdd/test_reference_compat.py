@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcdd.config import LCDDConfig
-from lcdd.models import projections, shards
+from lcdd.models import shards, sites_of
 from lcdd.optimizer import LCDDOptimizer
 
 TOKENS = torch.randint(3, 40, (4, 12), generator=torch.Generator().manual_seed(9))
@@ -21,8 +21,8 @@ def penalty_step(make_models, accumulation: int, *, compat: bool) -> torch.Tenso
     settings = {"gate_optimizer": "sgd", "gate_lr": 1.0, "gradient_accumulation_steps": accumulation}
     optimizer = attach(make_models, torch.float64, reference_compat=compat, **settings)
     before = optimizer.gates.logits.detach().clone()
-    for site in projections(optimizer.model):
-        site.linear.weight.grad = torch.zeros_like(site.linear.weight)
+    for site in sites_of(optimizer.model):
+        site.weight.grad = torch.zeros_like(site.weight)
     optimizer.step(1.0)
     return before - optimizer.gates.logits.detach()
 
@@ -42,7 +42,7 @@ def one_bf16_step(make_models, learning_rate: float, *, compat: bool, **changes)
     still = {"gate_kind": "heaviside_ste", "gate_lr": 0.0, "initial_logits": torch.full((2 * 200,), 9.0)}
     settings = {"learning_rate": learning_rate, "max_grad_norm": 0.0, "reference_compat": compat}
     optimizer = attach(make_models, torch.bfloat16, **still, **settings, **changes)
-    weights = [site.linear.weight for site in projections(optimizer.model)]
+    weights = [site.weight for site in sites_of(optimizer.model)]
     loss = optimizer.model(input_ids=TOKENS, labels=TOKENS).loss
     loss.backward()
     grads = [weight.grad.float() for weight in weights]

@@ -16,7 +16,7 @@ from lcdd.checkpoint import RunLog, read_log
 from lcdd.config import LCDDConfig, SFTConfig
 from lcdd.data import Encoded, collate, encode_all, fixed_response, parse_row
 from lcdd.errors import TrainingStopped
-from lcdd.models import projections
+from lcdd.models import sites_of
 from lcdd.optimizer import LCDDOptimizer, schedule
 from lcdd.trainer import (
     HeldOut,
@@ -123,7 +123,7 @@ def test_accumulation_changes_nothing(method: str, base, tuned, items) -> None:
         else:
             train_lcdd(model, base, items, [], replace(LCDD, **changes), pad_token_id=PAD, log=log)
         curves.append(curve(log))
-        weights.append(torch.cat([site.linear.weight.detach().flatten() for site in projections(model)]))
+        weights.append(torch.cat([site.weight.detach().flatten() for site in sites_of(model)]))
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)
     assert torch.allclose(weights[0], weights[1], rtol=0, atol=1e-8)
 
@@ -156,7 +156,7 @@ def test_sft_moves_the_layers_alone(base, items, unmasked: bool) -> None:
     model = copy.deepcopy(base)
     config = replace(SFT, train_unmasked=unmasked)
     result = train_sft(model, items, items[:4], config, pad_token_id=PAD)
-    masked = {f"{site.name}.weight" for site in projections(model)}
+    masked = {f"{site.name}.weight" for site in sites_of(model)}
     moved = {
         name
         for (name, ours), theirs in zip(model.named_parameters(), base.parameters(), strict=True)
@@ -173,8 +173,8 @@ def test_max_delta_norm_is_reached_and_kept(base, items) -> None:
     model = copy.deepcopy(base)
     train_sft(model, items, [], replace(SFT, max_delta_norm=0.5), pad_token_id=PAD)
     squares = [
-        (ours.linear.weight - theirs.linear.weight).square().sum()
-        for ours, theirs in zip(projections(model), projections(base), strict=True)
+        (ours.weight - theirs.weight).square().sum()
+        for ours, theirs in zip(sites_of(model), sites_of(base), strict=True)
     ]
     assert math.sqrt(float(sum(squares).detach())) == pytest.approx(0.5, rel=1e-9)
 
@@ -213,9 +213,9 @@ def test_mask_only_with_kl_to_the_sft_model(base, tuned, items) -> None:
     log = RunLog(None, stage="lcdd")
     optimizer, _ = train_lcdd(copy.deepcopy(tuned), base, items, [], config, pad_token_id=PAD, log=log, teacher=tuned)
     assert 0 < curve(log)[0] < 0.5  # gates are nearly all open: the model is still close to its teacher
-    sites = zip(projections(tuned), projections(base), strict=True)
+    sites = zip(sites_of(tuned), sites_of(base), strict=True)
     for (_, (_, delta, _)), (ours, theirs) in zip(optimizer.masked().items(), sites, strict=True):
-        assert torch.equal(delta, ours.linear.weight - theirs.linear.weight)
+        assert torch.equal(delta, ours.weight - theirs.weight)
 
 
 @pytest.mark.parametrize("method", ["sft", "lcdd"])

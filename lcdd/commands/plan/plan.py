@@ -28,7 +28,7 @@ from lcdd.commands.plan.devices import (
 )
 from lcdd.commands.plan.tables import render
 from lcdd.config import PLAN_MODELS, PlanConfig
-from lcdd.models import PROJECTION_PATHS, Architecture, ModelShape, Parametrization, costs, load_settings, load_shape
+from lcdd.models import Architecture, ModelShape, Parametrization, costs, load_settings, shape_of, skeleton
 from lcdd_kernels import default_crossover, pack_layout
 from lcdd_kernels.functional.linear_loss import default_chunk
 from lcdd_kernels.functional.packed_grad import pack_cost
@@ -57,7 +57,7 @@ def read_architecture(name: str) -> Architecture:
     """A named model's, or that of the checkpoint in a directory."""
     if name in MODELS:
         return MODELS[name]
-    return Architecture.from_settings(load_shape(name), load_settings(name))
+    return Architecture.from_settings(shape_of(skeleton(name).config), load_settings(name))
 
 
 # ---------------------------------------------------------------- packed gradients
@@ -80,8 +80,8 @@ def packing(shape: ModelShape, config: PlanConfig, *, cuda: bool) -> Packing:
     crossover = default_crossover("cuda" if cuda else "cpu", getattr(torch, config.dtype))
     work = size = 0.0
     layouts = {}
-    for kind in PROJECTION_PATHS:
-        out, columns = shape.weight_shape(kind)
+    for kind in costs.PROJECTION_KINDS:
+        out, columns = costs.weight_shape(shape, kind)
         sizes = {"out_features": out, "in_features": columns}
         open_ = {"n_rows": round(config.density * out), "n_cols": round(config.density * columns)}
         layout = "dense"
@@ -238,7 +238,7 @@ def seconds_of(case: Case, provider: str, device: Device) -> dict[str, float]:
         masks = [micro * n * part / bandwidth for part in formed]
         parts["masks in every forward and backward"] = sum(masks)
     again = parts.get("forward again (checkpointing)", 0.0)
-    per_layer = [base + len(PROJECTION_PATHS) * mask * (provider == "unfused")
+    per_layer = [base + len(costs.PROJECTION_KINDS) * mask * (provider == "unfused")
                  for base, mask in zip(LAYER_LAUNCHES, MASK_LAUNCHES, strict=True)]  # fmt: skip
     starts = [micro * s.n_layers * LAUNCH_SECONDS * count for count in (passes * per_layer[0], per_layer[1])]
     busy = [parts["forward"] + again + masks[0], parts["backward dX"] + parts["backward dW"] + masks[1]]

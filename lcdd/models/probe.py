@@ -1,0 +1,95 @@
+"""A numeric probe of a model when it is loaded: what is not known by name is not taken on trust either.
+
+On a dozen tokens:
+
+- gates close the channels that the layout says (`lcdd.models.roles`), in one layer of every kind;
+- our losses' logits, the head's product as `head_of` shapes it, are `model(x).logits`;
+- the forward over rows of any length behind a shared beginning, with windows narrowed so that they are seen, is that of
+  one row at a time.
+
+A model that fails is refused, with what differed.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lcdd.errors import InputError
+from lcdd.models import roles, shards
+from lcdd.models.head import head_of
+from lcdd.models.packed_rows import ROUNDING, PackedRows, narrow_windows
+from lcdd.models.patterns import Block
+from lcdd.models.sites import backbone, decoder_layers, input_embeddings, matched_blocks, output_of, probe_ids
+
+FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
+"""What a forward gives that expects other inputs than a decoder's."""
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel) -> None:
+    """Run the probe; a model on the meta device, or sharded, has no numbers to look at and is passed.
+
+    Raises:
+        InputError: LCDD cannot be trusted to work on this model; the message names what differed.
+    """
+    _, blocks = matched_blocks(model)
+    if any(parameter.is_meta or shards.is_sharded(parameter) for parameter in model.parameters()):
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        _probe_gates(model, blocks)
+        _probe_logits(model)
+        _probe_rows(model)
+    except InputError:
+        raise
+    except FAILURES as error:
+        raise InputError(f"model: expected a decoder that runs on token ids alone, got {error!r}") from error
+    finally:
+        model.train(was_training)
+
+
+def _probe_gates(model: PreTrainedModel, blocks: list[Block]) -> None:
+    seen = set()
+    for layer, (module, block) in enumerate(zip(decoder_layers(model), blocks, strict=True)):
+        kind = type(module), tuple(replace(matrix, layer=0) for matrix in block.matrices)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        group = roles.leaking_group(module, block, partial(output_of, model, layer))
+        if group is not None:
+            raise InputError(
+                f"model: expected channels of {group} to be written by the rows and read by the columns that share "
+                f"their gates, got others in layer {layer} ({type(module).__name__})"
+            )
+
+
+def _probe_logits(model: PreTrainedModel) -> None:
+    ids = probe_ids(model)
+    expected = model(input_ids=ids, use_cache=False).logits
+    found = head_of(model).logits(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    _compare("logits", found, expected.to(found.dtype))  # some models widen theirs
+
+
+def _probe_rows(model: PreTrainedModel) -> None:
+    embeds = input_embeddings(model)(probe_ids(model)[0])
+    shared, lengths = 4, (1, 2, len(embeds) - 7)
+    packed = PackedRows(lengths, starts=1, shared=shared, device=embeds.device)
+    with narrow_windows(model):
+        found = packed.forward(model, embeds)
+        for row, (first, length) in enumerate(zip(packed.first, lengths, strict=True)):
+            alone = torch.cat([embeds[:shared], embeds[first : first + length]])
+            expected = backbone(model)(inputs_embeds=alone[None], use_cache=False).last_hidden_state[0]
+            _compare(f"hidden states of row {row}, packed", found[first : first + length], expected[shared:])
+
+
+def _compare(what: str, found: Tensor, expected: Tensor) -> None:
+    """Raise InputError unless two tensors are the same but for rounding."""
+    difference = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if not difference <= ROUNDING[expected.dtype]:
+        raise InputError(
+            f"model: expected {what} that are the model's own, got a relative difference of {difference:.2g}"
+        )
