@@ -2,7 +2,7 @@
 
     python -m benchmarks.families                    the table, about a second a family
     python -m benchmarks.families llama gpt2         some of them
-    python -m benchmarks.families --write            also into the README, between its markers
+    python -m benchmarks.families --write            also into docs/models.md and, kind by kind, into the README
 
 For each: the probe at load; six LCDD steps; the carrier, read back from its file, on the base = the trained model bit
 for bit, and every byte of the base back after it; an eraser step over a batch = one prompt at a time (loss and
@@ -134,6 +134,10 @@ FAMILIES = [
     family("GLM-4.5 (MoE)", "glm4_moe", "dense, then experts"),
     family("ERNIE 4.5 (MoE)", "ernie4_5_moe", "dense, then experts"),
     family("HunYuan (MoE)", "hunyuan_v1_moe", "experts, a shared one"),
+    family("EXAONE MoE", "exaone_moe", "dense, then experts"),
+    family("Cohere 2 MoE", "cohere2_moe", MOE),
+    family("MiniMax M2", "minimax_m2", MOE),
+    family("Llama 4 (text)", "llama4_text", "experts, transposed, a shared one", intermediate_size_mlp=40),
     family("AFMoE", "afmoe", "experts, gated attention"),
 ]
 
@@ -310,32 +314,52 @@ def why_refused(model_type: str, settings: dict[str, Any]) -> str | None:
 
 
 def markdown(rows: dict[Family, dict[str, str]], refused: dict[str, str | None]) -> str:
-    """The table, and the refusals under it."""
+    """The table, a row a family, and the refusals under it."""
     head = ["family", "sites", *CHECKS]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for which, row in rows.items():
-        cells = [("yes" + (f" ({row[name]})" if row[name] else "")) if name in row else "" for name in CHECKS]
-        cells = [row[n] if n in row and row[n].startswith("FAILED") else c for n, c in zip(CHECKS, cells, strict=True)]
+        cells = [_cell(row.get(name)) for name in CHECKS]
         lines.append("| " + " | ".join([which.label, which.sites, *cells]) + " |")
     lines += ["", "Refused, from the config alone:", "", "| family | reason |", "|---|---|"]
     lines += [f"| {label} | {reason or 'NOT REFUSED'} |" for label, reason in refused.items()]
     return "\n".join(lines)
 
 
-def write_readme(table: str) -> None:
-    """Put the table between the markers in the README."""
-    path = ROOT / "README.md"
+def _cell(found: str | None) -> str:
+    if found is None or found.startswith("FAILED"):
+        return found or ""
+    return f"yes ({found})" if found else "yes"
+
+
+def short_markdown(rows: dict[Family, dict[str, str]], refused: dict[str, str | None]) -> str:
+    """A row a kind of sites: its families, and how many pass."""
+    kinds: dict[str, list[Family]] = {}
+    for which in rows:
+        kinds.setdefault(which.sites, []).append(which)
+    lines = ["| sites | families | pass |", "|---|---|---|"]
+    for sites, members in kinds.items():
+        labels, green = "; ".join(which.label for which in members), sum(passed(rows[which]) for which in members)
+        lines.append(f"| {sites} | {labels} | {green} of {len(members)} |")
+    reasons: dict[str, list[str]] = {}
+    for label, reason in refused.items():
+        reasons.setdefault((reason or "NOT REFUSED").split(", got ")[0], []).append(label)
+    lines += [f"| *refused* | {'; '.join(labels)}: {reason} | |" for reason, labels in reasons.items()]
+    return "\n".join(lines)
+
+
+def write_between_markers(path: Path, table: str) -> None:
+    """Put a table between the markers in a file."""
     text = path.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise SystemExit(f"families: expected {BEGIN} and {END} in {path}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("types", nargs="*", help="transformers' model types; all if none is given")
-    parser.add_argument("--write", action="store_true", help="also write the table into README.md")
+    parser.add_argument("--write", action="store_true", help="also into docs/models.md and README.md")
     arguments = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -357,7 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = markdown(rows, refused)
     print(f"\n{table}")
     if arguments.write:
-        write_readme(table)
+        write_between_markers(ROOT / "docs" / "models.md", table)
+        write_between_markers(ROOT / "README.md", short_markdown(rows, refused))
     green = sum(map(passed, rows.values()))
     print(f"\n{green} of {len(rows)} families pass, {sum(map(bool, refused.values()))} of {len(refused)} are refused")
     return 0 if green == len(rows) and all(refused.values()) else 1

@@ -252,8 +252,8 @@ def warn_of_length(
     No error: answers often end before, and scaled rotary embeddings reach further than the config says.
     """
     longest = max((len(ids) for ids in prompts), default=0)
-    limit = model.config.max_position_embeddings
-    if n_virtual + longest + max_new_tokens > limit:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and n_virtual + longest + max_new_tokens > limit:
         warnings.warn(
             f"{n_virtual} trigger tokens, a prompt of {longest} and {max_new_tokens} new tokens are more "
             f"than the model's max_position_embeddings = {limit}; answers beyond it are not to be relied on",

@@ -1,0 +1,55 @@
+"""`python -m benchmarks.families`: a family of every kind of sites passes, what is refused has its reason, and what
+computes or trains something else turns its row red."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.families import FAMILIES, REFUSED, Family, passed, try_family, why_refused
+from lcdd.carrier import Carrier
+from lcdd.models import head
+
+ONE_OF_EACH = {which.sites: which for which in FAMILIES}
+ALSO = ("mistral", "cohere2", "bloom", "opt", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        *ONE_OF_EACH.values(),
+        *(which for which in FAMILIES if which.model_type in ALSO and which not in ONE_OF_EACH.values()),
+    ],
+    ids=lambda which: which.model_type,
+)
+def test_a_family_of_every_kind_passes(which: Family) -> None:
+    row = try_family(which)
+    assert passed(row), row
+
+
+def test_there_are_enough_families_and_every_refusal_has_its_reason() -> None:
+    assert len({which.model_type for which in FAMILIES}) >= 25
+    for label, model_type, settings in REFUSED:
+        assert why_refused(model_type, settings), label
+    assert why_refused("llama", {}) is None
+
+
+def gemma2() -> Family:
+    return next(which for which in FAMILIES if which.model_type == "gemma2")
+
+
+def test_losses_without_the_models_cap_are_seen_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_measured", lambda model: (1.0, None))
+    assert "FAILED: InputError: model: expected logits that are the model's own" in try_family(gemma2())["probe"]
+
+
+def test_one_wrong_number_of_a_carrier_turns_the_row_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_a_wrong_number(folder: Path) -> Carrier:
+        carrier = from_pretrained(folder)
+        next(delta for delta in carrier.deltas.values() if delta.numel()).view(-1)[0] += 1e-3
+        return carrier
+
+    from_pretrained = Carrier.from_pretrained
+    monkeypatch.setattr(Carrier, "from_pretrained", with_a_wrong_number)
+    row = try_family(gemma2())
+    assert not passed(row)
+    assert "of the carrier on the base has other bits" in row["carrier, bit for bit"]
