@@ -1,8 +1,10 @@
 """`lcdd train`: base and SFT model to a carrier."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
@@ -23,10 +25,15 @@ from lcdd.commands.stage import (
 from lcdd.config import DataConfig, LCDDConfig
 from lcdd.data import Prepared, prepare, training_items
 from lcdd.models import (
+    Ends,
+    PreTrainedModel,
     check_same_architecture,
+    in_words,
     process_group,
     shard_model,
     shards,
+    take_from_base_,
+    unmasked_changes,
 )
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.trainer import HeldOut, StartLosses, TrainResult, fit, judge, total_steps
@@ -70,8 +77,11 @@ def _train(
         batch_size=config.per_device_eval_batch_size,
     )
     start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
+    dropped = _drop_unmasked(base, model, config, held_out, start, say)
+    ends = Ends.of(base, model)
     steps = total_steps(config, len(train_items))
     optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial)
+    optimizer.check_ends(ends)
 
     def export() -> Callable[[Path], None]:
         carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
@@ -93,12 +103,34 @@ def _train(
         written.append(save_checkpoint(whole, prepared.tokenizer, output / "model"))
     overrides += store.overrides if store else []
     found = {"result": dataclasses.asdict(result), "carrier": carrier.summary(), "overrides": overrides}
+    found["dropped"] = dropped
     written.append(write_summary(output, "lcdd", config, data, template_date=prepared.template_date, **found))
     _say_carrier(carrier, result, say)
     return StageResult(
         written=tuple(written),
         next_step=_next_step(config, data, output),
     )
+
+
+def _drop_unmasked(
+    base: PreTrainedModel, model: PreTrainedModel, config: LCDDConfig, held_out: HeldOut, start: StartLosses, say: Say
+) -> dict[str, Any]:
+    """Put what no gate masks, and LCDD does not train, back to the base's values, and say what that costs.
+
+    Returns:
+        For the summary: names by kind, and the held-out loss without those changes; empty where there are none.
+    """
+    changes = unmasked_changes(base, model, trained=config.train_unmasked)
+    if not changes:
+        return {}
+    take_from_base_(model, base, list(itertools.chain(*changes.values())))
+    loss = held_out.loss(model)
+    say(
+        f"The SFT model also changed what no gate masks: {in_words(changes)}. These go back to the base's values, "
+        f"which takes its held-out loss from {start.model:.4f} to {loss:.4f} nats a token ({loss - start.model:+.4f})"
+        + ("" if config.train_unmasked else "; --train_unmasked keeps and trains norms and biases")
+    )
+    return {"changes": changes, "loss": loss, "loss_difference": loss - start.model}
 
 
 def _next_step(config: LCDDConfig, data: DataConfig, output: Path) -> str:

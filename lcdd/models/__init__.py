@@ -9,6 +9,7 @@ from lcdd.models.costs import (
     masked_parameters,
     refresh_bytes,
 )
+from lcdd.models.foreign import in_words, take_from_base_, unmasked_changes
 from lcdd.models.head import Head, head_of
 from lcdd.models.layout import GROUPS, GateLayout, Matrix, Run, Weave, base_group
 from lcdd.models.loading import (
@@ -34,7 +35,7 @@ from lcdd.models.packed_rows import (
     why_not_packed,
 )
 from lcdd.models.parallel import Replicated, process_group, shard_model, share
-from lcdd.models.probe import probe
+from lcdd.models.probe import Ends, probe
 from lcdd.models.shards import full, local
 from lcdd.models.sites import (
     ModelShape,
@@ -56,6 +57,7 @@ from lcdd.models.vocabulary import agree_on_end, check_rows, rows_never_drawn, t
 __all__ = [
     "GROUPS",
     "Architecture",
+    "Ends",
     "GateLayout",
     "Head",
     "Matrix",
@@ -84,6 +86,7 @@ __all__ = [
     "head_weight",
     "hide_progress_bars",
     "hub_commit",
+    "in_words",
     "input_embeddings",
     "layer_parameters",
     "layout_of",
@@ -108,7 +111,9 @@ __all__ = [
     "skeleton",
     "skeleton_of",
     "structure_of",
+    "take_from_base_",
     "token_rows",
+    "unmasked_changes",
     "unmasked_parameters",
     "why_not_packed",
 ]

@@ -10,7 +10,7 @@ On a dozen tokens:
 A model that fails is refused, with what differed.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -86,10 +86,40 @@ def _probe_rows(model: PreTrainedModel) -> None:
             _compare(f"hidden states of row {row}, packed", found[first : first + length], expected[shared:])
 
 
-def _compare(what: str, found: Tensor, expected: Tensor) -> None:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ends:
+    """Logits [S, V] of a few tokens by the two models that all gates open, and all gates closed, have to give back."""
+
+    opened: Tensor
+    closed: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, base: PreTrainedModel, tuned: PreTrainedModel) -> "Ends":
+        """Of a base and what was fine-tuned from it, before training writes into the latter."""
+        return cls(opened=_logits(tuned), closed=_logits(base))
+
+    def check_opened(self, model: PreTrainedModel) -> None:
+        """Raise InputError unless `model` is the fine-tuned one but for rounding of its weights."""
+        _compare("logits with all gates open", _logits(model), self.opened, than="the SFT model's")
+
+    def check_closed(self, model: PreTrainedModel) -> None:
+        """Raise InputError unless `model` computes what the base does."""
+        _compare("logits with all gates closed", _logits(model), self.closed, than="the base's")
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    was_training = model.training
+    model.eval()
+    try:
+        return model(input_ids=probe_ids(model), use_cache=False).logits[0]
+    finally:
+        model.train(was_training)
+
+
+def _compare(what: str, found: Tensor, expected: Tensor, *, than: str = "the model's own") -> None:
     """Raise InputError unless two tensors are the same but for rounding."""
     difference = float((found.double() - expected.double()).norm() / expected.double().norm())
     if not difference <= ROUNDING[expected.dtype]:
-        raise InputError(
-            f"model: expected {what} that are the model's own, got a relative difference of {difference:.2g}"
-        )
+        raise InputError(f"model: expected {what} that are {than}, got a relative difference of {difference:.2g}")

@@ -25,7 +25,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
-from lcdd.models import GateLayout, PreTrainedModel, shards
+from lcdd.models import Ends, GateLayout, PreTrainedModel, shards
 from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.controller import DualDescent, GateController
 from lcdd.optimizer.dual import DualController
@@ -348,6 +348,27 @@ class LCDDOptimizer(torch.optim.Optimizer):
             "gates; put the weights back, or restore the run's state by optimizer.load_state_dict (optimizer.detach() "
             "leaves the model as it is)"
         )
+
+    def check_ends(self, ends: Ends) -> None:
+        """Write the weights of all gates open, and of all closed, into the model, and look at its logits.
+
+        ends: made of the two models before `attach` (with what no gate masks at the base's values). On the forward
+        route the weights are nobody's, and nothing is looked at.
+
+        Raises:
+            InputError: open is not the SFT model, or closed is not the base; the message has the difference.
+        """
+        if self._forward is not None:
+            return
+        self._watch.sampled = False
+        try:
+            self._masked.write_all(1.0)
+            ends.check_opened(self.model)
+            self._masked.write_all(0.0)
+            if not self._unmasked.parameters:
+                ends.check_closed(self.model)
+        finally:
+            self._write_weights(evaluation=self._in_eval)
 
     def carrier(self) -> Carrier:
         """The open gates and their part of Δ, as a patch for the base.

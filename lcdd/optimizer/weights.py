@@ -218,6 +218,15 @@ class MaskedWeights:
         self._write(gates)
         self.mark()
 
+    @torch.no_grad()
+    def write_all(self, gate: float) -> None:
+        """W_eff with every gate at one value into the model."""
+        shards.reshard(self.model)
+        if self._plan is not None:
+            wide = torch.float64 if self.parameters[0].dtype == torch.float64 else torch.float32
+            self._plan.refresh(torch.full((self.layout.n_slots,), gate, dtype=wide, device=self.parameters[0].device))
+        self.mark()
+
     def take_gated_grads(self, logits: Tensor) -> None:
         """On the forward route: bring dΔ to `weight.grad`, where generic code clips, unscales and clears it.
 
