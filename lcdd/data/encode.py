@@ -18,6 +18,7 @@ from lcdd.data.templates import MARK, render_chat
 from lcdd.errors import InputError
 
 IGNORE = -100
+MOST_ERRORS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,7 @@ def encode(tokenizer: Any, example: Example, *, max_length: int, completion_only
 def encode_all(
     tokenizer: Any, examples: Iterable[Example], *, max_length: int, completion_only: bool = True
 ) -> list[Encoded]:
-    """`encode` every example; all errors (the first three spelled out) are raised together.
+    """`encode` every example; errors (the first three spelled out, a hundred at most) are raised together.
 
     Raises:
         InputError: any example cannot be encoded.
@@ -280,6 +281,8 @@ def encode_all(
             encoded.append(encode(tokenizer, example, max_length=max_length, completion_only=completion_only))
         except InputError as error:
             errors.append(str(error))
+        if len(errors) == MOST_ERRORS:
+            break
     if errors:
         more = f"; and {len(errors) - 3} more like this" if len(errors) > 3 else ""
         raise InputError("; ".join(errors[:3]) + more)

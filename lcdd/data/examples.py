@@ -124,9 +124,13 @@ def load_examples(config: DataConfig) -> list[Example]:
     """
     config.require("dataset_name")
     path = Path(str(config.dataset_name))
-    if path.is_dir():
+    try:
+        is_directory, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name that is too long, a directory that may not be looked into
+        raise InputError(f"dataset_name: expected a file, got {str(path)[:80]!r} ({error.strerror})") from None
+    if is_directory:
         raise InputError(f"dataset_name: expected a JSONL file, got the directory {str(path)!r}")
-    looks_local = path.exists() or path.suffix in FILE_SUFFIXES or path.is_absolute()
+    looks_local = exists or path.suffix in FILE_SUFFIXES or path.is_absolute()
     rows = _jsonl_rows(path, config.max_samples) if looks_local else _hub_rows(config)
     examples, unused, blank = [], Counter[str](), 0
     for where, row in rows:

@@ -77,6 +77,8 @@ def use_template(tokenizer: Any, choice: str | None, *, model: str | Path) -> No
         except (OSError, ValueError) as error:  # not there, not UTF-8, no path at all
             known = ", ".join(TEMPLATES)
             raise InputError(f"chat_template: expected {known} or a Jinja file, got {choice!r} ({error})") from None
+        if not tokenizer.chat_template.strip():
+            raise InputError(f"chat_template: expected Jinja in {choice!r}, got an empty file")
     elif not getattr(tokenizer, "chat_template", None):
         vicuna = "vicuna" in Path(model).name.lower()
         tokenizer.chat_template = VICUNA_TEMPLATE if vicuna else plain_template(tokenizer)

@@ -278,9 +278,14 @@ def _refuse_bare_name(path: str | Path) -> None:
     Every model of our architectures has an owner on the hub, so that a name without one is not looked up there: offline
     that takes the hub client's retries, half a minute. It refuses by itself what no hub name can look like.
     """
-    if "/" not in str(path) and not Path(path).exists():
+    try:
+        there = "/" in str(path) or Path(path).exists()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
         raise InputError(
-            f"model: expected a checkpoint directory or a hub name (owner/name), got {str(path)!r}: no such directory"
+            f"model: expected a checkpoint directory or a hub name (owner/name), got {str(path)[:99]!r}: "
+            "no such directory"
         )
 
 

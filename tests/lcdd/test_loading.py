@@ -127,8 +127,6 @@ TOKENIZERS: dict[str, tuple[str, bytes | dict[str, Any], str]] = {
     "an unknown side": ("tokenizer_config.json", {"padding_side": "up"}, "[Pp]adding side"),
     "a length that is text": ("tokenizer_config.json", {"model_max_length": "x"}, "TypeError"),
     "a template of bytes": ("chat_template.jinja", b"\xff", "UnicodeDecodeError"),
-    "another's code": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "tokenizer_class": "Y"},
-                       "custom code"),
 }  # fmt: skip
 
 
