@@ -319,8 +319,9 @@ def model_cases(folder: Path) -> Iterator[Case]:
 def _vocabulary_cases(folder: Path, copy: Any) -> Iterator[Case]:
     """Tokens without a row, weights without a place."""
     import torch
-    from helpers import make_tokenizer
     from safetensors.torch import load_file, save_file
+
+    from fixtures.checkpoints import make_tokenizer
 
     for name, add in {
         "a pad token without a row": lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "<pad>"}),
