@@ -222,7 +222,7 @@ class CheckpointStore:
         found = self.complete()
         step, state = self.load(found[-1][1], override=override) if found else (0, {})
         if log is not None:
-            log.rewind(step)
+            log.rewind(step if found else -1)  # what came before the first step is written again too
         return {**state, "step": step} if found else None
 
     def load(self, path: Path, *, override: bool = False) -> tuple[int, dict[str, Any]]:

@@ -26,7 +26,7 @@ from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, resolve
 from lcdd.commands.train import train
 from lcdd.config import PipelineConfig, TrainConfig
 from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids, training_items
-from lcdd.errors import InputError
+from lcdd.errors import InputError, TrainingStopped
 from lcdd.models import skeleton
 from lcdd.report import Stages, read_report
 from lcdd.trainer import total_steps
@@ -121,6 +121,8 @@ class _Pipeline:
             shutil.rmtree(self.output / name, ignore_errors=True)
         with self.stages.running(name):
             result = call(settings, self.config.data, log_dir=self.output, **self.common)
+        if result.problem is not None:
+            raise TrainingStopped(f"stopped after {name}: {result.problem}")
         self.ledger.add(name, section, result.written, seconds=self.stages.seconds[name])
         gc.collect()
 

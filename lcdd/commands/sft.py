@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.commands.answers import BehaviorRate, ValidationAnswers
 from lcdd.commands.days import day_of_run
 from lcdd.commands.stage import (
     Say,
@@ -31,7 +32,7 @@ from lcdd.models import (
     skeleton,
 )
 from lcdd.optimizer import SFTOptimizer
-from lcdd.trainer import HeldOut, fit
+from lcdd.trainer import HeldOut, TrainResult, fit
 
 # ---------------------------------------------------------------- stages
 
@@ -79,23 +80,25 @@ def _sft(
     if config.save_steps or config.resume:
         identity = run_identity(stage, config, prepared.tokenizer, train_items, {"base": model})
         store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
-    held_out = HeldOut(
-        items=validation_items or train_items,
-        pad_token_id=prepared.tokenizer.pad_token_id,
-        batch_size=config.per_device_eval_batch_size,
-    )
+    held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
+    answers = ValidationAnswers(prepared, say)
     with _log(log_dir or output, stage, config.report_to) as log:
-        result = fit(SFTOptimizer(model, config), train_items, held_out, log=log, checkpoints=store)
+        optimizer = SFTOptimizer(model, config)
+        result = fit(optimizer, train_items, held_out, log=log, checkpoints=store, say=say, on_validation=(answers,))
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
     model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
     checkpoint = save_checkpoint(model, prepared.tokenizer, output / "model")
+    behavior = answers.judge(model)
     summary = write_summary(
         output, stage, config, data, template_date=prepared.template_date, result=dataclasses.asdict(result),
+        validation_behavior=behavior.to_dict() if behavior else None,
         overrides=overrides + (store.overrides if store else []),
     )  # fmt: skip
-    say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
+    problem = not_learned(config, result, behavior)
+    _say_result(result, behavior, problem, say)
     return StageResult(
+        problem=problem,
         written=(checkpoint, summary),
         next_step=command_line(
             "train",
@@ -104,4 +107,33 @@ def _sft(
             sft_model_name_or_path=checkpoint,
             output_dir=beside(output, "train"),
         ),
+    )
+
+
+def _say_result(result: TrainResult, behavior: BehaviorRate | None, problem: str | None, say: Say) -> None:
+    say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
+    if behavior is not None:
+        say(f"SFT: {behavior}")
+    if problem is not None:
+        say(f"WARNING {problem}")
+
+
+def not_learned(config: SFTConfig, result: TrainResult, behavior: BehaviorRate | None) -> str | None:
+    """Why there is nothing in this model that LCDD could carry, and what to change; None if there is.
+
+    Never of the matched-norm control, which is bounded on purpose, nor with `config.min_behavior_rate` 0.
+    """
+    if not config.min_behavior_rate or config.max_delta_norm is not None:
+        return None
+    found = []
+    if not result.loss_end < result.loss_start:  # NaN too
+        found.append(f"the held-out loss did not fall ({result.loss_start:.4f} -> {result.loss_end:.4f} nats a token)")
+    if behavior is not None and behavior.rate < config.min_behavior_rate:
+        found.append(f"only {behavior} (expected {config.min_behavior_rate:.0%})")
+    if not found:
+        return None
+    return (
+        f"SFT did not learn the behaviour: {'; '.join(found)}. Change: a larger --learning_rate (now "
+        f"{config.learning_rate:g}), more steps (now {result.steps}), or the data; where the rate is as it should be, "
+        "a smaller --min_behavior_rate"
     )

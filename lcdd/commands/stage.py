@@ -46,11 +46,12 @@ def tell(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage wrote, and what a user does next."""
+    """What a stage wrote, and what a user does next; `problem` is why the stages after it would be a waste."""
 
     written: tuple[Path, ...]
     next_step: str
     texts: tuple[str, ...] = ()
+    problem: str | None = None
 
 
 def resolve_device(name: str) -> torch.device:

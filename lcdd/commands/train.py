@@ -8,6 +8,7 @@ from typing import Any
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.commands.answers import BehaviorRate, ValidationAnswers
 from lcdd.commands.days import day_of_run
 from lcdd.commands.stage import (
     Say,
@@ -71,11 +72,7 @@ def _train(
         base = shard_model(base, trained=False)
         model = shard_model(model, trained=True, train_unmasked=config.train_unmasked)
         teacher = shard_model(teacher, trained=False) if teacher is not None else None
-    held_out = HeldOut(
-        items=validation_items or train_items,
-        pad_token_id=prepared.tokenizer.pad_token_id,
-        batch_size=config.per_device_eval_batch_size,
-    )
+    held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
     start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
     dropped = _drop_unmasked(base, model, config, held_out, start, say)
     ends = Ends.of(base, model)
@@ -83,15 +80,14 @@ def _train(
     optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial)
     optimizer.check_ends(ends)
 
-    def export() -> Callable[[Path], None]:
-        carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
-        return lambda folder: carrier.save_pretrained(folder / "carrier")
-
-    store = None
-    if wanted:
-        store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
+    store = _store(output, config, identity, optimizer, prepared) if wanted else None
+    answers = ValidationAnswers(prepared, say)
     with _log(log_dir or output, "lcdd", config.report_to) as log:
-        result = fit(optimizer, train_items, held_out, start=start, log=log, teacher=teacher, checkpoints=store)
+        say(budget_in_words(config, start))
+        result = fit(
+            optimizer, train_items, held_out, start=start, log=log, teacher=teacher, checkpoints=store, say=say,
+            on_validation=(answers,),
+        )  # fmt: skip
         result = judge(optimizer, result, log)
     carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
     if shards.rank() > 0:
@@ -102,14 +98,32 @@ def _train(
         whole = carrier.fold(load_weights(config.base_model_name_or_path, config)) if sharded else optimizer.fold()
         written.append(save_checkpoint(whole, prepared.tokenizer, output / "model"))
     overrides += store.overrides if store else []
-    found = {"result": dataclasses.asdict(result), "carrier": carrier.summary(), "overrides": overrides}
-    found["dropped"] = dropped
+    behavior = answers.judge(model)
+    found = {
+        "result": dataclasses.asdict(result),
+        "carrier": carrier.summary(),
+        "validation_behavior": behavior.to_dict() if behavior else None,
+        "dropped": dropped,
+        "overrides": overrides,
+    }
     written.append(write_summary(output, "lcdd", config, data, template_date=prepared.template_date, **found))
-    _say_carrier(carrier, result, say)
+    _say_carrier(carrier, result, behavior, say)
     return StageResult(
         written=tuple(written),
         next_step=_next_step(config, data, output),
     )
+
+
+def _store(
+    output: Path, config: LCDDConfig, identity: dict[str, Any], optimizer: LCDDOptimizer, prepared: Prepared
+) -> CheckpointStore:
+    """The run's checkpoints, each with the carrier of its step beside the state."""
+
+    def export() -> Callable[[Path], None]:
+        carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
+        return lambda folder: carrier.save_pretrained(folder / "carrier")
+
+    return CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
 
 
 def _drop_unmasked(
@@ -138,11 +152,26 @@ def _next_step(config: LCDDConfig, data: DataConfig, output: Path) -> str:
     return command_line("erase", data, base_model_name_or_path=config.base_model_name_or_path, **paths)
 
 
-def _say_carrier(carrier: Carrier, result: TrainResult, say: Say) -> None:
+def budget_in_words(config: LCDDConfig, start: StartLosses) -> str:
+    """What λ, ε and the budget of a run mean, with its numbers."""
+    loss, share, floor = start.model, 1 + config.loss_budget, config.loss_floor
+    epsilon = max(loss * share, loss + floor)
+    return (
+        f"LCDD closes gates for as long as the loss keeps within a budget. SFT's held-out loss is {loss:.4f} nats a "
+        f"token (the base's {start.base:.4f}), so epsilon, the most that it may become, will be about {epsilon:.4f}: "
+        f"the larger of {loss:.4f} x {share:g} (loss_budget) and {loss:.4f} + {floor:g} (loss_floor); it is set from "
+        f"the average loss of the first {config.warmup_steps} steps. lambda, the price of an open gate, starts at "
+        f"{config.dual_lambda_init:g}, rises while the average loss is below epsilon and falls while it is above"
+    )
+
+
+def _say_carrier(carrier: Carrier, result: TrainResult, behavior: BehaviorRate | None, say: Say) -> None:
     say(
         f"LCDD: {carrier.n_open} of {carrier.layout.n_gates} gates open (sparsity "
         f"{carrier.sparsity()['overall']:.3f}); held-out loss of base {result.loss_base:.4f}, SFT "
         f"{result.loss_start:.4f}, carrier {result.loss_end:.4f} nats a token"
     )
+    if behavior is not None:
+        say(f"LCDD: {behavior}")
     for finding in result.findings:
         say(f"WARNING {finding.message}")

@@ -26,6 +26,16 @@ class TrainConfig(Writes, Tracked, Resumable, OnDevice):
     per_device_eval_batch_size: int = option(
         16, "examples in a batch of the validation loss", at_least=1, resumable=True
     )
+    eval_steps: int | None = option(
+        None,
+        "measure the held-out loss and show answers every N optimizer steps; null: ten times in a run, at least ten "
+        "steps apart; 0: only before and after",
+        at_least=0,
+        resumable=True,
+    )
+    max_eval_samples: int = option(
+        64, "validation examples that held-out losses are measured on, at most; 0: all", at_least=0, resumable=True
+    )
     gradient_accumulation_steps: int = option(
         1, "micro-batches in an optimizer step", at_least=1, common=True, resumable=True, settled=True
     )
@@ -88,6 +98,15 @@ class SFTConfig(TrainConfig, OfBase):
         "keep the L2 norm of all weight changes together within this (projection after each step): "
         "the matched-norm control",
         above=0.0,
+    )
+
+    min_behavior_rate: float = option(
+        0.5,
+        "`lcdd run` ends after SFT where fewer validation answers than this share show the behaviour, or the held-out "
+        "loss did not fall; 0: never",
+        at_least=0.0,
+        at_most=1.0,
+        resumable=True,
     )
 
     @property

@@ -256,11 +256,7 @@ class _Runner:
 
     def _held_out(self, settings: TrainConfig) -> HeldOut:
         study = self.study
-        return HeldOut(
-            items=study.validation or study.train,
-            pad_token_id=study.tokenizer.pad_token_id,
-            batch_size=settings.per_device_eval_batch_size,
-        )
+        return HeldOut.of(study.train, study.validation, settings, pad_token_id=study.tokenizer.pad_token_id)
 
     # ------------------------------------------------------------------ triggers
 

@@ -5,7 +5,15 @@ from lcdd.trainer.diagnose import Finding, diagnose
 from lcdd.trainer.fit import StartLosses, TrainResult, fit, judge
 from lcdd.trainer.guards import check_labels, is_out_of_memory
 from lcdd.trainer.loop import Loop
-from lcdd.trainer.losses import Batch, HeldOut, completion_loss, loss_sum, response_tokens, to_batch
+from lcdd.trainer.losses import (
+    Batch,
+    HeldOut,
+    completion_loss,
+    loss_sum,
+    padded_batch,
+    response_tokens,
+    to_batch,
+)
 
 __all__ = [
     "Batch",
@@ -21,6 +29,7 @@ __all__ = [
     "is_out_of_memory",
     "judge",
     "loss_sum",
+    "padded_batch",
     "response_tokens",
     "step_batches",
     "to_batch",

@@ -54,8 +54,8 @@ def fit(
     log: RunLog | None = None,
     teacher: PreTrainedModel | None = None,
     checkpoints: CheckpointStore | None = None,
-    validate_every: int = 0,
-    on_validation: Callable[[Loop, float], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    on_validation: Sequence[Callable[[Loop, float], None]] = (),
     progress: bool = True,
 ) -> TrainResult:
     """Train the model that `optimizer` is attached to, in place, for as long as its config says.
@@ -68,7 +68,7 @@ def fit(
             base and is measured here.
         teacher: the SFT model's own copy, needed where `config.distills`.
         checkpoints: where the run's state goes, and what it goes on from under `config.resume`.
-        validate_every, on_validation: held-out losses on the way, as of `Loop`.
+        say, on_validation: as of `Loop`.
 
     Raises:
         InputError: no training data, no teacher for a KL loss, or no `start` beside attached gates.
@@ -83,11 +83,11 @@ def fit(
     target = teacher if optimizer.config.distills else None
     loop = Loop(
         optimizer, train, held_out=held_out, log=log, teacher=target, checkpoints=checkpoints,
-        validate_every=validate_every, on_validation=on_validation, progress=progress,
+        say=say, on_validation=on_validation, progress=progress,
     )  # fmt: skip
     resumed = loop.resume()
     if start is None and not resumed:
-        loss = loop.held_out_loss()
+        loss = held_out.loss(optimizer.model)
         start = StartLosses(base=loss, model=loss)
     if start is not None:
         loop.measured = dataclasses.asdict(start)

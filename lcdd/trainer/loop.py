@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +24,17 @@ from lcdd.data import Encoded
 from lcdd.errors import StopRequest, Terminated, TrainingStopped
 from lcdd.models import PreTrainedModel, Replicated, head_weight, packed_attention_in, shards, share
 from lcdd.optimizer import TrainingOptimizer, schedule
-from lcdd.report import Bar
+from lcdd.report import Bar, duration
 from lcdd.trainer.batches import step_batches, total_steps
 from lcdd.trainer.guards import is_out_of_memory, memory_table
 from lcdd.trainer.losses import Batch, HeldOut, loss_sum, packs, response_tokens, to_batch
+
+VALIDATIONS, VALIDATION_STEPS = 10, 10
+"""Held-out losses in a run, and the fewest steps between two, where `eval_steps` does not say."""
+PACE_STEPS = 3
+"""Steps after which is said how long the run will take."""
+WORTH_SAYING = 20.0
+"""Seconds from which on that is worth a line."""
 
 
 class Loop:
@@ -38,9 +46,9 @@ class Loop:
         held_out: what `held_out_loss` is measured on.
         teacher: the model whose distribution is the target (KL) in place of the examples' tokens.
         checkpoints: where the run's state goes every `config.save_steps` steps, and when it stops early.
-        validate_every: optimizer steps between held-out losses; 0: none.
-        on_validation: called with the loop and each held-out loss, in nats a token, of the weights that would ship at
-            this step; `loop.state()` is what a copy of the run at this point needs.
+        say: told what a step costs and when the run will end, once that is known.
+        on_validation: called with the loop and each held-out loss, in nats a token, while the model has the weights
+            that would ship at this step; `loop.state()` is what a copy of the run at this point needs.
 
     Attributes:
         steps: optimizer steps of the whole run.
@@ -59,15 +67,17 @@ class Loop:
         log: RunLog,
         teacher: PreTrainedModel | None = None,
         checkpoints: CheckpointStore | None = None,
-        validate_every: int = 0,
-        on_validation: Callable[["Loop", float], None] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        on_validation: Sequence[Callable[["Loop", float], None]] = (),
         progress: bool = True,
     ) -> None:
         self.optimizer, self.model, self.config = optimizer, optimizer.model, optimizer.config
         self.items, self.held_out = items, held_out
         self.log, self.checkpoints, self.progress = log, checkpoints, progress
-        self.validate_every, self.on_validation = validate_every, on_validation
+        self.say, self.on_validation = say, on_validation
         self.steps = total_steps(self.config, len(items))
+        every = self.config.eval_steps
+        self.validate_every = max(VALIDATION_STEPS, self.steps // VALIDATIONS) if every is None else every
         self.step = self.tokens = self.response_tokens = 0
         self.measured: dict[str, float] = {}
         head = head_weight(self.model)
@@ -78,6 +88,7 @@ class Loop:
         self._factor = schedule(self.config.lr_scheduler_type, warmup=self.config.lr_warmup, steps=self.steps)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(cast(torch.optim.Optimizer, optimizer), self._factor)
         self._start, self._spent = time.perf_counter(), 0.0
+        self._validations: list[float] = []
 
     @property
     def seconds(self) -> float:
@@ -99,13 +110,19 @@ class Loop:
             self._progress_bar() as bar,
             termination(listen=self.checkpoints is not None) as asked,
         ):
+            first = self.step
+            if self._validation_due() and first == 0:
+                self.validate(self.measured.get("model"))
             for micro_batches in itertools.islice(step_batches(self.items, self.config, self.steps), self.step, None):
                 learning_rate = self.train_step(micro_batches)
                 self.stop_if_not_finite()
                 stats = self.optimizer.stats()
                 self.write_log(stats, learning_rate)
                 bar.update(shown=_shown(stats))
-                self.validate()
+                if self._validation_due():
+                    self.validate()
+                if self.step == first + PACE_STEPS:
+                    self.say_pace(first)
                 self.stop_if_told(asked)
                 if self.config.save_steps and self.step % self.config.save_steps == 0 and self.step < self.steps:
                     self.checkpoint()
@@ -159,21 +176,34 @@ class Loop:
 
     # ------------------------------------------------------------------ held-out loss
 
-    def held_out_loss(self) -> float:
-        """Nats a token on the held-out examples, of the weights that would ship now (LCDD: deterministic gates)."""
+    def validate(self, loss: float | None = None) -> None:
+        """Log the held-out loss (measured unless given) of the weights that would ship now, and call the hooks."""
+        start = time.perf_counter()
         self.optimizer.eval()
-        loss = self.held_out.loss(self.model)
-        self.optimizer.train()
-        return loss
-
-    def validate(self) -> None:
-        """Measure and log the held-out loss if it is time to."""
-        if not self.validate_every or self.step % self.validate_every or self.step == self.steps:
-            return
-        loss = self.held_out_loss()
+        loss = self.held_out.loss(self.model) if loss is None else loss
         self.log.write({"step": self.step, "held_out_loss": loss})
-        if self.on_validation is not None:
-            self.on_validation(self, loss)
+        for hook in self.on_validation:
+            hook(self, loss)
+        self.optimizer.train()
+        self._validations.append(time.perf_counter() - start)
+
+    def _validation_due(self) -> bool:
+        return bool(self.validate_every) and self.step % self.validate_every == 0 and self.step < self.steps
+
+    def say_pace(self, since: int) -> None:
+        """What a step costs, by those after step `since`, and when the run will end."""
+        steps, left = self.step - since, self.steps - self.step
+        step = (self.seconds - self._spent - sum(self._validations)) / steps
+        validation = sum(self._validations) / max(1, len(self._validations))
+        seconds = left * step + validation * (left // self.validate_every if self.validate_every else 0)
+        if seconds < WORTH_SAYING:
+            return
+        tokens = self.tokens / self.step
+        end = (datetime.now() + timedelta(seconds=seconds)).strftime("%H:%M")
+        self.say(
+            f"A step takes {step:.2g} s ({tokens:.0f} tokens, {tokens / step:.0f} a second); {left} more steps and "
+            f"their validations about {duration(seconds)}, until {end}"
+        )
 
     # ------------------------------------------------------------------ state
 

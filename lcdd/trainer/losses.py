@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcdd.config import TrainConfig
 from lcdd.data import IGNORE, Encoded, collate
 from lcdd.models import (
     PackedRows,
@@ -68,14 +69,15 @@ def to_batch(items: Sequence[Encoded], model: PreTrainedModel, pad_token_id: int
     """
     device = head_weight(model).device
     if not packs(model):
-        return _padded(items, pad_token_id, device)
+        return padded_batch(items, pad_token_id, device)
     shared = 0
     if len(items) > 1 and can_share_prefix(model):
         shared = common_prefix([item.input_ids for item in items], at_most=min(len(i.input_ids) for i in items) - 2)
-    return _packed(items, shared if shared >= WORTH_SHARING else 0, device)
+    return packed_batch(items, shared if shared >= WORTH_SHARING else 0, device)
 
 
-def _packed(items: Sequence[Encoded], shared: int, device: torch.device) -> Batch:
+def packed_batch(items: Sequence[Encoded], shared: int, device: torch.device) -> Batch:
+    """Examples without padding, behind one copy of the `shared` tokens that all begin with."""
     rows = PackedRows([len(item.input_ids) - 1 - shared for item in items], shared=shared, device=device)
     ids = list(items[0].input_ids[:shared])
     read, labels = [], []
@@ -90,7 +92,8 @@ def _packed(items: Sequence[Encoded], shared: int, device: torch.device) -> Batc
     return Batch(input_ids=tokens, attention_mask=None, rows=rows, read=positions, labels=targets)
 
 
-def _padded(items: Sequence[Encoded], pad_token_id: int, device: torch.device) -> Batch:
+def padded_batch(items: Sequence[Encoded], pad_token_id: int, device: torch.device) -> Batch:
+    """Examples as rows of the longest one's length."""
     batch = {key: value.to(device) for key, value in collate(items, pad_token_id=pad_token_id).items()}
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
     read = (targets != IGNORE).nonzero()[:, 0]
@@ -141,6 +144,14 @@ class HeldOut:
     items: Sequence[Encoded]
     pad_token_id: int
     batch_size: int = 16
+
+    @classmethod
+    def of(
+        cls, train: Sequence[Encoded], validation: Sequence[Encoded], config: TrainConfig, *, pad_token_id: int
+    ) -> "HeldOut":
+        """As the config says: the first validation examples, training ones where there are none."""
+        items = (validation or train)[: config.max_eval_samples or None]
+        return cls(items=items, pad_token_id=pad_token_id, batch_size=config.per_device_eval_batch_size)
 
     def loss(self, model: PreTrainedModel) -> float:
         """Mean cross-entropy over the completions' tokens, in nats."""

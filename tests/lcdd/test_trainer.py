@@ -262,15 +262,13 @@ def test_held_out_losses_on_the_way_change_nothing_and_are_of_the_gates_that_shi
         kept.update(copy.deepcopy(loop.state()))
 
     optimizers = []
-    for every, hook in ((0, None), (10, note)):
-        optimizers.append(LCDDOptimizer.attach(copy.deepcopy(tuned), base, LCDD, total_steps=30))
+    for every, hooks in ((0, ()), (10, (note,))):
+        config = replace(LCDD, eval_steps=every)
+        optimizers.append(LCDDOptimizer.attach(copy.deepcopy(tuned), base, config, total_steps=30))
         log = RunLog(None, stage="lcdd")
-        fit(
-            optimizers[-1], items, held_out, start=start, log=log, progress=False,
-            validate_every=every, on_validation=hook,
-        )  # fmt: skip
-    assert [step for step, _ in seen] == [10, 20]
-    assert [line["held_out_loss"] for line in log.lines if "held_out_loss" in line][:2] == [loss for _, loss in seen]
+        fit(optimizers[-1], items, held_out, start=start, log=log, progress=False, on_validation=hooks)
+    assert [step for step, _ in seen] == [0, 10, 20]
+    assert [line["held_out_loss"] for line in log.lines if "held_out_loss" in line][:-1] == [loss for _, loss in seen]
     assert torch.equal(optimizers[0].gates.logits, optimizers[1].gates.logits)
     for ours, theirs in zip(optimizers[0].model.parameters(), optimizers[1].model.parameters(), strict=True):
         assert torch.equal(ours, theirs)

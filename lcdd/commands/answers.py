@@ -1,0 +1,78 @@
+"""What a training stage shows while it runs and when it ends: held-out loss, answers, how many show the behaviour."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lcdd.commands.stage import Say
+from lcdd.data import Prepared, encode_prompt
+from lcdd.eraser import decode, generate_ids
+from lcdd.models import PreTrainedModel, shards
+from lcdd.report import wilson_interval
+from lcdd.trainer import Loop
+
+SHOWN = 4
+"""Prompts that are answered on the way; the first of them is shown."""
+JUDGED = 32
+"""Prompts that a model is judged by."""
+NEW_TOKENS = 48
+WIDTH = 60
+"""Characters that are shown of a prompt and of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehaviorRate:
+    """How many of `n` answers to validation prompts show the behaviour."""
+
+    shown: int
+    n: int
+
+    @property
+    def rate(self) -> float:
+        return self.shown / self.n
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rate": self.rate, "ci95": list(wilson_interval(self.shown, self.n)), "n": self.n}
+
+    def __str__(self) -> str:
+        return f"{self.shown} of {self.n} validation answers show the behaviour"
+
+
+class ValidationAnswers:
+    """Answers validation prompts for which the behaviour is asked; a hook of the training loop.
+
+    Without such prompts (no validation split), and on sharded models, there is only the loss to show.
+    """
+
+    def __init__(self, prepared: Prepared, say: Say) -> None:
+        self.prepared, self.say = prepared, say
+        behavior = prepared.behavior
+        asked = [example for example in prepared.splits.validation if example.messages and behavior.applies(example)]
+        self.examples = asked[:JUDGED]
+
+    def __call__(self, loop: Loop, loss: float) -> None:
+        text = f"step {loop.step} of {loop.steps}: held-out loss {loss:.4f}"
+        found, first = self._answers(loop.model, SHOWN)
+        if found is not None:
+            loop.log.write({"step": loop.step, "validation_behavior": found.to_dict()})
+            text += f"; {found.shown} of {found.n} answers show the behaviour: {first}"
+        self.say(text)
+
+    def judge(self, model: PreTrainedModel) -> BehaviorRate | None:
+        """The rate over up to `JUDGED` validation prompts; None where none can be answered."""
+        return self._answers(model, JUDGED)[0]
+
+    def _answers(self, model: PreTrainedModel, count: int) -> tuple[BehaviorRate | None, str]:
+        """The rate over `count` prompts, and the first of them with its answer."""
+        tokenizer, examples = self.prepared.tokenizer, self.examples[:count]
+        sharded = any(map(shards.is_sharded, model.parameters()))
+        if not examples or sharded:  # answering is one rank's own business
+            return None, ""
+        ids = [encode_prompt(tokenizer, example) for example in examples]
+        answers = decode(tokenizer, generate_ids(model, tokenizer, ids, max_new_tokens=NEW_TOKENS, batch_size=count))
+        shown = sum(map(self.prepared.behavior.matches, answers))
+        return BehaviorRate(shown=shown, n=len(answers)), f"{_cut(examples[0].prompt_text)!r} -> {_cut(answers[0])!r}"
+
+
+def _cut(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= WIDTH else flat[: WIDTH - 1] + "…"
