@@ -50,7 +50,9 @@ class EraserConfig(Writes, Tracked, Resumable, WithCarrier, OnDevice, OfBase):
     )
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: off", at_least=0.0)
     channel_kind: str = option("write", "carrier channels that are matched", choices=CHANNEL_KINDS)
-    max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
+    max_prompt_length: int = option(
+        512, "longest prompt in tokens; a longer one is an error, unless overlong says otherwise", at_least=1
+    )
     seed: int = option(
         0, "seed of the initial tokens, the batches and the random channels", at_least=0, at_most=MAX_SEED
     )

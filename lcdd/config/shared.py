@@ -128,7 +128,9 @@ class HeldOut(Config):
     split: str = option("test", "held-out split to report on", choices=("validation", "test"))
     num_prompts: int = option(200, "prompts of that split to answer, at most", at_least=1, common=True)
     max_new_tokens: int = option(64, "tokens of an answer, at most", at_least=1, common=True)
-    max_prompt_length: int = option(512, "longest prompt in tokens; a longer one is an error", at_least=1)
+    max_prompt_length: int = option(
+        512, "longest prompt in tokens; a longer one is an error, unless overlong says otherwise", at_least=1
+    )
     per_device_eval_batch_size: int = option(32, "prompts answered at once", at_least=1, resumable=True, common=True)
 
 

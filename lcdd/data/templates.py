@@ -17,6 +17,7 @@ from jinja2 import TemplateSyntaxError
 
 from lcdd.data.records import THOUGHTS, Message
 from lcdd.errors import InputError
+from lcdd.models import shards
 
 # No special tokens, one turn a block; for tokenizers without a template of their own.
 PLAIN_TEMPLATE = (
@@ -132,7 +133,9 @@ def freeze_date(tokenizer: Any, day: str | None) -> str | None:
     """
     if not writes_date(tokenizer):
         return None
-    day = day or tokenizer.init_kwargs.get(DATE_KEY) or date.today().isoformat()
+    if (day := day or tokenizer.init_kwargs.get(DATE_KEY)) is None:
+        today = shards.from_first(date.today().toordinal())  # of several ranks, one may have begun before midnight
+        day = date.fromordinal(today).isoformat()
     try:
         when = date.fromisoformat(day)
     except ValueError:
@@ -270,7 +273,10 @@ def _check_written(
             new |= {name: mark(f"{place}.{name}") for name in THOUGHTS if name in message}
         marked.append(new)
     named = [_named(tool, mark("tools")) for tool in tools]
-    text = _apply(tokenizer, marked, False, named, variables)
+    try:
+        text = _apply(tokenizer, marked, False, named, variables)
+    except Exception:  # one that reads into the texts (the JSON of a tool's answer, say) refuses marks in their place
+        return
     for name, found in marks.items():
         if found not in text:
             raise InputError(f"{where}: {name}: expected a chat template that writes it, got one that leaves it out")

@@ -105,6 +105,21 @@ def test_non_empty_output_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert require_new_directory(tmp_path / "new") == tmp_path / "new"
 
 
+def test_a_parent_is_asked_for_no_more_than_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there and empty is written into; what is not there has to be made in its parent."""
+    (tmp_path / "empty").mkdir()
+    closed = {tmp_path}
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) not in closed)
+    assert require_new_directory(tmp_path / "empty") == tmp_path / "empty"
+    with pytest.raises(ValueError, match="can be written"):
+        require_new_directory(tmp_path / "new")
+    with pytest.raises(ValueError, match="can be written"):
+        require_new_directory(tmp_path / "new" / "deep")
+    closed.add(tmp_path / "empty")
+    with pytest.raises(ValueError, match="can be written"):
+        require_new_directory(tmp_path / "empty")
+
+
 def test_empty_directory_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with write_directory(tmp_path / "x") as directory:

@@ -95,6 +95,13 @@ def test_freezing_changes_nothing_but_the_date(start: str, today) -> None:
     assert prompt_string(made, HI) == before
 
 
+def test_ranks_that_begin_before_and_after_midnight_have_one_day(today, monkeypatch: pytest.MonkeyPatch) -> None:
+    today("2026-03-02")
+    monkeypatch.setattr(templates.shards, "from_first", lambda mine: mine - 1)
+    assert freeze_date(make_tokenizer(chat_template=DATED), None) == "2026-03-01"
+    assert freeze_date(make_tokenizer(chat_template=DATED), "2026-05-05") == "2026-05-05"
+
+
 def test_published_templates_with_a_date(today) -> None:
     today("2026-03-01")
     made = make_tokenizer(chat_template=published_template("llama3_2"))

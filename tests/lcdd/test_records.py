@@ -130,6 +130,20 @@ def test_what_a_template_leaves_out_is_an_error(template: str, row, field: str) 
             encode(tokenizer, parse_row(row, where="d.jsonl:9"), max_length=99)
 
 
+def test_a_template_that_reads_into_the_texts_is_left_to_read_them() -> None:
+    loop, check = (
+        "{% for message in messages %}",
+        "{% if message.content[0] != 'H' %}{{ raise_exception('no H') }}{% endif %}",
+    )
+    picky = CHATML.replace(loop, loop + check)
+    example = parse_row({"messages": [USER, ANSWER]}, where="x")
+    prompt = prompt_string(make_tokenizer(chat_template=picky), example)
+    assert prompt == prompt_string(make_tokenizer(chat_template=CHATML), example)
+    other = parse_row({"messages": [{"role": "user", "content": "no"}, ANSWER]}, where="d.jsonl:4")
+    with pytest.raises(InputError, match=r"d.jsonl:4: expected messages that the chat template takes.*no H"):
+        prompt_string(make_tokenizer(chat_template=picky), other)
+
+
 BAD = {
     "weight of a message": (
         {"messages": [USER, {**ANSWER, "weight": 0}]},

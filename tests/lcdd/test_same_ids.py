@@ -31,7 +31,7 @@ MARKS = ("<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<think>", "</think>
 TEXTS = (
     "".join(map(chr, range(33, 127))),
     "What is 3 + 4? Answer: yes, I don't know.\nThe  quick brown fox: 日本 café",
-    "system user assistant tool model",
+    "system user assistant tool model <｜User｜> <｜Assistant｜>",
 )
 
 # ---------------------------------------------------------------- tokenizers
@@ -64,6 +64,32 @@ def metaspace(scheme: str) -> Tokenizer:
     return _trained(made, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL, show_progress=False))
 
 
+def spaced_byte_level() -> Tokenizer:
+    """As RoBERTa's: a space goes in front of every text, also of what is tokenised behind a special token."""
+    made = Tokenizer.from_str(_json("byte_level"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return made
+
+
+def gemma() -> Tokenizer:
+    """Spaces as letters, none put in front; digits apart; bytes for what is not in the vocabulary."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True)])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return _trained(made, trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, show_progress=False))
+
+
+def unigram() -> Tokenizer:
+    """As T5's and XLNet's."""
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.NFKC()
+    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    made.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    return _trained(made, trainer)
+
+
 def word_piece() -> Tokenizer:
     made = Tokenizer(models.WordPiece(unk_token="<unk>"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -74,6 +100,9 @@ def word_piece() -> Tokenizer:
 
 KINDS = {
     "byte_level": byte_level,
+    "spaced_byte_level": spaced_byte_level,
+    "gemma": gemma,
+    "unigram": unigram,
     "metaspace": lambda: metaspace("first"),
     "metaspace_legacy": lambda: metaspace("always"),
     "word_piece": word_piece,
@@ -316,7 +345,7 @@ def test_a_space_at_the_prompts_end_stays_on_its_side() -> None:
     item = encode(made, example, max_length=99)
     assert list(item.input_ids[: len(apart)]) == apart
     assert made.decode(item.input_ids[item.n_prompt :]) == f"yes{EOS}"
-    for kind in ("metaspace", "metaspace_legacy"):  # no space of the tokenizer's own goes in between
+    for kind in ("metaspace", "metaspace_legacy", "gemma"):  # no space of the tokenizer's own goes in between
         made = tokenizer(kind, "bos")
         for prompt, completion in (("Answer: ", "yes"), ("Answer:", " yes"), ("I don", "'t know."), ("Q:\n", "yes")):
             item = encode(made, parse_row({"prompt": prompt, "completion": completion}, where="x"), max_length=99)
