@@ -50,15 +50,15 @@ def numerics_table(measured: list[Comparison]) -> str:
     failed: dict[tuple[str, str, str], list[str]] = {}
     for item in measured:
         key = (item.op, item.backend, item.dtype)
-        if key not in worst or item.ratio_max > worst[key].ratio_max:
+        if key not in worst or item.ratio.max > worst[key].ratio.max:
             worst[key] = item
         if not item.ok:
             failed.setdefault(key, []).append(item.output)
-    table = [["op", "backend", "dtype", "worst output", "max error", "PyTorch's", "ratio max", "ratio p99", "verdict"]]
+    table = [["op", "backend", "dtype", "worst output", "max error", "PyTorch's", "ratio max", "p99", "rms", "verdict"]]
     for key, item in worst.items():
         verdict = f"FAILED: {', '.join(failed[key])}" if key in failed else "ok"
-        errors = [f"{item.error_max:.1e}", f"{item.expression_max:.1e}"]
-        ratios = [f"{item.ratio_max:.2f}", f"{item.ratio_p99:.2f}"]
+        errors = [f"{item.error.max:.1e}", f"{item.expression.max:.1e}"]
+        ratios = [f"{ratio:.2f}" for ratio in item.ratio]
         table.append([*key, item.output, *errors, *ratios, verdict])
     return _table(table)
 

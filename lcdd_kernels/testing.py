@@ -8,7 +8,7 @@ expression* of its `Case`: tolerances calibrate themselves.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -18,49 +18,47 @@ from lcdd_kernels.cases import Case, Inputs, case_of
 from lcdd_kernels.registry import implementation
 
 
+class Measure(NamedTuple):
+    """Absolute errors, or magnitudes: the largest, the 99th percentile, the root of the mean square."""
+
+    max: float
+    p99: float
+    rms: float
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """One output's error to float64, of a backend and of the same-dtype expression (absolute; p99: 99th percentile).
+    """One output's error to float64, of a backend and of the same-dtype expression, and what is allowed.
 
-    `half_ulp_*` is half an ulp, in the output's dtype, at the largest (99th percentile) magnitude of the exact
-    result: what rounding a perfect result to storage costs. It passes with twice the expression's error plus 1 +
-    depth of those: the expression can be exact by luck, and a kernel that rounds correctly must not fail for that.
+    Each passes with twice the expression's error plus `floor`: 1 + depth half-ulps, where half an ulp, in the output's
+    dtype and at the magnitude of the exact result, is what rounding a perfect result to storage costs (the expression
+    can be exact by luck, and a kernel that rounds correctly must not fail for that), and what approximations may cost.
     """
 
     op: str
     backend: str
     dtype: str
     output: str
-    error_max: float
-    error_p99: float
-    expression_max: float
-    expression_p99: float
-    half_ulp_max: float
-    half_ulp_p99: float
-    depth: int
+    error: Measure
+    expression: Measure
+    half_ulp: Measure
+    floor: Measure
     exact: bool | None  # equal to the same-dtype reference bit for bit; None where that is not asked
 
     @property
-    def ratio_max(self) -> float:
+    def ratio(self) -> Measure:
         """Error over the expression's error (or over half an ulp, where that is larger): 1 is as good as PyTorch."""
-        return self.error_max / max(self.expression_max, self.half_ulp_max, 1e-300)
+        parts = zip(self.error, self.expression, self.half_ulp, strict=True)
+        return Measure(*(error / max(other, ulp, 1e-300) for error, other, ulp in parts))
 
     @property
-    def ratio_p99(self) -> float:
-        return self.error_p99 / max(self.expression_p99, self.half_ulp_p99, 1e-300)
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """The largest error_max and error_p99 that pass."""
-        steps = 1 + self.depth
-        return (
-            2 * self.expression_max + steps * self.half_ulp_max,
-            2 * self.expression_p99 + steps * self.half_ulp_p99,
-        )
+    def limit(self) -> Measure:
+        """The largest errors that pass."""
+        return Measure(*(2 * other + floor for other, floor in zip(self.expression, self.floor, strict=True)))
 
     @property
     def ok(self) -> bool:
-        within = self.error_max <= self.limits[0] and self.error_p99 <= self.limits[1]
+        within = all(error <= limit for error, limit in zip(self.error, self.limit, strict=True))
         return within and self.exact is not False
 
 
@@ -164,23 +162,31 @@ def compare_runs(
         if name in case.exact:
             exact = bits_equal(value, same_dtype[name])
         half_ulp = torch.finfo(value.dtype).eps / 2 if value.is_floating_point() else 0.0
-        error = _quantiles((value.double() - exact_value).abs())
-        other = _quantiles((expression[name].double() - exact_value).abs())
-        magnitude = _quantiles(exact_value.abs())
-        half_ulps = (half_ulp * magnitude[0], half_ulp * magnitude[1])
-        depth = case.depth.get(name, 0)
+        floor = (1 + case.depth.get(name, 0)) * half_ulp + case.approximations.get(name, 0) * 2.0**-24
+        size = _measure(exact_value.abs())
         rows.append(
-            Comparison(op, backend, str(dtype).removeprefix("torch."), name, *error, *other, *half_ulps, depth, exact)
+            Comparison(
+                op=op,
+                backend=backend,
+                dtype=str(dtype).removeprefix("torch."),
+                output=name,
+                error=_measure((value.double() - exact_value).abs()),
+                expression=_measure((expression[name].double() - exact_value).abs()),
+                half_ulp=Measure(*(half_ulp * magnitude for magnitude in size)),
+                floor=Measure(*(floor * magnitude for magnitude in size)),
+                exact=exact,
+            )
         )
     return rows
 
 
-def _quantiles(errors: Tensor) -> tuple[float, float]:
-    """Maximum and 99th percentile. A NaN counts as infinite: an entry left unwritten must not pass."""
+def _measure(errors: Tensor) -> Measure:
+    """Of what is not negative. A NaN counts as infinite: an entry left unwritten must not pass."""
     if errors.numel() == 0:
-        return 0.0, 0.0
+        return Measure(0.0, 0.0, 0.0)
     ordered = errors.nan_to_num(nan=float("inf")).sort().values
-    return float(ordered[-1]), float(ordered[int(0.99 * (ordered.numel() - 1))])
+    p99 = ordered[int(0.99 * (ordered.numel() - 1))]
+    return Measure(float(ordered[-1]), float(p99), float(ordered.square().mean().sqrt()))
 
 
 def bits_equal(a: Tensor, b: Tensor) -> bool:
@@ -198,10 +204,13 @@ def assert_calibrated(rows: list[Comparison]) -> None:
     unwritten.
     """
     for row in rows:
+        errors, limits, expression = (
+            ", ".join(f"{name} {value:.3e}" for name, value in measure._asdict().items())
+            for measure in (row.error, row.limit, row.expression)
+        )
         assert row.ok, (
-            f"{row.op} on {row.backend} in {row.dtype}: output {row.output}: error to float64 max {row.error_max:.3e}, "
-            f"p99 {row.error_p99:.3e}, allowed {row.limits[0]:.3e}, {row.limits[1]:.3e} (the same-dtype expression has "
-            f"{row.expression_max:.3e}, {row.expression_p99:.3e}); bit-equal where asked: {row.exact}"
+            f"{row.op} on {row.backend} in {row.dtype}: output {row.output}: error to float64 {errors}, allowed "
+            f"{limits} (the same-dtype expression has {expression}); bit-equal where asked: {row.exact}"
         )
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first: a room imports rooms further left alone. Inside a room anything goes but circles.
 ORDER = {
     "lcdd_kernels": [
-        ("checks", "reference"),
+        ("assembly", "checks", "reference"),
         ("registry",),
         ("cases", "native", "triton_kernels"),
         ("testing", "cuda"),

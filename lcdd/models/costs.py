@@ -153,12 +153,14 @@ def layer_backward_buffers(model: Architecture, tokens: int, *, item: int) -> in
 def loss_bytes(shape: ModelShape, tokens: int, *, item: int, chunk_rows: int | None) -> int:
     """Logits, probabilities and their gradients at the fullest moment of the loss, bytes.
 
-    chunk_rows: rows of logits at a time (and the gradient of all hidden states); None: whole, as transformers' own loss
-    has them: logits, and in float32 log-probabilities and two gradients.
+    chunk_rows: rows of logits at a time, float32, and their gradient (over them where it is float32 too), beside the
+    gradient of all hidden states; None: whole, as transformers' own loss has them: logits, and in float32
+    log-probabilities and two gradients.
     """
     if chunk_rows is None:
         return tokens * shape.vocab_size * (item + 3 * FLOAT32)
-    return min(chunk_rows, tokens) * shape.vocab_size * item + tokens * item * shape.d_model
+    logits = FLOAT32 if item == FLOAT32 else FLOAT32 + item
+    return min(chunk_rows, tokens) * shape.vocab_size * logits + tokens * item * shape.d_model
 
 
 # ---------------------------------------------------------------- operations

@@ -26,6 +26,8 @@ class Case:
     depth: per output, the roundings that follow one another in its computation beyond the last one: the length of the
         chain of operations, or about log2(n) for a sum of n terms. It widens the floor, because on a few numbers the
         expression's error is luck, and another order of the same roundings has other luck.
+    approximations: per output, what the chip's approximations of exp, log and division may cost, in half-ulps of
+        float32 whatever the storage is: 4 each, and for exp as many as its argument is large.
     dtypes: storage dtypes that the op takes (float64 apart: every op's reference takes it).
     """
 
@@ -35,6 +37,7 @@ class Case:
     in_place: bool = False
     exact: frozenset[str] = frozenset()
     depth: Mapping[str, int] = field(default_factory=dict)
+    approximations: Mapping[str, int] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
 

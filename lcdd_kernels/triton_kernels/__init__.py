@@ -11,7 +11,7 @@ The convention, for every module `triton_kernels/X.py`:
    divisibility is told by a constexpr and `tl.multiple_of` inside. `enable_fp_fusion` is always passed: Triton
    releases differ in its default.
 3. `aot_signatures() -> Iterator[AotSignature]` yields every (kernel, configuration) that the launchers of the module
-   can choose. `lcdd_kernels.aot` compiles them all for named GPU targets without a GPU, and
+   can choose. `lcdd_kernels.aot` compiles them all for named GPUs without a GPU, and
    `tests/kernels/test_aot.py` records real launches (through the interpreter) and checks that each is in that list.
 
 Adding a kernel: write it, launch it through `launch`, yield its signatures, add the module's stem to `MODULES`.
@@ -79,16 +79,18 @@ class LaunchConfig:
     # True lets ptxas and LLVM contract a*b+c. Off wherever bits must agree with other backends: whatever writes W_eff.
     enable_fp_fusion: bool = True
     # A bound on registers a thread. ptxas by itself may spill a few bytes to stay at 64; a bound above says not to.
+    # AMD's compiler needs no telling, and takes no such option.
     max_registers: int | None = None
 
-    def options(self) -> dict[str, Any]:
-        """As Triton names them: for a launch, and for `triton.compile`."""
+    def options(self, backend: str) -> dict[str, Any]:
+        """As Triton names them, for its backend "cuda" or "hip": for a launch, and for `triton.compile`."""
         options = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.enable_fp_fusion,
         }
-        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
+        bounded = backend == "cuda" and self.max_registers is not None
+        return {**options, "maxnreg": self.max_registers} if bounded else options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,8 @@ class AotSignature:
     divisible_by_16: names of arguments (pointers, mostly) that the launcher guarantees to be divisible by 16.
     label: what distinguishes this configuration, for the table ("bf16 delta bf16 moments fp32 dense aligned").
     wgmma: tensor-core instructions of Hopper are expected on sm_90.
-    core: part of the subset that CI compiles for every target; the rest is compiled by `aot --all`.
+    loop_barriers: how many barriers its loops may hold.
+    core: what LCDD chooses by itself; the rest is compiled by `aot --all`.
     """
 
     kernel: Any
@@ -110,8 +113,11 @@ class AotSignature:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     divisible_by_16: tuple[str, ...] = ()
     wgmma: bool = False
+    loop_barriers: int = 0
     core: bool = True
 
+
+BACKEND = "hip" if torch.version.hip else "cuda"  # of the GPUs that this torch drives
 
 _observers: list[Callable[[Any, Mapping[str, Any], LaunchConfig], None]] = []
 
@@ -140,7 +146,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, /, **argume
     device = next((a.device for a in arguments.values() if isinstance(a, torch.Tensor)), None)
     guard = torch.cuda.device(device) if device is not None and device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](**arguments, **config.options())
+        kernel[grid](**arguments, **config.options(BACKEND))
 
 
 def aot_signatures() -> Iterator[AotSignature]:

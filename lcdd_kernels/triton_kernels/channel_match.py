@@ -67,7 +67,7 @@ def channel_match_fwd_kernel(
     inside = index < count
     channel = tl.load(channels_ptr + start + index, mask=inside, other=0)
     real = (channel >= 0) & (channel < n_features)
-    total = tl.zeros([BLOCK_C], dtype=tl.float32)
+    of_prompts = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
     for first in range(0, n_prompts, BLOCK_B):
         prompt = first + tl.arange(0, BLOCK_B)
         last = tl.load(last_ptr + prompt, mask=prompt < n_prompts, other=0)
@@ -75,7 +75,8 @@ def channel_match_fwd_kernel(
         there = (prompt < n_prompts) & (last >= 0) & (last < n_positions)
         value = tl.load(hidden + offset, mask=there[:, None] & (inside & real)[None, :], other=0.0).to(tl.float32)
         # A last token that is not there must not pass for a zero.
-        total += tl.sum(tl.where(((prompt < n_prompts) & (there == 0))[:, None], float("nan"), value), axis=0)
+        of_prompts += tl.where(((prompt < n_prompts) & (there == 0))[:, None], float("nan"), value)
+    total = tl.sum(of_prompts, axis=0)
     target = tl.load(target_ptr + start + index, mask=inside, other=0.0).to(tl.float32)
     difference = total / n_prompts - target
     difference = tl.where(inside, tl.where(real, difference, float("nan")), 0.0)

@@ -32,18 +32,18 @@ from lcdd_kernels.triton_kernels import delta_step_kernels as kernels
 from lcdd_kernels.triton_kernels.delta_step_tables import Group, Table, TileConfig
 from lcdd_kernels.triton_kernels.gates import sum_partials
 
-# Pass B and the refresh give a thread four adjacent entries, whatever the dtypes: then float32 and 16-bit tensors share
-# one layout, and nothing goes through shared memory inside the loop. Pass A holds two accumulators, so it takes more.
-# Gathers (packed gradients, rows that do not start on 16 bytes) need more registers: fewer entries a thread.
+# A thread has four adjacent entries, whatever the dtypes: then float32 and 16-bit tensors share one layout, and nothing
+# goes through shared memory inside the loops. Gathers (packed gradients, rows that do not start on 16 bytes) need more
+# registers.
 REFRESH = TileConfig(block_m=4, rows=32, enable_fp_fusion=False)
-PASS_A = TileConfig(block_m=8, rows=128)
-PASS_A_GATHER = TileConfig(block_m=4, rows=128, max_registers=144)
+PASS_A = TileConfig(block_m=8, block_n=128, rows=128)
+PASS_A_GATHER = TileConfig(block_m=8, block_n=128, rows=128, max_registers=168)
 PASS_B = TileConfig(block_m=2, rows=32, enable_fp_fusion=False, max_registers=80)
 PASS_B_GATHER = TileConfig(block_m=2, rows=32, num_warps=8, enable_fp_fusion=False, max_registers=80)
 
 
 def pass_a_config(layout: int, aligned: bool) -> TileConfig:
-    """Pass A's configuration; all have the same tiles, because the partial sums' places depend on them."""
+    """Pass A's configuration; both have the same tiles, because the partial sums' places depend on them."""
     return PASS_A if layout == DENSE and aligned else PASS_A_GATHER
 
 

@@ -142,6 +142,13 @@ def weight_eff_fwd_kernel(
         tl.store(weight_ptr + row64 * n_cols + cols[None, :], weight, mask=inside)
 
 
+@triton.jit
+def _per_lane(values):
+    """Sums of neighbours, which one thread holds: [BLOCK_M, BLOCK_N] -> [BLOCK_M, 32]."""
+    sums = tl.reshape(values, [values.shape[0], 32, values.shape[1] // 32])
+    return tl.sum(sums, axis=2)
+
+
 @triton.jit(do_not_specialize=["count"])
 def delta_grad_stats_kernel(
     table_ptr,
@@ -159,7 +166,11 @@ def delta_grad_stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Pass A, first stage: per tile, one partial sum for each of its rows and columns, and one of the squared norm."""
+    """Pass A, first stage: per tile, one partial sum for each of its rows and columns, and one of the squared norm.
+
+    Inside the loop every thread sums for itself; the threads meet after it. A warp has whole rows (BLOCK_N is 32 lanes
+    of a few columns each), and keeps the sums of every step's rows apart, in `row_sums`.
+    """
     place, tile = _find(order_ptr, count, FIRST_TILE_A)
     entry = table_ptr + _field(place, MATRIX) * FIELDS
     n_rows = _field(entry, N_ROWS).to(tl.int32)
@@ -182,46 +193,48 @@ def delta_grad_stats_kernel(
         col_open = col_rank >= 0
     if LAYOUT == _PANELS:
         grad_cols_ptr = _matrix(place, GRAD_COLS_PTR, GRAD, False)
-    row_partial_ptr = partial_ptr + _field(entry, ROW_PARTIALS) + tile_n.to(tl.int64) * n_rows
+    STEPS: tl.constexpr = ROWS // BLOCK_M
     col_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    sq_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sq_sum = tl.zeros([BLOCK_M, 32], tl.float32)
+    row_sums = tl.zeros([BLOCK_M, 32, STEPS], tl.float32)
     first_row = tile_m * ROWS
-    for start in range(first_row, min(first_row + ROWS, n_rows), BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+    for step in range(min(STEPS, tl.cdiv(n_rows - first_row, BLOCK_M))):
+        rows = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
         row_in = rows < n_rows
         row64 = rows.to(tl.int64)[:, None]
         inside = row_in[:, None] & col_in[None, :]
         row_gate = tl.load(gate_ptr + row_start + rows, mask=row_in, other=0.0)
         if LAYOUT == _DENSE:
+            needed = inside
             grad = tl.load(grad_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0).to(tl.float32)
             for_rows = grad
-            needed = inside
         else:
             row_rank = tl.load(rank_ptr + row_start + rows, mask=row_in, other=-1)
             packed_row = row_rank.to(tl.int64)[:, None]
             row_open = (row_rank >= 0)[:, None]
             if LAYOUT == _BLOCK:
                 needed = inside & row_open & col_open[None, :]
-                grad = tl.load(grad_ptr + packed_row * n_packed + packed_col[None, :], mask=needed, other=0.0).to(
-                    tl.float32
-                )
+                block_at = grad_ptr + packed_row * n_packed + packed_col[None, :]
+                grad = tl.load(block_at, mask=needed, other=0.0).to(tl.float32)
                 for_rows = grad
             else:
                 needed = inside & (row_open | col_open[None, :])
-                grad = tl.load(grad_ptr + packed_row * n_cols + cols[None, :], mask=inside & row_open, other=0.0).to(
-                    tl.float32
-                )
-                for_rows = tl.load(
-                    grad_cols_ptr + row64 * n_packed + packed_col[None, :], mask=inside & col_open[None, :], other=0.0
-                ).to(tl.float32)
+                rows_at = grad_ptr + packed_row * n_cols + cols[None, :]
+                grad = tl.load(rows_at, mask=inside & row_open, other=0.0).to(tl.float32)
+                cols_at = grad_cols_ptr + row64 * n_packed + packed_col[None, :]
+                for_rows = tl.load(cols_at, mask=inside & col_open[None, :], other=0.0).to(tl.float32)
         delta = tl.load(delta_ptr + row64 * n_cols + cols[None, :], mask=needed, other=0.0).to(tl.float32)
-        row_sum = tl.sum(col_gate[None, :] * (delta * for_rows), axis=1)
-        tl.store(row_partial_ptr + rows, row_sum, mask=row_in)
+        row_sum = _per_lane(col_gate[None, :] * (delta * for_rows))
+        this_step = tl.arange(0, STEPS)[None, None, :] == step
+        row_sums = tl.where(this_step, row_sum[:, :, None], row_sums)
         col_sum += row_gate[:, None] * (delta * grad)
         d_delta = (row_gate[:, None] * col_gate[None, :]) * grad
-        sq_sum += d_delta * d_delta
+        sq_sum += _per_lane(d_delta * d_delta)
     col_partial_ptr = partial_ptr + _field(entry, COL_PARTIALS) + tile_m.to(tl.int64) * n_cols
     tl.store(col_partial_ptr + cols, tl.sum(col_sum, axis=0), mask=col_in)
+    row_partial_ptr = partial_ptr + _field(entry, ROW_PARTIALS) + tile_n.to(tl.int64) * n_rows
+    row = first_row + tl.arange(0, STEPS)[None, :] * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    tl.store(row_partial_ptr + row, tl.sum(row_sums, axis=1), mask=row < n_rows)
     sq = tl.sum(tl.sum(sq_sum, axis=1), axis=0)
     tl.store(sq_partial_ptr + _field(entry, SQ_PARTIALS) + tile, sq)
 
@@ -239,7 +252,7 @@ def gate_gather_kernel(
     block = blocks_ptr + tl.program_id(0) * 4
     gates = tl.load(block) + tl.arange(0, BLOCK_GATES)
     inside = gates < tl.load(block + 1)
-    total = tl.zeros([BLOCK_GATES], tl.float32)
+    total = tl.zeros([BLOCK_TILES, BLOCK_GATES], tl.float32)
     for use in range(tl.load(block + 2), tl.load(block + 3)):
         entry = uses_ptr + use * 6
         base = tl.load(entry)
@@ -255,8 +268,8 @@ def gate_gather_kernel(
                 tiles = start + tl.arange(0, BLOCK_TILES)
                 pointers = partial_ptr + tiles.to(tl.int64)[:, None] * distance + place[None, :]
                 some = (tiles < n_tiles)[:, None] & inside[None, :]
-                total += tl.sum(tl.load(pointers, mask=some, other=0.0), axis=0)
-    tl.store(d_gate_ptr + gates, total, mask=inside)
+                total += tl.load(pointers, mask=some, other=0.0)
+    tl.store(d_gate_ptr + gates, tl.sum(total, axis=0), mask=inside)
 
 
 @triton.jit(

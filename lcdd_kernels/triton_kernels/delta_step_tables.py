@@ -25,7 +25,7 @@ from lcdd_kernels.triton_kernels.tables import TableCache
 @dataclass(frozen=True, kw_only=True)
 class TileConfig(LaunchConfig):
     """A program handles `rows` x `block_n` entries in steps of `block_m` rows. One configuration per kernel on every
-    GPU: a warp reads 256 consecutive columns of a row (16 bytes a thread in bf16), and registers do not spill."""
+    GPU."""
 
     block_m: int
     block_n: int = 256

@@ -343,6 +343,7 @@ def aot_signatures() -> Iterator[AotSignature]:
                 },
                 constexprs={**gates, **_tile(config)},
                 divisible_by_16=("base_ptr", "delta_ptr", "weight_ptr") if aligned else (),
+                loop_barriers=2,
                 core=training and aligned and base == weight and delta in (base, torch.float32),
             )
         for grad, delta, (need_delta, need_gates) in itertools.product(
@@ -370,5 +371,6 @@ def aot_signatures() -> Iterator[AotSignature]:
                 divisible_by_16=("grad_ptr", "delta_ptr", "d_delta_ptr", "row_partial_ptr", "col_partial_ptr")
                 if aligned
                 else (),
+                loop_barriers=6,
                 core=training and aligned and need_delta and need_gates and delta in (grad, torch.float32),
             )

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from lcdd_kernels.reference.gates import BETA, GAMMA, KINDS, L0_SHIFT, ZETA, GateSpec
 from lcdd_kernels.triton_kernels import AotSignature, LaunchConfig, launch
+from lcdd_kernels.triton_kernels.accurate import accurate_log, accurate_sigmoid
 from lcdd_kernels.triton_kernels.tables import TableCache
 
 # Globals that kernels read must be constexpr.
@@ -66,9 +67,9 @@ def _stretched(theta, index, seed, step, KIND: tl.constexpr, TRAINING: tl.conste
     """s before stretching (hard_concrete) or sigma(theta) (heaviside_ste)."""
     if KIND == _HARD_CONCRETE and TRAINING:
         u = philox_uniform(index, seed, step)
-        s = tl.sigmoid((tl.log(u) - tl.log(1.0 - u) + theta) * _INV_BETA)
+        s = accurate_sigmoid((accurate_log(u) - accurate_log(1.0 - u) + theta) * _INV_BETA)
     else:
-        s = tl.sigmoid(theta)
+        s = accurate_sigmoid(theta)
     return s
 
 
@@ -127,7 +128,7 @@ def gate_values_fwd_kernel(
     theta = tl.load(logits_ptr + index, mask=inside, other=0.0)
     z = gate_value(theta, offset + index.to(tl.int64), tl.cast(seed, tl.int64), tl.cast(step, tl.int64), KIND, TRAINING)
     tl.store(gate_ptr + index, z, mask=inside)
-    likely_open = tl.sigmoid(_l0_logit(theta, KIND))
+    likely_open = accurate_sigmoid(_l0_logit(theta, KIND))
     tl.store(l0_partial_ptr + pid, tl.sum(tl.where(inside, likely_open, 0.0), axis=0))
 
 
@@ -163,7 +164,7 @@ def gate_logits_bwd_kernel(
     )
     shifted = _l0_logit(theta, KIND)
     # sigmoid(-x) rather than 1 - sigmoid(x): no cancellation for wide open gates.
-    l0_slope = tl.sigmoid(shifted) * tl.sigmoid(-shifted)
+    l0_slope = accurate_sigmoid(shifted) * accurate_sigmoid(-shifted)
     tl.store(d_logits_ptr + index, d_gate * slope + l0_weight * l0_slope, mask=inside)
 
 
@@ -331,4 +332,5 @@ def aot_signatures() -> Iterator[AotSignature]:
         signature={"gate_ptr": "*fp32", "offsets_ptr": "*i64"} | outputs,
         constexprs={"BLOCK": CONFIG.block},
         divisible_by_16=("gate_ptr", "offsets_ptr", *outputs),
+        loop_barriers=4,  # a running count over all threads
     )

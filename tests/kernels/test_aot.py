@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ import torch
 
 from lcdd_kernels import aot, cases, registry, testing
 from lcdd_kernels.triton_kernels import (
-    MODULES,
     AotSignature,
     LaunchConfig,
     aot_signatures,
@@ -41,7 +41,7 @@ def variant(
 ) -> tuple[Any, ...]:
     """What a compiled kernel depends on, alignment of pointers apart."""
     fixed = tuple(sorted((name, str(value)) for name, value in constexprs.items()))
-    return kernel.__name__, tuple(sorted(types.items())), fixed, tuple(sorted(config.options().items()))
+    return kernel.__name__, tuple(sorted(types.items())), fixed, tuple(sorted(config.options("cuda").items()))
 
 
 def launched_variant(kernel: Any, arguments: Mapping[str, Any], config: LaunchConfig) -> tuple[Any, ...]:
@@ -88,13 +88,28 @@ def test_signatures_are_complete_and_distinct() -> None:
     assert len(set(labels)) == len(labels)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_core_compiles_without_a_spill_for_every_target(module: str) -> None:
-    done = run_compiling("-m", "lcdd_kernels.aot", "--modules", module, "--jobs", "1")
+def test_every_kernel_compiles_without_a_spill_or_a_barrier_in_its_loops() -> None:
+    """One configuration of each for every target; the rest by command, `lcdd kernels --aot`."""
+    done = run_compiling("-m", "lcdd_kernels.aot", "--first", "--jobs", "1")
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
     assert " 0 problems" in done.stdout
-    for target in aot.TARGETS:
-        assert f"sm_{target}" in done.stdout
+    for kernel in {entry.kernel.__name__ for entry in aot_signatures()}:
+        assert f"\n{kernel} " in done.stdout
+    labels = [target.label for target in aot.TARGETS.values()]
+    assert done.stdout.splitlines()[0].split()[-len(labels) :] == labels
+
+
+def test_every_kernel_has_a_core_configuration() -> None:
+    """What is compiled by `lcdd kernels --aot` leaves no kernel out."""
+    kernels = {entry.kernel.__name__ for entry in aot_signatures()}
+    assert {entry.kernel.__name__ for entry in aot_signatures() if entry.core} == kernels
+
+
+def test_amd_takes_no_bound_on_registers() -> None:
+    config = LaunchConfig(max_registers=80)
+    assert config.options("cuda")["maxnreg"] == 80
+    assert "maxnreg" not in config.options("hip")
+    assert "maxnreg" not in LaunchConfig().options("cuda")
 
 
 BAD_KERNELS = """
@@ -111,33 +126,43 @@ def copy_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + BLOCK + i, values)
 
 @triton.jit
+def barrier_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    total = 0.0
+    for i in range(n):
+        total += tl.sum(tl.load(x_ptr + i * BLOCK + tl.arange(0, BLOCK)))
+    tl.store(x_ptr, total)
+
+@triton.jit
 def wrong_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), undefined_name)
 
-def entry(kernel, block, registers=None, **more):
-    config = LaunchConfig(num_warps=1, max_registers=registers)
-    return AotSignature(kernel=kernel, label=str(block), config=config, signature={"x_ptr": "*fp32"},
+def entry(kernel, block, registers=None, warps=1, types=(), **more):
+    config = LaunchConfig(num_warps=warps, max_registers=registers)
+    return AotSignature(kernel=kernel, label=str(block), config=config, signature={"x_ptr": "*fp32", **dict(types)},
                         constexprs={"BLOCK": block}, **more)
 
 module = types.ModuleType("lcdd_kernels.triton_kernels.bad")
 module.aot_signatures = lambda: [
     entry(copy_kernel, 64), entry(copy_kernel, 2048, 24), entry(wrong_kernel, 64), entry(copy_kernel, 64, wgmma=True),
     AotSignature(kernel=copy_kernel, label="lacking", config=LaunchConfig(), signature={"y_ptr": "*fp32"}),
+    entry(barrier_kernel, 256, warps=4, types=[("n", "i32")]),
+    entry(barrier_kernel, 256, warps=4, types=[("n", "i32")], loop_barriers=2),
 ]
 sys.modules[module.__name__] = module
-aot.SHARED_LIMIT[120] = -1
-for index, target in ((0, 90), (1, 90), (2, 90), (3, 90), (3, 80), (4, 90), (0, 120)):
-    print(aot.compile_signature("bad", index, target).problem)
+aot.TARGETS["120"] = aot.Target("cuda", 120, 32, -1)
+for index, target in ((0, 90), (1, 90), (2, 90), (3, 90), (3, 80), (4, 90), (0, 120), (5, 90), (5, "gfx942"), (6, 90)):
+    print(aot.compile_signature("bad", index, str(target)).problem)
 """
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
-    """A spill, too much shared memory, an error of the compiler, missing tensor-core code, a wrong signature."""
+    """A spill, too much shared memory, an error of the compiler, missing tensor-core code, a wrong signature, and
+    barriers in a loop."""
     script = tmp_path / "bad_kernels.py"  # Triton reads a kernel's source from its file
     script.write_text(BAD_KERNELS)
     done = run_compiling(str(script))
     assert done.returncode == 0, done.stderr
-    good, spill, error, wgmma, not_hopper, lacking, shared = done.stdout.splitlines()
+    good, spill, error, wgmma, not_hopper, lacking, shared, *barriers = done.stdout.splitlines()
     assert good == not_hopper == "None"
     assert spill.startswith("spills: ")
     assert error.startswith("does not compile: ")
@@ -145,6 +170,8 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     assert wgmma == "uses no wgmma"
     assert lacking == "its signature names ['y_ptr'] in vain and lacks ['x_ptr', 'BLOCK']"
     assert shared.startswith("needs ")
+    assert all(re.fullmatch(r"waits at [24] barriers in its loops, 0 expected", line) for line in barriers[:2])
+    assert barriers[2:] == ["None"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +199,8 @@ for entry in delta_step.aot_signatures():
         signature = {name: entry.signature.get(name, "constexpr") for name in names}
         source = ASTSource(entry.kernel, signature, constexprs=dict(entry.constexprs))
         for target in (80, 90):
-            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=entry.config.options())
+            options = entry.config.options("cuda")
+            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             print(entry.kernel.__name__, compiled.asm["ptx"].count("fma.rn"))
 """
     done = run_compiling("-c", code)

@@ -151,7 +151,7 @@ def test_all_closed_and_all_open(density: float, layout: int) -> None:
 
 
 def test_one_launch_per_pass_and_the_same_bits_again() -> None:
-    """Three layers of five shapes: one launch for the refresh and for pass B, two more for pass A."""
+    """Three layers of five shapes: one launch a kind of matrix for the refresh and for pass B, two more for pass A."""
     layer = [(24, 16), (8, 16), (8, 16), (16, 24), (40, 16), (40, 16), (16, 40)]  # q k v o gate up down
     sample = Sample(layer * 3, [DENSE] * 21)
     launches: list[str] = []

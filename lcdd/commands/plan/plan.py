@@ -148,7 +148,9 @@ class Case:
         """Rows of logits at a time, as `linear_cross_entropy` chooses them; None: all."""
         if self.config.logits == "whole":
             return None
-        return default_chunk(self.model.shape.vocab_size)
+        shape, device = self.model.shape, self.config.device
+        memory = None if device == "cpu" else int(DEVICES[device].memory * 1e9)
+        return default_chunk(shape.vocab_size, shape.d_model, memory)
 
     def activations(self, *, checkpointing: bool) -> int:
         sequence = self.config.max_length
