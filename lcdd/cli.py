@@ -165,7 +165,7 @@ def build_parser() -> _Parser:
     run.add_argument("--output_dir", default=argparse.SUPPRESS, help="overrides the file's output_dir")
     run.add_argument("--resume", action="store_true", default=argparse.SUPPRESS, help="go on with an interrupted run")
     kernels = commands.add_parser("kernels", help=KERNELS_HELP, description=KERNELS_HELP)
-    kernels.add_argument("--aot", action="store_true", help="also compile every Triton kernel for five GPUs (minutes)")
+    kernels.add_argument("--aot", action="store_true", help="also compile every Triton kernel for seven GPUs (minutes)")
     return parser
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lcdd import cli
 from lcdd_kernels import aot, report_card, testing
 from lcdd_kernels.cases import case_of
 from lcdd_kernels.registry import OPS, implementation
@@ -45,5 +46,6 @@ def test_ahead_of_time_compilation_decides_too(monkeypatch: pytest.MonkeyPatch) 
         return 1
 
     monkeypatch.setattr(aot, "main", main)
-    assert report_card.main(["--aot", "--targets", "80,90"]) == 1
-    assert asked == [["--targets", "80,90"]]
+    assert report_card.main(["--aot", "--targets", "80,gfx942"]) == 1
+    assert cli.main(["kernels", "--aot"]) == 1
+    assert asked == [["--targets", "80,gfx942"], ["--targets", ",".join(aot.TARGETS)]]
