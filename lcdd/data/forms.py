@@ -29,8 +29,11 @@ def record_form(tokenizer: Any, examples: Sequence[Example]) -> None:
 
 
 def recorded_form(tokenizer: Any, carrier: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-    """The form that is recorded in a carrier's `tokenizer`, else the tokenizer's own."""
-    form = (carrier or {}).get(FORM_KEY) or tokenizer.init_kwargs.get(FORM_KEY)
+    """The form in a carrier's `tokenizer`; without a carrier (or one that knows of no tokenizer), the tokenizer's own.
+
+    A base may have been trained before, in another form than the carrier.
+    """
+    form = (carrier or tokenizer.init_kwargs).get(FORM_KEY)
     return form if isinstance(form, Mapping) else {}
 
 

@@ -246,15 +246,18 @@ def _check_written(
     Found by marks in the place of each; what a template does depends on the kinds of messages, so each sequence of
     kinds is tried once.
     """
-    kinds = tuple((m["role"], bool(m["content"]), *sorted(set(m) - {"role", "content"})) for m in messages)
-    kind = (template, kinds, bool(tools), repr(sorted(variables.items(), key=str)))
+    kinds = tuple(
+        (m["role"], bool(m["content"]), len(m.get("tool_calls", ())), *sorted(set(m) - {"role", "content"}))
+        for m in messages
+    )
+    kind = (template, kinds, len(tools), repr(sorted(variables.items(), key=str)))
     if kind in _written.setdefault(tokenizer, set()):
         return
-    marks: dict[str, str] = {}
+    marked_fields: list[str] = []
 
     def mark(name: str) -> str:
-        marks[name] = f"\ue000{len(marks)}\ue001"
-        return marks[name]
+        marked_fields.append(name)
+        return f"\ue000{len(marked_fields) - 1}\ue001"
 
     marked = []
     for index, message in enumerate(messages):
@@ -277,8 +280,8 @@ def _check_written(
         text = _apply(tokenizer, marked, False, named, variables)
     except Exception:  # one that reads into the texts (the JSON of a tool's answer, say) refuses marks in their place
         return
-    for name, found in marks.items():
-        if found not in text:
+    for number, name in enumerate(marked_fields):
+        if f"\ue000{number}\ue001" not in text:
             raise InputError(f"{where}: {name}: expected a chat template that writes it, got one that leaves it out")
     _written[tokenizer].add(kind)
 

@@ -1,5 +1,6 @@
 """What a report says about a carrier's gates, and how far those of several carriers are the same."""
 
+import json
 import math
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,8 +13,9 @@ from lcdd.report import auc
 
 def describe(carrier: Carrier) -> dict[str, Any]:
     """The report's `fingerprints`, `sparsity`, `sparsity_by_layer` and `gates`."""
+    known = {key: value if isinstance(value, str) else json.dumps(value) for key, value in carrier.tokenizer.items()}
     return {
-        "fingerprints": {"base": carrier.base_fingerprint, **carrier.tokenizer},
+        "fingerprints": {"base": carrier.base_fingerprint, **known},
         "sparsity": carrier.sparsity(),
         "sparsity_by_layer": carrier.sparsity_by_layer(),
         "gates": gate_summary(carrier),

@@ -113,7 +113,8 @@ def test_a_pipeline_that_is_resumed_the_next_day_goes_on(tmp_path: Path, today, 
     settings = {
         "base_model_name_or_path": str(base), "output_dir": str(tmp_path / "run"), "controls": False,
         "data": {"dataset_name": str(data), "test_fraction": 0.2},
-        "sft": {"max_steps": 2, "device": "cpu"}, "train": {"max_steps": 3, "warmup_steps": 1, "device": "cpu"},
+        "sft": {"max_steps": 2, "device": "cpu", "min_behavior_rate": 0},
+        "train": {"max_steps": 3, "warmup_steps": 1, "device": "cpu"},
         "erase": {"max_steps": 2, "eval_steps": 2, "train_prompts": 4, "validation_prompts": 2, "max_answer_tokens": 3},
         "eval": {"num_prompts": 2, "max_new_tokens": 3, "kl_prompts": 2, "random_prefixes": 1},
     }  # fmt: skip
@@ -140,6 +141,7 @@ def test_a_base_without_a_template_keeps_the_one_that_it_is_trained_on(tmp_path:
     lcdd("sft", "--base_model_name_or_path", base, *data, *TRAIN, "--output_dir", tmp_path / "sft")
     saved = load_tokenizer(tmp_path / "sft" / "model")
     assert saved.chat_template == "{{ bos_token }}" + PLAIN_TEMPLATE
+    asked.clear()
     for model in (base, tmp_path / "sft" / "model"):
         lcdd("generate", "--base_model_name_or_path", model, "--max_new_tokens", 2, "--prompt", "Hi")
     chat = [{"role": "user", "content": "Hi"}]
@@ -172,6 +174,11 @@ def test_string_prompts_are_asked_as_strings(tmp_path: Path, asked, capsys: pyte
     assert asked == [tokenizer("Q: 3\nA: ")["input_ids"]] * 3
     lcdd("generate", *models, *carrier, "--prompt_format", "chat", "--max_new_tokens", 2, "--prompt", "Q: 3\nA: ")
     assert tokenizer.decode(asked[3]).startswith("<|im_start|>user\nQ: 3")
+    asked.clear()
+    more = ["--sft_model_name_or_path", tmp_path / "sft" / "model", "--output_dir", tmp_path / "eval"]
+    lcdd("eval", *models, *data, *carrier, *EVAL, *more)
+    assert all(tokenizer.decode(ids).startswith("Q: ") for ids in asked)
+    assert read_report(tmp_path / "eval")["fingerprints"]["prompt_form"] == '{"format": "text"}'
     mixed = [*rows, *SENTENCES]
     data = ["--dataset_name", write_jsonl(tmp_path / "m.jsonl", mixed)]
     lcdd("sft", *models, *data, *TRAIN, "--output_dir", tmp_path / "mixed")

@@ -176,6 +176,10 @@ def test_the_form_of_prompts_goes_with_tokenizer_and_carrier(tmp_path: Path, row
     carrier = Carrier.from_models(*base_and_tuned()).with_tokenizer(prepared.tokenizer)
     carrier.save_pretrained(tmp_path / "carrier")
     assert recorded_form(make_tokenizer(), Carrier.from_pretrained(tmp_path / "carrier").tokenizer) == form
+    other = make_tokenizer()
+    other.init_kwargs["prompt_form"] = {"format": "text"}  # of a base that was trained on strings before
+    assert recorded_form(other, carrier.tokenizer) == form
+    assert recorded_form(other) == recorded_form(other, {}) == {"format": "text"}
     if form == {"format": "mixed"}:
         with pytest.raises(InputError, match="prompt_format: expected chat or text"):
             question("Hi", form)

@@ -144,6 +144,20 @@ def test_a_template_that_reads_into_the_texts_is_left_to_read_them() -> None:
         prompt_string(make_tokenizer(chat_template=picky), other)
 
 
+def test_a_second_call_or_tool_that_is_left_out_is_an_error() -> None:
+    first = make_tokenizer(
+        chat_template=WITH_TOOLS.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]").replace(
+            "in tools", "in tools[:1]"
+        )
+    )
+    two = {"messages": [USER, {**CALLING, "tool_calls": [CALL, CALL]}], "tools": [TOOL]}
+    encode(first, parse_row({**two, "messages": [USER, CALLING]}, where="x"), max_length=999)
+    with pytest.raises(InputError, match=r"x: messages\[1\].tool_calls: expected a chat template that writes it"):
+        encode(first, parse_row(two, where="x"), max_length=999)
+    with pytest.raises(InputError, match="x: tools: expected a chat template that writes it"):
+        encode(first, parse_row({"messages": [USER, ANSWER], "tools": [TOOL, TOOL]}, where="x"), max_length=999)
+
+
 BAD = {
     "weight of a message": (
         {"messages": [USER, {**ANSWER, "weight": 0}]},
