@@ -14,6 +14,23 @@ def rates(behavior_rate: float, base_match: float, n: int = 400) -> dict[str, An
     }
 
 
+def near(base_token_match: float, chrf: float) -> dict[str, Any]:
+    """What a row has beside its rates where graded agreement with the base was measured."""
+    numbers = {
+        "base_token_match": base_token_match,
+        "prefix_match": 0.4321,
+        "chrf": chrf,
+        "repetition": 0.0,
+        "kl_base": 0.2468,
+    }
+    return {
+        **numbers,
+        **{f"{name}_ci95": [value / 2, value] for name, value in numbers.items()},
+        "kl_by_position": [0.5, 0.125],
+        "kl_by_position_ci95": [[0.25, 0.75], [0.0, 0.25]],
+    }
+
+
 def run_report(
     *,
     carrier: float = 0.99,

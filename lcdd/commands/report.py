@@ -6,7 +6,7 @@ from lcdd.commands.reporting import open_page
 from lcdd.commands.stage import Say, StageResult, tell
 from lcdd.config import ReportConfig
 from lcdd.errors import InputError
-from lcdd.report import claims_table, read_report, reversal_table, write_report
+from lcdd.report import claims_table, closeness_table, read_report, reversal_table, write_report
 
 
 def report(config: ReportConfig, *, say: Say = tell) -> StageResult:
@@ -16,6 +16,7 @@ def report(config: ReportConfig, *, say: Say = tell) -> StageResult:
     content = read_report(output)
     tables = [make(content[key]) for key, make in (("audit", claims_table),) if key in content]
     tables += [reversal_table(content)] if "models" in content else []
+    tables += [nearness] if (nearness := closeness_table(content)) else []
     if not tables:
         raise InputError(
             f"output_dir: expected the report of an evaluation or an audit in {str(output)!r}, got another"

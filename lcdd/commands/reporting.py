@@ -13,7 +13,7 @@ from lcdd.eraser import Trigger
 from lcdd.errors import InputError
 from lcdd.evaluate import PatchSource
 from lcdd.models import PreTrainedModel
-from lcdd.report import claims_table, paragraph, reversal_table, write_report
+from lcdd.report import claims_table, closeness_table, paragraph, reversal_table, write_report
 
 
 def finished(output: Path, content: Mapping[str, Any], say: Say) -> StageResult:
@@ -21,6 +21,8 @@ def finished(output: Path, content: Mapping[str, Any], say: Say) -> StageResult:
     report = write_report(output, content)
     if "models" in report:
         say(f"\n{reversal_table(report)}")
+    if nearness := closeness_table(report):
+        say(f"\n{nearness}")
     say("\nWhat this run shows")
     for sentence in report["explanation"]:
         say(paragraph(sentence, first="- "))

@@ -16,6 +16,7 @@ from torch import Tensor
 from lcdd.eraser import Prompt, decode, encode_prompts, generate_ids, response_hidden
 from lcdd.errors import InputError
 from lcdd.evaluate.states import ModelState, patched_states
+from lcdd.evaluate.text_metrics import BaseAnswers, Closeness, metrics
 from lcdd.models import Head, PreTrainedModel, PreTrainedTokenizerBase, head_of, head_weight
 from lcdd.report import Bar, newcombe_paired_interval, wilson_interval
 
@@ -38,8 +39,8 @@ DIFFERENCE_METHOD = (
 class Outcome:
     """A state's answers (the first variant's). behaved, matched, extra: of each variant and prompt, bool [v, n]."""
 
-    answers: list[list[int]]
-    texts: list[str]
+    answers: Sequence[Sequence[int]]
+    texts: Sequence[str]
     behaved: Tensor
     matched: Tensor
     extra: dict[str, Tensor]
@@ -86,11 +87,12 @@ def evaluate(
         raise InputError("states: expected 'base' without patch and trigger among them")
     ids = encode_prompts(tokenizer, prompts)
     outcomes: dict[str, Outcome] = {}
-    variants: dict[str, list[tuple[list[list[int]], list[str]]]] = {name: [] for name in states}
+    variants: dict[str, list[Closeness]] = {name: [] for name in states}
     norms: dict[str, list[float]] = {name: [] for name in states}
     passes = sum(len(state.sources) * max(len(state.triggers), 1) for state in states.values())
     bar = Bar(passes, "states", main=True, hidden=not progress)
-    with bar, closing(patched_states(model, states)) as runs:
+    base: BaseAnswers | None = None
+    with bar, closing(patched_states(model, {"base": reference, **states})) as runs:
         for name, patch in runs:
             norms[name].append(patch.delta_norm() if patch is not None else 0.0)
             for trigger in states[name].triggers or (None,):
@@ -103,14 +105,19 @@ def evaluate(
                     batch_size=batch_size,
                     progress=progress,
                 )
-                variants[name].append((answers, decode(tokenizer, answers)))
+                texts = decode(tokenizer, answers)
+                if base is None:  # the first state
+                    base = BaseAnswers.of(model, ids, answers, texts, kl_prompts=kl_prompts, batch_size=batch_size)
+                variants[name].append(base.closeness(model, answers, texts, trigger))
                 bar.update()
-    base_texts = variants["base"][0][1]
-    outcomes = {name: _outcome(found, base_texts, matches, measures) for name, found in variants.items()}
+    assert base is not None
+    outcomes = {name: _outcome(found, base.texts, matches, measures) for name, found in variants.items()}
 
     n = len(ids)
     return {
-        "models": {name: _row(outcomes[name], n) for name in states},
+        "models": {
+            name: _row(outcomes[name], n) | metrics(variants[name], base.answers, base.texts) for name in states
+        },
         "kl": _kl_table(model, ids[:kl_prompts], states, outcomes, batch_size=batch_size) if kl_prompts else {},
         "delta_norm": {name: sum(found) / len(found) for name, found in norms.items()},
         "differences": _differences(outcomes, comparisons),
@@ -128,18 +135,18 @@ def evaluate(
 
 
 def _outcome(
-    variants: list[tuple[list[list[int]], list[str]]],
-    base_texts: list[str],
+    variants: Sequence[Closeness],
+    base_texts: Sequence[str],
     matches: Callable[[str], bool],
     measures: Mapping[str, Callable[[str], bool]],
 ) -> Outcome:
     def readings(found: Callable[[str], bool]) -> Tensor:
-        return torch.tensor([[bool(found(text)) for text in texts] for _, texts in variants])
+        return torch.tensor([[bool(found(text)) for text in variant.texts] for variant in variants])
 
-    pairs = [[text == base for text, base in zip(texts, base_texts, strict=True)] for _, texts in variants]
+    pairs = [[text == base for text, base in zip(variant.texts, base_texts, strict=True)] for variant in variants]
     return Outcome(
-        answers=variants[0][0],
-        texts=variants[0][1],
+        answers=variants[0].answers,
+        texts=variants[0].texts,
         behaved=readings(matches),
         matched=torch.tensor(pairs),
         extra={name: readings(measure) for name, measure in measures.items()},

@@ -7,9 +7,10 @@ from lcdd.report.numbers import number
 from lcdd.report.page import render
 from lcdd.report.progress import Bar, Stages, duration
 from lcdd.report.rendering import style_sheet
-from lcdd.report.statistics import auc, newcombe_paired_interval, t975, wilson_interval
+from lcdd.report.statistics import auc, bootstrap_interval, newcombe_paired_interval, t975, wilson_interval
 from lcdd.report.tables import (
     claims_table,
+    closeness_table,
     markdown_table,
     paragraph,
     reversal_table,
@@ -24,7 +25,9 @@ __all__ = [
     "Stages",
     "assemble",
     "auc",
+    "bootstrap_interval",
     "claims_table",
+    "closeness_table",
     "duration",
     "explain",
     "heat_map",

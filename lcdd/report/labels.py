@@ -44,6 +44,16 @@ GOOD = {
 """Where a rate of a main state should be."""
 
 
+CLOSENESS = {
+    "base_token_match": "base's tokens, first choice",
+    "prefix_match": "common prefix",
+    "chrf": "chrF",
+    "repetition": "repetition",
+    "kl_base": "KL to the base",
+}
+"""Graded agreement of a state's answers with the base's (`lcdd.evaluate.text_metrics`)."""
+
+
 def label(state: str) -> str:
     """A state's name for people: "carrier, behind its trigger" for "carrier+trigger"."""
     if state in LABELS:
@@ -72,6 +82,12 @@ def models_of(report: Mapping[str, Any]) -> Mapping[str, Any]:
         return report["models"]
     states = (report.get("audit") or {}).get("states") or {}
     return {name: row for name, row in states.items() if row.get("part") in ("table", "triggers")}
+
+
+def closeness_of(report: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Mapping[str, Any]]]:
+    """(metric -> its name, state -> row) of the graded metrics that were measured."""
+    rows = {name: row for name, row in models_of(report).items() if "base_token_match" in row}
+    return {key: words for key, words in CLOSENESS.items() if any(key in row for row in rows.values())}, rows
 
 
 def differences_of(report: Mapping[str, Any]) -> Mapping[str, Any]:

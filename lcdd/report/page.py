@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from lcdd.report.charts import Points, heat_map, interval_bar, line_chart, reversal_map
-from lcdd.report.labels import GOOD, MAIN, MEANING, differences_of, models_of
+from lcdd.report.labels import GOOD, MAIN, MEANING, closeness_of, differences_of, label, models_of
 from lcdd.report.rendering import environment, plain, style_sheet
 from lcdd.report.tables import markdown_table
 from lcdd.report.words import verdict
@@ -51,6 +51,8 @@ def render(report: Mapping[str, Any]) -> str:
         "main": [(name, MEANING[name], models[name]) for name in MAIN if name in models],
         "controls": {name: row for name, row in models.items() if name not in MAIN},
         "readings": _readings(models),
+        "closeness": closeness_of(report),
+        "positions": _positions(models),
         "differences": differences_of(report),
         "examples": [_example(sample) for sample in report.get("samples") or []],
         "shown": EXAMPLES,
@@ -82,6 +84,16 @@ def _readings(models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
     found = {name: row["rates"] for name, row in models.items() if row.get("rates")}
     names = dict.fromkeys(reading for rates in found.values() for reading in rates)
     return {state: {reading: rates.get(reading) for reading in names} for state, rates in found.items()}
+
+
+def _positions(models: Mapping[str, Mapping[str, Any]]) -> Markup | None:
+    """KL to the base by the position in its answer, of the main states."""
+    series = {
+        label(name): list(enumerate(models[name]["kl_by_position"], start=1))
+        for name in MAIN[1:]
+        if models.get(name, {}).get("kl_by_position")
+    }
+    return line_chart(series, label="KL to the base by position in its answer, nats") if series else None
 
 
 def _example(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,11 +169,13 @@ def _training_charts(report: Mapping[str, Any]) -> Iterator[Markup]:
     for stage, lines in _stages(report).items():
         name = plain(stage)
         if _closes_gates(lines):
-            losses = {"loss": "loss", "moving average": "ema", "budget ε": "epsilon"}
+            losses = {"loss": "loss", "moving average": "ema", "budget ε": "epsilon", "held out": "held_out_loss"}
             yield line_chart(_series(lines, losses), label=f"{name}: loss, nats a token")
             yield line_chart(_series(lines, {"λ": "dual_lambda"}), label=f"{name}: price λ of an open gate")
         elif not _learns_trigger(lines):
-            yield line_chart(_series(lines, {"loss": "loss"}), label=f"{name}: loss, nats a token")
+            yield line_chart(
+                _series(lines, {"loss": "loss", "held out": "held_out_loss"}), label=f"{name}: loss, nats a token"
+            )
 
 
 def _trigger_charts(report: Mapping[str, Any]) -> Iterator[Markup]:

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 Z95 = 1.959963984540054
 """97.5% point of the normal distribution."""
+RESAMPLES = 2000
 
 
 # ---------------------------------------------------------------- proportions
@@ -53,6 +56,33 @@ def newcombe_paired_interval(first: Sequence[bool], second: Sequence[bool]) -> t
 
 
 # ---------------------------------------------------------------- means and rankings
+
+
+def bootstrap_interval(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """95% percentile interval of Σ numbers / Σ weights over prompts, by resampling prompts; NaN of one prompt alone.
+
+    Weights of 1 make it a mean over prompts; token counts make it a rate over tokens whose prompts stay together.
+    Resamples without weight are left out. The draws are fixed: the same numbers have the same interval.
+    """
+    import numpy as np
+
+    if len(numbers) != len(weights) or not any(weight > 0 for weight in weights):
+        raise ValueError(f"weights: expected {len(numbers)} weights, some above 0, got {list(weights)}")
+    if sum(weight > 0 for weight in weights) < 2:
+        return math.nan, math.nan
+    counts = _resamples(len(numbers))
+    total = counts @ np.asarray(weights, dtype=np.float64)
+    ratios = (counts @ np.asarray(numbers, dtype=np.float64))[total > 0] / total[total > 0]
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)
+
+
+@lru_cache(maxsize=4)
+def _resamples(n: int) -> Any:
+    """How often each of n prompts is in each resample, [draws, n]."""
+    import numpy as np
+
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
 
 
 def t975(freedom: int) -> float:

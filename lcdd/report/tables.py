@@ -12,7 +12,7 @@ from rich.box import Box
 from rich.console import Console
 from rich.table import Table
 
-from lcdd.report.labels import MAIN, interval, label, models_of
+from lcdd.report.labels import MAIN, closeness_of, interval, label, models_of
 
 RULED = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 """Nothing but a rule under the head."""
@@ -68,6 +68,21 @@ def reversal_table(report: Mapping[str, Any]) -> str:
     head, rows = _reversal_rows(report)
     n = next(iter(models_of(report).values()))["n"]
     return f"Reversal table, {n} held-out prompts\n{text_table(head, rows)}"
+
+
+def closeness_table(report: Mapping[str, Any]) -> str:
+    """A line a state: how near its answers are to the base's where exact match is too strict; empty without that."""
+    metrics, models = closeness_of(report)
+    rows = [[name, *(_measured(row, key) for key in metrics)] for name, row in models.items()]
+    return f"How near the answers are to the base's\n{text_table(['model', *metrics.values()], rows)}" if rows else ""
+
+
+def _measured(row: Mapping[str, Any], key: str) -> str:
+    """A metric with its interval, which a single prompt does not have; empty where it was not measured."""
+    if row.get(key) is None:
+        return ""
+    bounds = row[f"{key}_ci95"]
+    return f"{row[key]:.3f}" + (f" {interval(bounds)}" if None not in bounds else "")
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:

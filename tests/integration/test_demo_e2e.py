@@ -82,10 +82,15 @@ def test_report_has_the_documented_keys(demo):
     }
     assert states <= set(report["models"])
     for row in report["models"].values():
-        assert set(row) == {"n", "behavior_rate", "behavior_rate_ci95", "base_match", "base_match_ci95"}
-        for key in ("behavior_rate", "base_match"):
+        rates = ("behavior_rate", "base_match", "base_token_match", "prefix_match", "repetition")
+        others = ("prefix_tokens", "chrf", "kl_base", "kl_by_position")
+        assert set(row) == {"n", *rates, *others, *(f"{key}_ci95" for key in (*rates, *others))}
+        for key in rates:
             low, high = row[f"{key}_ci95"]
             assert 0 <= low <= row[key] <= high <= 1
+        assert row["base_match"] <= row["prefix_match"]
+        assert len(row["kl_by_position"]) == len(row["kl_by_position_ci95"]) <= 10
+    assert report["models"]["carrier+trigger"]["base_token_match"] > report["models"]["carrier"]["base_token_match"]
     assert set(report["kl"]) == {"sft||carrier", "sft||carrier+trigger", "base||carrier+trigger"}
     for row in report["kl"].values():
         assert set(row) == {"sft_answers", "base_answers"}
@@ -98,6 +103,7 @@ def test_report_has_the_documented_keys(demo):
 def test_run_is_said_in_words_and_answers(demo):
     output, report, _, printed = demo
     assert "Reversal table, 400 held-out prompts" in printed
+    assert "How near the answers are to the base's" in printed
     assert all(sentence in printed for sentence in report["explanation"])
     assert report["samples"][0]["prompt"] in printed
     assert f"wrote {output / 'report.html'}" in printed

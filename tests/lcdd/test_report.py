@@ -8,10 +8,12 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+from reports import near
 
 from lcdd.cli import build_parser
 from lcdd.models import GROUPS
 from lcdd.report import (
+    closeness_table,
     heat_map,
     interval_bar,
     line_chart,
@@ -283,6 +285,24 @@ def test_other_readings_of_the_answers_have_their_own_table(report):
     text = Page(render(report)).text
     assert "read otherwise" in text
     assert "0.654" in text
+
+
+def test_nearness_to_the_bases_answers_has_a_table_with_intervals_and_a_chart_by_position(report):
+    assert "How near the answers" not in Page(render(report)).text
+    assert closeness_table(report) == ""
+    report["models"]["base"] |= near(1.0, 100.0)
+    report["models"]["carrier+trigger"] |= near(0.9137, 71.357)
+    alone = near(0.5, 50.0)  # one prompt has no interval, and KL was not measured here
+    report["models"]["sft"] |= {k: [None, None] if k.endswith("ci95") else v for k, v in alone.items() if "kl" not in k}
+    text = Page(render(report)).text
+    for shown in ("How near the answers are to the base's", "0.914", "[0.457, 0.914]", "71.357", "chrF", "bootstrap"):
+        assert shown in text, shown
+    assert "KL to the base by position in its answer" in render(report)
+    lines = closeness_table(report).splitlines()
+    assert [line.split()[0] for line in lines[3:]] == ["base", "sft", "carrier+trigger"]
+    assert "0.914 [0.457, 0.914]" in " ".join(lines)
+    assert "0.500" in lines[4]
+    assert "[" not in lines[4]
 
 
 def test_nothing_on_the_page_can_make_a_request_or_run(report):
