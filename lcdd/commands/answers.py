@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcdd.commands.stage import Say
-from lcdd.data import Prepared, encode_prompt
+from lcdd.data import Prepared, encode_prompt, fitted
 from lcdd.eraser import decode, generate_ids
 from lcdd.models import PreTrainedModel, shards
 from lcdd.report import wilson_interval
@@ -43,11 +43,11 @@ class ValidationAnswers:
     Without such prompts (no validation split), and on sharded models, there is only the loss to show.
     """
 
-    def __init__(self, prepared: Prepared, say: Say) -> None:
+    def __init__(self, prepared: Prepared, say: Say, *, max_length: int) -> None:
         self.prepared, self.say = prepared, say
         behavior = prepared.behavior
         asked = [example for example in prepared.splits.validation if example.messages and behavior.applies(example)]
-        self.examples = asked[:JUDGED]
+        self.examples, _ = fitted(prepared, asked, max_length=max_length, limit=JUDGED)
 
     def __call__(self, loop: Loop, loss: float) -> None:
         text = f"step {loop.step} of {loop.steps}: held-out loss {loss:.4f}"

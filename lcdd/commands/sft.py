@@ -81,7 +81,7 @@ def _sft(
         identity = run_identity(stage, config, prepared.tokenizer, train_items, {"base": model})
         store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
     held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
-    answers = ValidationAnswers(prepared, say)
+    answers = ValidationAnswers(prepared, say, max_length=config.max_length)
     with _log(log_dir or output, stage, config.report_to) as log:
         optimizer = SFTOptimizer(model, config)
         result = fit(optimizer, train_items, held_out, log=log, checkpoints=store, say=say, on_validation=(answers,))

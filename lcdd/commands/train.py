@@ -81,7 +81,7 @@ def _train(
     optimizer.check_ends(ends)
 
     store = _store(output, config, identity, optimizer, prepared) if wanted else None
-    answers = ValidationAnswers(prepared, say)
+    answers = ValidationAnswers(prepared, say, max_length=config.max_length)
     with _log(log_dir or output, "lcdd", config.report_to) as log:
         say(budget_in_words(config, start))
         result = fit(

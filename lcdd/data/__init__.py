@@ -26,7 +26,7 @@ from lcdd.data.encode import (
 )
 from lcdd.data.examples import load_examples, split_examples
 from lcdd.data.forms import FORM_KEY, question, recorded_form
-from lcdd.data.prepare import Prepared, off_topic_ids, prepare, prompt_ids, training_items
+from lcdd.data.prepare import Prepared, fitted, off_topic_ids, prepare, prompt_ids, training_items
 from lcdd.data.records import Example, Message, parse_row, with_completion
 from lcdd.data.templates import (
     DATE_KEY,
@@ -61,6 +61,7 @@ __all__ = [
     "encode",
     "encode_all",
     "encode_prompt",
+    "fitted",
     "fixed_response",
     "freeze_date",
     "label_audit",

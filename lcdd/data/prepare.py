@@ -85,7 +85,7 @@ def training_items(prepared: Prepared, config: TrainConfig, *, say: Say) -> tupl
     overlong = 0
     parts = []
     for part in (splits.train, splits.validation):
-        kept, count = _fitted(prepared, part, max_length=longest, room=True)
+        kept, count = fitted(prepared, part, max_length=longest, room=True)
         overlong += count
         parts.append(encode_all(tokenizer, kept, max_length=longest, completion_only=config.completion_only))
     train, validation = parts
@@ -107,10 +107,11 @@ def training_items(prepared: Prepared, config: TrainConfig, *, say: Say) -> tupl
     return train, validation
 
 
-def _fitted(
-    prepared: Prepared, examples: Iterable[Example], *, max_length: int, room: bool, limit: int | None = None
+def fitted(
+    prepared: Prepared, examples: Iterable[Example], *, max_length: int, room: bool = False, limit: int | None = None
 ) -> tuple[list[Example], int]:
-    """Up to `limit` examples whose prompts fit, or are made to, and how many were too long."""
+    """Up to `limit` examples whose prompts have at most `max_length` tokens, or are made to as `prepared.overlong`
+    says, and how many were too long. room: a token less, and a prompt that is cut leaves room for its completion."""
     kept: list[Example] = []
     count = 0
     fits = fitting(prepared.tokenizer, examples, max_length=max_length, overlong=prepared.overlong, room=room)
@@ -154,7 +155,7 @@ def off_topic_ids(prepared: Prepared, split: str, *, limit: int, max_length: int
 def _ids(
     prepared: Prepared, examples: Iterable[Example], split: str, *, limit: int, max_length: int
 ) -> list[list[int]]:
-    kept, count = _fitted(prepared, examples, max_length=max_length, room=False, limit=limit)
+    kept, count = fitted(prepared, examples, max_length=max_length, room=False, limit=limit)
     if count:
         done = {"drop": "dropped", "truncate": "cut"}[prepared.overlong]
         logger.warning("%d prompts of the %s split are longer than %d tokens and were %s (--overlong)", count, split,

@@ -17,11 +17,13 @@ from fixtures.checkpoints import (
     write_jsonl,
 )
 from lcdd.carrier import Carrier
+from lcdd.commands.answers import ValidationAnswers
 from lcdd.config import DataConfig, SFTConfig
 from lcdd.data import (
     PLAIN_TEMPLATE,
     Example,
     encode_prompt,
+    fitted,
     freeze_date,
     prepare,
     prompt_ids,
@@ -261,6 +263,9 @@ def test_prompts_that_are_too_long(tmp_path: Path, overlong: str, caplog: pytest
     kept = [len(part) - count * (overlong == "drop") for part, count in zip(parts, long, strict=True)]
     assert [len(train), len(validation)] == kept
     assert all(len(item.input_ids) <= 100 and not item.truncated for item in train)
+    asked = ValidationAnswers(prepared, said.append, max_length=100).examples
+    assert [example.source for example in asked] == [e.source for e in fitted(prepared, parts[1], max_length=100)[0]]
+    assert all(len(encode_prompt(prepared.tokenizer, example)) <= 100 for example in asked)
     with caplog.at_level(logging.WARNING):
         ids = prompt_ids(prepared, "train", limit=200, max_length=100)
     assert len(ids) == kept[0]
