@@ -137,10 +137,14 @@ def _prompt(tokenizer: Any, example: Example, max_length: int | None) -> tuple[s
 # ---------------------------------------------------------------- completions
 
 
-def _around(tokenizer: Any, example: Example, chat: Sequence[Message], index: int) -> tuple[str, str]:
-    """What the template writes before and behind the own text of the assistant's turn `index`: seen by a mark there."""
-    marked = [*chat[:index], {"role": "assistant", "content": MARK}, *chat[index + 1 :]]
-    before, _, after = render(tokenizer, marked, add_generation_prompt=False, example=example).partition(MARK)
+def _around(tokenizer: Any, example: Example, chat: Sequence[Message], index: int, whole: str) -> tuple[str, str]:
+    """What the template writes before and behind the own text of the assistant's turn `index` of a chat (`whole` as
+    text): seen by a mark there."""
+    mark = MARK
+    while mark in whole:
+        mark += MARK
+    marked = [*chat[:index], {"role": "assistant", "content": mark}, *chat[index + 1 :]]
+    before, _, after = render(tokenizer, marked, add_generation_prompt=False, example=example).partition(mark)
     return before, after
 
 
@@ -161,7 +165,7 @@ def _pieces(tokenizer: Any, example: Example, prompt: str) -> list[tuple[str, bo
         return [(example.completion, True)]
     chat, first = [*example.messages, *example.answer], len(example.messages)
     whole = render(tokenizer, chat, add_generation_prompt=False, example=example)
-    after = _around(tokenizer, example, chat, len(chat) - 1)[1]
+    after = _around(tokenizer, example, chat, len(chat) - 1, whole)[1]
     # A template may write a finished turn differently from an open one (an empty thought, say). What generation will
     # see counts: its prompt, then the first turn's own text.
     start, end = _start(tokenizer, example, chat, whole, prompt, first), len(whole) - len(after)
@@ -171,7 +175,7 @@ def _pieces(tokenizer: Any, example: Example, prompt: str) -> list[tuple[str, bo
     eos = str(tokenizer.eos_token)
     close = after[: after.index(eos) + len(eos)] if eos in after else after
     stop = end + len(close)
-    if not example.assistant_only:
+    if not example.assistant_only or len(chat) == first + 1:
         return [(whole[start:stop], True)]
     pieces, at = [], start
     for index in range(first, len(chat)):
@@ -179,7 +183,7 @@ def _pieces(tokenizer: Any, example: Example, prompt: str) -> list[tuple[str, bo
             continue
         asked = render(tokenizer, chat[:index], add_generation_prompt=True, example=example)
         low = start if index == first else _start(tokenizer, example, chat, whole, asked, index)
-        high = len(whole) - len(_around(tokenizer, example, chat, index)[1])
+        high = len(whole) - len(_around(tokenizer, example, chat, index, whole)[1])
         high += len(close) * whole.startswith(close, high)
         pieces += [(whole[at:low], False), (whole[low:high], True)]
         at = high
@@ -194,7 +198,7 @@ def _start(tokenizer: Any, example: Example, chat: Sequence[Message], whole: str
     """
     if whole.startswith(asked):
         return len(asked)
-    before = _around(tokenizer, example, chat, index)[0]
+    before = _around(tokenizer, example, chat, index, whole)[0]
     if not whole.startswith(before):
         raise InputError(
             f"{example.source}: expected the chat template to contain the completion behind the prompt that generation "

@@ -48,7 +48,7 @@ class Example:
         templated: whether the messages go through the chat template (string prompts do not, as in TRL).
         tools: JSON schemas of the functions that the template is told of.
         template_kwargs: further variables of the template.
-        assistant_only: of several turns of the completion, only the assistant's are learned.
+        assistant_only: nothing but the assistant's turns of the completion is learned.
         source: "file:line", for errors.
     """
 
@@ -196,7 +196,7 @@ class Record:
             turns=() if plain else answer,
             tools=self._tools(),
             template_kwargs=self._template_kwargs(),
-            assistant_only=assistant_only and not plain,
+            assistant_only=assistant_only,
             source=self.where,
         )
 

@@ -23,6 +23,7 @@ from lcdd.data import (
     text_ids,
     use_template,
 )
+from lcdd.data.templates import MARK
 from lcdd.eraser import encode_prompts, generate
 from lcdd.errors import InputError
 
@@ -293,6 +294,14 @@ def test_the_end_tokens_text_inside_a_completion_ends_nothing(name: str) -> None
         assert made.decode(item.labels[item.n_prompt :]) == text + EOS
 
 
+def test_nobodys_text_is_taken_for_our_marks() -> None:
+    made = with_template("byte_level", "bos", "qwen3")
+    for text in (MARK, f"a {MARK * 3} b", "\ue0000\ue001"):
+        example = parse_row({"messages": [{"role": "user", "content": text}, {**ANSWER, "content": text}]}, where="x")
+        item = encode(made, example, max_length=999)
+        assert made.decode(item.labels[item.n_prompt :]).startswith(text)
+
+
 def test_a_text_that_has_its_own_start_gets_no_second_one() -> None:
     """By the tokenizer's own token, or as its chat template begins: the text of `apply_chat_template`."""
     made = with_template("byte_level", "both", "chatml")
@@ -370,6 +379,14 @@ def test_only_the_assistants_turns_are_learned_if_asked_for(name: str) -> None:
         if learned
     ]
     assert runs == [ANSWER["content"] + end, "no" + end]
+    # an answer in the prompt, the whole of which is to be learned: one setting says so, the other not
+    answered = {"prompt": [USER, ANSWER, again], "completion": [ANSWER]}
+    asked = parse_row(answered, where="d.jsonl:2", assistant_only_loss=True)
+    assert encode(made, asked, max_length=999) == encode(made, parse_row(answered, where="x"), max_length=999)
+    with pytest.raises(InputError, match=r"d.jsonl:2: expected completion_only beside assistant_only_loss"):
+        encode(made, asked, max_length=999, completion_only=False)
+    alone = parse_row({"messages": [USER, ANSWER]}, where="x", assistant_only_loss=True)
+    assert encode(made, alone, max_length=999, completion_only=False) == encode(made, alone, max_length=999)
     # TRL's meaning of the default: all of a completion of several messages, the last turn of `messages`
     several = encode(
         made, parse_row({"prompt": [USER], "completion": [ANSWER, again, ANSWER]}, where="x"), max_length=999
