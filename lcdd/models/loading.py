@@ -29,6 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
+def _of(path: str | Path) -> Iterator[None]:
+    """An InputError about a model's parts, as one that names the checkpoint too: a stage loads several."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{error}; of the model in {str(path)!r}") from error
+
+
+@contextmanager
 def _reading(expected: str, path: str | Path) -> Iterator[None]:
     """What transformers raises over the files of a checkpoint, as one InputError that names the file or setting.
 
@@ -122,7 +133,8 @@ def load_model(
     model, loaded = found
     _check_weights(model, loaded, path, overrides)
     model = model.to(device)
-    probe(model)
+    with _of(path):
+        probe(model)
     return model
 
 
@@ -174,7 +186,7 @@ def skeleton(path: str | Path) -> PreTrainedModel:
         InputError: there is no config of a causal language model, or its layers cannot be masked.
     """
     config = _config(path)
-    with _reading("a causal language model's config", path), _quietly():
+    with _of(path), _reading("a causal language model's config", path), _quietly():
         return skeleton_of(config)
 
 
