@@ -266,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return result
     for path in getattr(result, "written", ()):
         print(f"wrote {path}")
+    if getattr(result, "problem", None):
+        print(f"WARNING {result.problem}", file=sys.stderr)
     if getattr(result, "next_step", ""):
         print(f"next: {_wrapped(result.next_step)}")
     return 0

@@ -84,7 +84,7 @@ class Run:
             "dataset_name": self.folder / "data.jsonl", "output_dir": output, "max_steps": 12, "device": "cpu",
             "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "lr_scheduler_type": "constant",
             "gate_init_mean": 0.0, "gate_init_std": 1.5, "warmup_steps": 3, "dual_lambda_init": 0.01,
-            "gate_lr": 0.05, "learning_rate": 1e-4, "validation_fraction": 0.05, "test_fraction": 0.05,
+            "gate_lr": 0.05, "learning_rate": 1e-4, "validation_fraction": 0.05, "test_fraction": 0.05, "eval_steps": 0,
         }  # fmt: skip
         return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 

@@ -30,8 +30,13 @@ class BehaviorRate:
     def rate(self) -> float:
         return self.shown / self.n
 
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Wilson's 95% interval."""
+        return wilson_interval(self.shown, self.n)
+
     def to_dict(self) -> dict[str, Any]:
-        return {"rate": self.rate, "ci95": list(wilson_interval(self.shown, self.n)), "n": self.n}
+        return {"rate": self.rate, "ci95": list(self.ci95), "n": self.n}
 
     def __str__(self) -> str:
         return f"{self.shown} of {self.n} validation answers show the behaviour"

@@ -95,10 +95,9 @@ def _sft(
         validation_behavior=behavior.to_dict() if behavior else None,
         overrides=overrides + (store.overrides if store else []),
     )  # fmt: skip
-    problem = not_learned(config, result, behavior)
-    _say_result(result, behavior, problem, say)
+    _say_result(result, behavior, say)
     return StageResult(
-        problem=problem,
+        problem=not_learned(config, result, behavior),
         written=(checkpoint, summary),
         next_step=command_line(
             "train",
@@ -110,12 +109,10 @@ def _sft(
     )
 
 
-def _say_result(result: TrainResult, behavior: BehaviorRate | None, problem: str | None, say: Say) -> None:
+def _say_result(result: TrainResult, behavior: BehaviorRate | None, say: Say) -> None:
     say(f"SFT: held-out loss {result.loss_start:.4f} -> {result.loss_end:.4f} nats a token in {result.steps} steps")
     if behavior is not None:
         say(f"SFT: {behavior}")
-    if problem is not None:
-        say(f"WARNING {problem}")
 
 
 def not_learned(config: SFTConfig, result: TrainResult, behavior: BehaviorRate | None) -> str | None:
@@ -128,8 +125,8 @@ def not_learned(config: SFTConfig, result: TrainResult, behavior: BehaviorRate |
     found = []
     if not result.loss_end < result.loss_start:  # NaN too
         found.append(f"the held-out loss did not fall ({result.loss_start:.4f} -> {result.loss_end:.4f} nats a token)")
-    if behavior is not None and behavior.rate < config.min_behavior_rate:
-        found.append(f"only {behavior} (expected {config.min_behavior_rate:.0%})")
+    if behavior is not None and behavior.ci95[1] < config.min_behavior_rate:  # few answers prove little
+        found.append(f"only {behavior} (expected {config.min_behavior_rate:.0%} at least)")
     if not found:
         return None
     return (

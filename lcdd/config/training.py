@@ -102,8 +102,8 @@ class SFTConfig(TrainConfig, OfBase):
 
     min_behavior_rate: float = option(
         0.5,
-        "`lcdd run` ends after SFT where fewer validation answers than this share show the behaviour, or the held-out "
-        "loss did not fall; 0: never",
+        "`lcdd run` ends after SFT where the share of validation answers that show the behaviour is clearly below this "
+        "(all of its 95% interval), or the held-out loss did not fall; 0: never",
         at_least=0.0,
         at_most=1.0,
         resumable=True,

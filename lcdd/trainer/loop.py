@@ -92,8 +92,8 @@ class Loop:
 
     @property
     def seconds(self) -> float:
-        """Since the run began; what a resumed run had taken before is included."""
-        return time.perf_counter() - self._start
+        """Of training, since the run began, without validations; what a resumed run had taken before is included."""
+        return time.perf_counter() - self._start - sum(self._validations)
 
     def run(self) -> None:
         """Train up to `steps` optimizer steps; the model is left in evaluation mode, on the optimizer's weights.
@@ -193,7 +193,7 @@ class Loop:
     def say_pace(self, since: int) -> None:
         """What a step costs, by those after step `since`, and when the run will end."""
         steps, left = self.step - since, self.steps - self.step
-        step = (self.seconds - self._spent - sum(self._validations)) / steps
+        step = (self.seconds - self._spent) / steps
         validation = sum(self._validations) / max(1, len(self._validations))
         seconds = left * step + validation * (left // self.validate_every if self.validate_every else 0)
         if seconds < WORTH_SAYING:

@@ -16,7 +16,7 @@ from lcdd.report import read_report
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PIPELINES = sorted(EXAMPLES.glob("*.yaml"))
 FEW = {
-    "sft": {"max_steps": 2, "gradient_accumulation_steps": 1},
+    "sft": {"max_steps": 2, "gradient_accumulation_steps": 1, "min_behavior_rate": 0.0},
     "train": {"max_steps": 4, "gradient_accumulation_steps": 1, "warmup_steps": 1},
     "erase": {"max_steps": 2, "train_prompts": 4, "validation_prompts": 2, "max_answer_tokens": 3},
     "eval": {"num_prompts": 2, "max_new_tokens": 3, "kl_prompts": 1, "random_prefixes": 1},

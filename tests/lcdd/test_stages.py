@@ -25,13 +25,13 @@ RESULT = TrainResult(
     ("result", "shown", "changes", "words"),
     [
         ({}, 32, {}, None),
-        ({}, 16, {}, None),
-        ({}, 15, {}, "only 15 of 32 validation answers show the behaviour (expected 50%)"),
+        ({}, 11, {}, None),  # up to .52 by its interval
+        ({}, 10, {}, "only 10 of 32 validation answers show the behaviour (expected 50% at least)"),
         ({"loss_end": 3.6}, 32, {}, "did not fall (3.5000 -> 3.6000"),
         ({"loss_end": math.nan}, 32, {}, "did not fall"),
         ({"loss_end": 3.6}, None, {}, "did not fall"),
         ({}, None, {}, None),  # nobody could be asked
-        ({}, 15, {"min_behavior_rate": 0.4}, None),
+        ({}, 10, {"min_behavior_rate": 0.4}, None),
         ({"loss_end": 3.6}, 0, {"min_behavior_rate": 0.0}, None),
         ({"loss_end": 3.6}, 0, {"max_delta_norm": 0.1}, None),  # a control that is bounded on purpose
     ],
