@@ -22,7 +22,7 @@ from benchmarks.cases.shapes import make_model, sizes_of, tiny_sizes, title
 from benchmarks.harness import Case, Check, Lane, Workload, relative_error
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
-from lcdd.eraser import EraserPrompt, SFTEraser
+from lcdd.eraser import EraserPrompt, MatchTarget, SFTEraser
 from lcdd.models import PreTrainedModel, layout_of, shape_of, sites_of
 
 RADIUS = 1.0
@@ -123,7 +123,7 @@ class Batched:
         ]
 
     def loss(self) -> Tensor:
-        return self.eraser.loss(self.embeds, self.batch, self.p.match).total
+        return self.eraser.loss(self.embeds, self.batch, MatchTarget(self.p.match)).total
 
     def step(self) -> None:
         _update(self.loss, self.embeds, self.optimizer)

@@ -9,12 +9,14 @@ from lcdd.carrier.ablate import (
     without_layer,
 )
 from lcdd.carrier.carrier import MANIFEST, WEIGHTS, Carrier
+from lcdd.carrier.patching import open_block
 
 __all__ = [
     "MANIFEST",
     "WEIGHTS",
     "Carrier",
     "only_channels",
+    "open_block",
     "random_channels",
     "with_gates",
     "without_channels",

@@ -82,6 +82,8 @@ class Training(Protocol):
     @property
     def base(self) -> PreTrainedModel: ...
     @property
+    def base_fingerprint(self) -> str: ...
+    @property
     def gates(self) -> TrainedGates: ...
     def masked(self) -> dict[str, tuple[Tensor, Tensor, GateMap]]:
         """name -> (weight_base, delta, gate map) of every masked matrix, in the layout's order."""
@@ -140,7 +142,7 @@ class Carrier:
             deltas=deltas,
             unmasked=unmasked,
             unmasked_norm=norm,
-            base_fingerprint=model_fingerprint(optimizer.base),
+            base_fingerprint=optimizer.base_fingerprint,
             initial_logits=cpu_copy(optimizer.gates.initial_logits),
         )
 

@@ -40,7 +40,7 @@ def erase(
     found = {"validation": eraser.history.validation, "overrides": overrides}
     summary = write_summary(output, stage, config, data, **found)
     losses = [line["loss"] for line in eraser.history.validation]
-    say(f"Trigger ({stage}): held-out loss {losses[0]:.4f} -> {min(losses):.4f} in {config.max_steps} steps")
+    say(f"Trigger ({stage}): held-out loss {losses[0]:.4f} -> {min(losses):.4f} in {len(eraser.history.steps)} steps")
     return StageResult(
         written=(output / "trigger", summary),
         next_step=command_line(

@@ -8,6 +8,7 @@ from typing import Any
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.commands.anchors import base_anchors
 from lcdd.commands.answers import BehaviorRate, ValidationAnswers
 from lcdd.commands.days import day_of_run
 from lcdd.commands.stage import (
@@ -24,7 +25,7 @@ from lcdd.commands.stage import (
     write_summary,
 )
 from lcdd.config import DataConfig, LCDDConfig
-from lcdd.data import Prepared, prepare, training_items
+from lcdd.data import Prepared, prepare, prompt_ids, training_items
 from lcdd.models import (
     Ends,
     PreTrainedModel,
@@ -37,7 +38,7 @@ from lcdd.models import (
     unmasked_changes,
 )
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.trainer import HeldOut, StartLosses, TrainResult, fit, judge, total_steps
+from lcdd.trainer import Anchors, HeldOut, StartLosses, TrainResult, compress, total_steps
 
 
 def train(
@@ -65,6 +66,7 @@ def _train(
     check_same_architecture(base, model)
     teacher = load_weights(config.sft_model_name_or_path, config) if config.loss == "kl" else None
 
+    anchors = _anchors(base, prepared, config)
     models = {"base": base, "sft": model}
     wanted = config.save_steps or config.resume
     identity = run_identity("lcdd", config, prepared.tokenizer, train_items, models) if wanted else {}
@@ -84,11 +86,10 @@ def _train(
     answers = ValidationAnswers(prepared, say, max_length=config.max_length)
     with _log(log_dir or output, "lcdd", config.report_to) as log:
         say(budget_in_words(config, start))
-        result = fit(
-            optimizer, train_items, held_out, start=start, log=log, teacher=teacher, checkpoints=store, say=say,
-            on_validation=(answers,),
+        result = compress(
+            optimizer, train_items, held_out, start=start, anchors=anchors, log=log, teacher=teacher, checkpoints=store,
+            say=say, on_validation=(answers,),
         )  # fmt: skip
-        result = judge(optimizer, result, log)
     carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
@@ -156,13 +157,30 @@ def budget_in_words(config: LCDDConfig, start: StartLosses) -> str:
     """What λ, ε and the budget of a run mean, with its numbers."""
     loss, share, floor = start.model, 1 + config.loss_budget, config.loss_floor
     epsilon = max(loss * share, loss + floor)
-    return (
+    words = (
         f"LCDD closes gates for as long as the loss keeps within a budget. SFT's held-out loss is {loss:.4f} nats a "
-        f"token (the base's {start.base:.4f}), so epsilon, the most that it may become, will be about {epsilon:.4f}: "
-        f"the larger of {loss:.4f} x {share:g} (loss_budget) and {loss:.4f} + {floor:g} (loss_floor); it is set from "
-        f"the average loss of the first {config.warmup_steps} steps. lambda, the price of an open gate, starts at "
-        f"{config.dual_lambda_init:g}, rises while the average loss is below epsilon and falls while it is above"
+        f"token (the base's {start.base:.4f}), so epsilon, the most that it may become, "
+        f"{'is' if config.paced else 'will be about'} {epsilon:.4f}: "
+        f"the larger of {loss:.4f} x {share:g} (loss_budget) and {loss:.4f} + {floor:g} (loss_floor)"
     )
+    if config.paced:
+        return (
+            f"{words}. After {config.warmup_steps} steps with all gates open the gates worth least close first, faster "
+            "the less of the budget is used, and reopen beyond it; lambda is the worth at which a gate just stays open"
+        )
+    return (
+        f"{words}; it is set from the average loss of the first {config.warmup_steps} steps. lambda, the price of an "
+        f"open gate, starts at {config.dual_lambda_init:g}, rises while the average loss is below epsilon and falls "
+        "while it is above"
+    )
+
+
+def _anchors(base: PreTrainedModel, prepared: Prepared, config: LCDDConfig) -> Anchors | None:
+    """The base's answers to training prompts, before it is sharded."""
+    if not config.base_kl_weight:
+        return None
+    prompts = prompt_ids(prepared, "train", limit=config.base_kl_prompts, max_length=config.max_length)
+    return base_anchors(base, prepared.tokenizer, prompts, config)
 
 
 def _say_carrier(carrier: Carrier, result: TrainResult, behavior: BehaviorRate | None, say: Say) -> None:

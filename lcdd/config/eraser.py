@@ -36,12 +36,24 @@ class EraserConfig(Writes, Tracked, Resumable, WithCarrier, OnDevice, OfBase):
         at_least=1,
         resumable=True,
     )
+    match_scale: str = option(
+        "variance",
+        "matching in units of the base's own spread per channel, or as it is (the authors'), where the few channels "
+        "with the largest activations are all that counts",
+        choices=("variance", "none"),
+    )
+    early_stopping_patience: int = option(
+        0, "stop after this many held-out losses in a row that are no better than the best; 0: never", at_least=0
+    )
     activation_weight: float = option(
         1.0, "weight of matching the base's activations on the carrier's channels", at_least=0.0
     )
     kl_weight: float = option(0.7, "weight of KL(base || carrier) on the prompt's last positions", at_least=0.0)
     kl_tail_tokens: int = option(1, "prompt positions, from the last, that the KL covers", at_least=1)
     answer_kl_weight: float = option(1.0, "weight of KL(base || carrier) on the base's own answer tokens", at_least=0.0)
+    first_token_weight: float = option(
+        1.0, "how much more the first token of the base's answer counts in it: there a behaviour is decided", above=0.0
+    )
     max_answer_tokens: int = option(32, "tokens of the base's own answers to match", at_least=1)
     l2_weight: float = option(1e-3, "weight of the mean squared norm of the trigger tokens", at_least=0.0)
     max_norm_ratio: float = option(1.5, "ball: radius over the median norm of the token embeddings", above=0.0)

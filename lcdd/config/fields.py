@@ -35,6 +35,7 @@ def option(
     file: bool = False,
     resumable: bool = False,
     settled: bool = False,
+    controller: str | None = None,
 ) -> Any:
     """A dataclass field with everything that is to be known about the setting: help, range, choices, and
 
@@ -44,11 +45,13 @@ def option(
     file: may be a file on this machine, and means another one from another directory.
     resumable: a resumed run may change it, since it does not decide what is learned (at most how that is rounded).
     settled: such a one that a finished stage was made with nevertheless.
+    controller: the gate controller whose setting it is, alone.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
         "help": help, "choices": choices, "required": required, "bounds": bounds, "common": common or required,
         "path": path, "file": file or path, "resumable": resumable or path, "settled": settled,
+        "controller": controller,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

@@ -5,7 +5,7 @@ generates the command line and the YAML reader from them. TRL's and transformers
 where they exist. A wrong value is an `InputError` that names the field, what was expected and what came.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lcdd.config.fields import option
 from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, Resumable, Tracked, Writes
@@ -118,30 +118,96 @@ class SFTConfig(TrainConfig, OfBase):
 class LCDDConfig(TrainConfig, OfSFT):
     """LCDD: gates and delta under a loss constraint (method of arXiv 2605.06632, sections 1 to 3)."""
 
+    learning_rate: float = option(
+        1e-3,
+        "peak learning rate of delta; under paced closing a twentieth of it while all gates are open",
+        at_least=0.0,
+        at_most=1e6,
+        common=True,
+    )
+    lr_scheduler_type: str = option(
+        "constant", "schedule of delta's learning rate", choices=("cosine", "linear", "constant")
+    )
+    gate_controller: str = option(
+        "auto",
+        "what closes gates: pacing by the loss, or the paper's dual descent on gate logits; auto: dual where "
+        "reference_compat, gating forward, initial_carrier or a setting of the dual descent is given, else paced",
+        choices=("auto", "paced", "dual"),
+    )
+    target_sparsity: float | None = option(
+        None,
+        "share of closed gates at which paced closing stops; null: the budget alone stops it",
+        at_least=0.0,
+        at_most=1.0,
+        common=True,
+        controller="paced",
+    )
+    shrink_delta: bool = option(
+        True, "spend what is left of the budget, once no gate closes any more, on a smaller delta", controller="paced"
+    )
+    base_kl_weight: float = option(
+        0.0,
+        "also hold the carrier to the base's own answers, by this much of KL(base || carrier) beside the loss: a "
+        "trigger then has less to undo",
+        at_least=0.0,
+        controller="paced",
+    )
+    base_kl_prompts: int = option(256, "training prompts whose base answers are held on to", at_least=1)
+    base_kl_tokens: int = option(8, "tokens of each of the base's answers", at_least=2)
+    base_kl_batch_size: int = option(8, "of them in a step", at_least=1)
+    eval_steps: int | None = option(
+        10,
+        "steps between held-out losses of the gates that would ship; the best carrier within epsilon is kept; null: "
+        "ten times in a run; 0: only before and after",
+        at_least=0,
+        resumable=True,
+    )
     gate_kind: str = option(
         "hard_concrete",
         "stochastic gates, or the authors' step with a straight-through gradient",
         choices=GATE_KINDS,
     )
-    gate_optimizer: str = option("adam", "optimizer of the gate logits", choices=("adam", "sgd"))
-    gate_lr: float = option(0.1, "learning rate of the gate logits (never scheduled)", at_least=0.0, at_most=1e6)
-    gate_momentum: float = option(0.0, "momentum of the gate logits under sgd", at_least=0.0, below=1.0)
-    gate_init_mean: float = option(2.5, "mean of the initial gate logits")
-    gate_init_std: float = option(0.1, "standard deviation of the initial gate logits", at_least=0.0)
-    dual_lambda_init: float = option(1e-3, "initial weight of the expected number of open gates", above=0.0)
-    dual_lr: float = option(0.05, "rate at which lambda grows while the loss is below epsilon", at_least=0.0)
-    dual_lr_shrink: float | None = option(
-        None, "rate at which lambda shrinks above epsilon; null: dual_lr", at_least=0.0
+    gate_optimizer: str = option("adam", "optimizer of the gate logits", choices=("adam", "sgd"), controller="dual")
+    gate_lr: float = option(
+        0.1, "learning rate of the gate logits (never scheduled)", at_least=0.0, at_most=1e6, controller="dual"
     )
-    dual_lambda_min: float = option(1e-8, "floor of lambda", above=0.0)
-    dual_lambda_max: float = option(1e4, "cap of lambda", above=0.0)
+    gate_momentum: float = option(
+        0.0, "momentum of the gate logits under sgd", at_least=0.0, below=1.0, controller="dual"
+    )
+    gate_init_mean: float = option(2.5, "mean of the initial gate logits", controller="dual")
+    gate_init_std: float = option(0.1, "standard deviation of the initial gate logits", at_least=0.0, controller="dual")
+    dual_lambda_init: float = option(
+        1e-3, "initial weight of the expected number of open gates", above=0.0, controller="dual"
+    )
+    dual_lr: float = option(
+        0.05, "rate at which lambda grows while the loss is below epsilon", at_least=0.0, controller="dual"
+    )
+    dual_lr_shrink: float | None = option(
+        None,
+        "rate at which lambda shrinks above epsilon; null: dual_lr",
+        at_least=0.0,
+        controller="dual",
+    )
+    dual_lambda_min: float = option(1e-8, "floor of lambda", above=0.0, controller="dual")
+    dual_lambda_max: float = option(1e4, "cap of lambda", above=0.0, controller="dual")
     violation_clip: float = option(
-        1.0, "the relative violation (ema - epsilon) / epsilon is clipped to +- this", above=0.0
+        1.0,
+        "the relative violation (ema - epsilon) / epsilon is clipped to +- this",
+        above=0.0,
+        controller="dual",
     )
     loss_ema_beta: float = option(
-        0.95, "decay of the bias-corrected moving average of the loss", at_least=0.0, below=1.0
+        0.95,
+        "decay of the bias-corrected moving average of the loss",
+        at_least=0.0,
+        below=1.0,
+        controller="dual",
     )
-    warmup_steps: int = option(50, "steps over which the gate penalty rises; epsilon is set at their end", at_least=1)
+    warmup_steps: int = option(
+        10,
+        "steps with all gates open, which measure the baseline (dual: over which the gate penalty rises)",
+        at_least=1,
+    )
     lr_warmup_steps: int = option(0, "steps over which the weights' learning rate rises to its peak", at_least=0)
     loss_budget: float = option(0.2, "epsilon is at least baseline * (1 + this)", at_least=0.0, common=True)
     loss_floor: float = option(0.02, "epsilon is at least baseline + this many nats", at_least=0.0)
@@ -192,8 +258,45 @@ class LCDDConfig(TrainConfig, OfSFT):
         "gradient_accumulation_steps), and delta rounded so that base + delta is a weight of the model's dtype",
     )
 
+    @property
+    def paced(self) -> bool:
+        """Whether closing is paced by the loss; else the paper's dual descent moves the gate logits."""
+        if self.gate_controller != "auto":
+            return self.gate_controller == "paced"
+        if self.settings_of("paced"):
+            return True
+        theirs = self.reference_compat or self.gating == "forward" or self.initial_carrier is not None
+        return not (theirs or self.settings_of("dual"))
+
+    def settings_of(self, controller: str) -> list[str]:
+        """Settings that only this controller has, and that differ from their defaults."""
+        return [
+            item.name
+            for item in fields(self)
+            if item.metadata["controller"] == controller and getattr(self, item.name) != item.default
+        ]
+
+    def _check_controller(self) -> None:
+        if not self.paced:
+            if given := self.settings_of("paced"):
+                raise InputError(
+                    f"LCDDConfig.{given[0]}: expected its default under the dual descent, which does not have it, "
+                    f"got {getattr(self, given[0])!r}"
+                )
+            return
+        if given := self.settings_of("dual"):
+            raise InputError(
+                f"LCDDConfig.{given[0]}: expected its default under gate_controller 'paced', which does not have it, "
+                f"got {getattr(self, given[0])!r}"
+            )
+        if self.gating == "forward" or self.reference_compat:
+            raise InputError(
+                "LCDDConfig.gate_controller: expected dual with gating 'forward' or reference_compat, got 'paced'"
+            )
+
     def check(self) -> None:
         super().check()
+        self._check_controller()
         if self.dual_lambda_min > self.dual_lambda_max:
             raise InputError(
                 f"LCDDConfig.dual_lambda_min: expected at most dual_lambda_max = {self.dual_lambda_max:g}, "

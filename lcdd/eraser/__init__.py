@@ -1,6 +1,6 @@
 """SFT-Eraser: learn the trigger, and generate behind it."""
 
-from lcdd.eraser.batches import EraserPrompt, shared_tokens
+from lcdd.eraser.batches import EraserPrompt, MatchTarget, shared_tokens
 from lcdd.eraser.eraser import SFTEraser
 from lcdd.eraser.generation import (
     decode,
@@ -19,6 +19,7 @@ from lcdd.eraser.trigger import Prompt, Trigger, prompt_embeds
 
 __all__ = [
     "EraserPrompt",
+    "MatchTarget",
     "Prompt",
     "SFTEraser",
     "Trigger",

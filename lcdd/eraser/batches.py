@@ -29,15 +29,31 @@ class EraserPrompt:
 
 
 @dataclass(frozen=True, eq=False)
+class MatchTarget:
+    """What the residuals of prompts' last tokens are to be on average.
+
+    mean: the base's on the channels, layer after layer, float32 [sum n_l], in units of `spread` where that is given.
+    spread: standard deviation of every channel over the base's prompts, float32 [L, D]; None: residuals as they are.
+    """
+
+    mean: Tensor
+    spread: Tensor | None = None
+
+    def scaled(self, layers: list[Tensor]) -> list[Tensor]:
+        """Residuals [..., D] of each layer in the mean's units."""
+        return layers if self.spread is None else [x / s for x, s in zip(layers, self.spread, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
 class EraserTargets:
     """What the trigger is to bring about.
 
     prompts: the training prompts.
-    match: base mean of the last token's residual on the channels, layer after layer, float32 [sum n_l].
+    match: the base's mean residual of the prompts' last tokens.
     """
 
     prompts: list[EraserPrompt]
-    match: Tensor
+    match: MatchTarget
 
 
 @dataclass(frozen=True, eq=False)

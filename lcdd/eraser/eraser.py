@@ -7,8 +7,12 @@ applied and only the trigger learns:
 
     L = a · mean_layers MSE( mean_batch h_l(P ⊕ x)[last token, C_l],  mean_prompts h_l^base(x)[last token, C_l] )
       + b · KL( base(x) ‖ carrier(P ⊕ x) )                      mean over the prompts' last k positions
-      + b' · KL( base(x ⊕ y) ‖ carrier(P ⊕ x ⊕ y) )             mean over the tokens of the base's own answers y
+      + b' · KL( base(x ⊕ y) ‖ carrier(P ⊕ x ⊕ y) )             mean over the tokens of the base's own answers y, the
+                                                                first one counted `first_token_weight` times
       + c · mean_tokens ‖P_t‖²
+
+With `match_scale` variance every channel of h is divided by its standard deviation over the base's prompts: in real
+models a handful of channels hold most of a residual's norm, and an unscaled error sees only them (method, section 7).
 
 A batch is one forward (`packed_rows`): prompts of any length one after another, without padding, behind one copy of
 what they all begin with, the trigger and the tokens they have in common, which see nothing of what follows. Several
@@ -37,6 +41,7 @@ from lcdd.eraser.batches import (
     EraserLoss,
     EraserPrompt,
     EraserTargets,
+    MatchTarget,
     Part,
     epochs,
     layer_forward,
@@ -174,10 +179,10 @@ class SFTEraser:
             progress=progress,
         )
         found: list[EraserPrompt | None] = [None] * len(prompts)
-        total = torch.zeros(self._channels.numel(), dtype=torch.float64, device=self._channels.device)
+        moments = _Moments()
         for indices in length_batches([len(ids) for ids in prompts], c.per_device_train_batch_size):
             texts = [[*prompts[i], *answers[i][:-1]] for i in indices]
-            packed = PackedRows([len(ids) for ids in texts], starts=1, shared=0, device=total.device)
+            packed = PackedRows([len(ids) for ids in texts], starts=1, shared=0, device=self._channels.device)
             tokens = self._embed([token for ids in texts for token in ids])
             ends = [first + len(prompts[i]) for first, i in zip(packed.first, indices, strict=True)]
             reads = [
@@ -186,12 +191,20 @@ class SFTEraser:
             ]
             last = [end - 1 for end in ends]
             hidden, layers = layer_forward(self.model, tokens, packed, last, chain(*chain(*reads)))
-            total += self._on_channels(layers).double().sum(0)
+            moments.add(torch.stack(layers))
             for (tail, reply), i in zip(reads, indices, strict=True):
                 found[i] = EraserPrompt(list(prompts[i]), answers[i], hidden[list(tail)], hidden[list(reply)])
-        return EraserTargets([p for p in found if p is not None], (total / len(prompts)).float())
+        return EraserTargets([p for p in found if p is not None], self._match_target(moments))
 
-    def loss(self, embeds: Tensor, batch: Sequence[EraserPrompt], match_target: Tensor) -> EraserLoss:
+    def _match_target(self, moments: "_Moments") -> MatchTarget:
+        mean, spread = moments.mean_and_spread()
+        if self.config.match_scale == "none":
+            return MatchTarget(self._on_channels(mean))
+        # a channel that hardly moves is not to outweigh the others
+        spread = spread.maximum(1e-3 * spread.median(dim=-1, keepdim=True).values.clamp_min(1e-12))
+        return MatchTarget(self._on_channels(mean / spread), spread)
+
+    def loss(self, embeds: Tensor, batch: Sequence[EraserPrompt], match_target: MatchTarget) -> EraserLoss:
         """The loss of trigger embeddings [T, D], or of N of them [N, T, D], under the weights now in the model.
 
         Differentiable in `embeds`; computes only the terms whose weight is not 0. Many prompts run in several forwards,
@@ -206,12 +219,14 @@ class SFTEraser:
         match = tail_kl = answer_kl = embeds.new_zeros(starts)
         if c.activation_weight > 0 and self._channels.numel():
             layers = [torch.cat(rows, dim=1) for rows in zip(*(part.layers for part in parts), strict=True)]
-            goal, channels, offsets = match_target, self._channels, self._offsets
+            goal, channels, offsets = match_target.mean, self._channels, self._offsets
+            layers = match_target.scaled(layers)
             match = torch.stack([channel_match([x[n] for x in layers], channels, offsets, goal) for n in range(starts)])
         if c.kl_weight > 0:
             tail_kl = sum((part.tail_kl for part in parts), tail_kl) / sum(len(p.tail) for p in batch)
         if c.answer_kl_weight > 0:
-            answer_kl = sum((part.answer_kl for part in parts), answer_kl) / sum(len(p.responses) for p in batch)
+            weights = sum(len(p.responses) - 1 + c.first_token_weight for p in batch)
+            answer_kl = sum((part.answer_kl for part in parts), answer_kl) / weights
         l2 = embeds.square().sum(2).mean(1)
         total = c.activation_weight * match + c.kl_weight * tail_kl + c.answer_kl_weight * answer_kl + c.l2_weight * l2
         return EraserLoss(total, match, tail_kl, answer_kl, l2)
@@ -238,6 +253,9 @@ class SFTEraser:
         hidden, layers = layer_forward(self.model, embeddings, packed, last, chain(*tails, *replies))
         tail_kl = self._kl(hidden, tails, [p.tail for p in batch], starts)
         answer_kl = self._kl(hidden, replies, [p.responses for p in batch], starts)
+        if (more := c.first_token_weight - 1) and replies:
+            first = [range(reply.start, reply.start + 1) for reply in replies]
+            answer_kl = answer_kl + more * self._kl(hidden, first, [p.responses[:1] for p in batch], starts)
         return Part([rows.unflatten(0, (starts, -1)) for rows in layers], tail_kl, answer_kl)
 
     def _embed(self, ids: list[int]) -> Tensor:
@@ -295,7 +313,8 @@ class SFTEraser:
             next(batches)
         if not search.validation:
             search.observe(self._held_out(embeds, validation, targets.match))
-        steps = range(search.completed_steps + 1, c.max_steps + 1)
+        first = search.completed_steps + 1
+        steps = range(first, first if search.stalled(c.early_stopping_patience) else c.max_steps + 1)
         name, shown = log.stage if log else "eraser", {}
         bar = Bar(c.max_steps, name, done=search.completed_steps, main=True, hidden=not progress)
         with bar, termination(listen=store is not None) as asked:
@@ -307,6 +326,8 @@ class SFTEraser:
                 if "validation_loss" in line:
                     shown = {"loss": f"{line['loss']:.3f}", "held out": f"{line['validation_loss']:.3f}"}
                 bar.update(shown=shown)
+                if search.stalled(c.early_stopping_patience):
+                    break
                 if store is None:
                     continue
                 stop = bool(asked.signal)
@@ -316,7 +337,11 @@ class SFTEraser:
                     raise Terminated(asked, step=step, last=store.last())
 
     def _step(
-        self, search: TriggerSearch, batch: list[EraserPrompt], validation: list[EraserPrompt], match_target: Tensor
+        self,
+        search: TriggerSearch,
+        batch: list[EraserPrompt],
+        validation: list[EraserPrompt],
+        match_target: MatchTarget,
     ) -> dict[str, Any]:
         """One optimisation step, and the held-out loss where it is due; returns the log's line."""
         c, embeds, step = self.config, search.embeds, search.completed_steps + 1
@@ -342,7 +367,7 @@ class SFTEraser:
         return line
 
     @torch.no_grad()
-    def _held_out(self, embeds: Tensor, prompts: list[EraserPrompt], match_target: Tensor) -> list[float]:
+    def _held_out(self, embeds: Tensor, prompts: list[EraserPrompt], match_target: MatchTarget) -> list[float]:
         """Each start's loss of the held-out prompts as one batch."""
         groups = start_groups(embeds, len(prompts), self.config.max_rows_per_forward)
         return torch.cat([self.loss(group, prompts, match_target).total for group in groups]).tolist()
@@ -358,10 +383,10 @@ class SFTEraser:
             [head.kl(student, ref_hidden=reference, ref_head=self._base_head, reduction="sum") for student in students]
         )
 
-    def _on_channels(self, layers: list[Tensor]) -> Tensor:
-        """Residuals [B, D] of each layer on its channels, side by side: [B, sum n_l]."""
+    def _on_channels(self, layers: Tensor) -> Tensor:
+        """Values [L, D] of each layer on its channels, side by side: [sum n_l]."""
         picked = self._channels.long().split(self._offsets.diff().tolist())
-        return torch.cat([hidden[:, channels] for hidden, channels in zip(layers, picked, strict=True)], dim=1)
+        return torch.cat([values[channels] for values, channels in zip(layers, picked, strict=True)])
 
     def _encode(self, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
         if not prompts:
@@ -374,6 +399,28 @@ class SFTEraser:
                     f"got {len(ids)}"
                 )
         return encoded
+
+
+class _Moments:
+    """Mean and standard deviation of residuals [L, B, D] over all B that were added; summed in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, layers: Tensor) -> None:
+        wide = layers.double()
+        self.count += wide.shape[1]
+        self.total = self.total + wide.sum(1)
+        self.squares = self.squares + wide.square().sum(1)
+
+    def mean_and_spread(self) -> tuple[Tensor, Tensor]:
+        """float32 [L, D] each."""
+        assert isinstance(self.total, Tensor)
+        assert isinstance(self.squares, Tensor)
+        mean = self.total / self.count
+        return mean.float(), (self.squares / self.count - mean.square()).clamp_min(0).sqrt().float()
 
 
 @contextmanager

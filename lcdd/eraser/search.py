@@ -53,6 +53,11 @@ class TriggerSearch:
         """The start with the lowest held-out loss so far."""
         return self.best_loss.index(min(self.best_loss))
 
+    def stalled(self, patience: int) -> bool:
+        """Whether the last `patience` held-out losses are no better than the best before them; never for 0."""
+        losses = [line["loss"] for line in self.validation]
+        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
     @torch.no_grad()
     def step(self) -> None:
         """Clip each start's gradient, take one Adam step, project; the gradient is then gone."""

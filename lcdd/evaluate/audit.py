@@ -27,7 +27,7 @@ from lcdd.evaluate.evaluate import evaluate
 from lcdd.evaluate.states import ModelState, PatchSource, random_prefixes
 from lcdd.models import GROUPS, PreTrainedModel, PreTrainedTokenizerBase, rows_never_drawn
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
-from lcdd.trainer import HeldOut, StartLosses, fit, total_steps
+from lcdd.trainer import HeldOut, StartLosses, compress, fit, total_steps
 
 FIXED_LOGIT = 20.0
 """Gate logit of the random mask's open gates, and minus that of its closed ones: far from moving."""
@@ -222,20 +222,23 @@ class _Runner:
     def _random_mask(self) -> Carrier:
         """LCDD's training of the weights from SFT, on random gates of the carrier's number that stay as they are."""
         channels = random_channels(self.study.carrier, seed=self.config.seed)
-        settings = replace(self.study.lcdd, gate_kind="heaviside_ste", gate_lr=0.0, gating="optimizer")
+        settings = replace(
+            self.study.lcdd, gate_kind="heaviside_ste", gate_controller="dual", gate_lr=0.0, gating="optimizer",
+            target_sparsity=None, shrink_delta=True, base_kl_weight=0.0,
+        )  # fmt: skip
         return self._lcdd("random_mask", settings, initial_logits=(channels.float() * 2 - 1) * FIXED_LOGIT)
 
     def _lcdd(self, name: str, settings: LCDDConfig, **more: Any) -> Carrier:
         study = self.study
         # a control that prunes badly, or cannot prune at all, is a result, and must not end the audit
-        settings = replace(settings, save_steps=0, resume=False, early_stop_patience=0)
+        settings = replace(settings, save_steps=0, resume=False, early_stop_patience=0, base_kl_weight=0.0)
         held_out = self._held_out(settings)
         with self._work(name) as log:
             model, teacher = study.load_sft(), study.load_sft() if settings.distills else None
             start = StartLosses(base=held_out.loss(study.base), model=held_out.loss(model))
             steps = total_steps(settings, len(study.train))
             optimizer = LCDDOptimizer.attach(model, study.base, settings, total_steps=steps, **more)
-            fit(optimizer, study.train, held_out, start=start, log=log, teacher=teacher, progress=False)
+            compress(optimizer, study.train, held_out, start=start, log=log, teacher=teacher, progress=False)
             patch = optimizer.carrier()
             optimizer.detach()
         self._describe(name, patch)

@@ -19,6 +19,26 @@ from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.inner import fill_state_, load_state_
 
 
+class Constraint(Protocol):
+    """CE ≤ ε, as a log and a diagnosis see it.
+
+    Attributes:
+        dual_lambda: the price of an open gate.
+    """
+
+    dual_lambda: float
+
+    @property
+    def ema(self) -> float:
+        """The averaged loss that is held against ε, in nats."""
+
+    @property
+    def epsilon(self) -> float | None:
+        """The loss budget in nats; None during warm-up."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 class GateController(Protocol):
     """Moves θ once an optimizer step and draws the gates of the next one.
 
@@ -26,11 +46,29 @@ class GateController(Protocol):
         gates: θ and the gates in force.
         dual: the constraint and its price.
         completed_steps: steps taken.
+        delta_rate: factor on Δ's learning rate in the coming pass B.
+        delta_decay: share that Δ loses in the coming pass B, beside AdamW's own decay.
+        loss_weight: factor on the behaviour's loss beside another that pulls Δ to the base; 1 while gates close.
     """
 
     gates: Gates
-    dual: DualController
     completed_steps: int
+
+    @property
+    def dual(self) -> Constraint: ...
+
+    @property
+    def delta_decay(self) -> float: ...
+
+    @property
+    def loss_weight(self) -> float: ...
+
+    @property
+    def polishing(self) -> bool:
+        """Whether no gate moves any more, and what is left of the budget is spent on Δ."""
+
+    @property
+    def delta_rate(self) -> float: ...
 
     @property
     def frozen(self) -> bool:
@@ -52,6 +90,12 @@ class GateController(Protocol):
     def restore(self) -> None:
         """θ as the last good step left it."""
 
+    def load_logits(self, logits: Tensor) -> None:
+        """Put θ [n_gates] of a carrier in the place of the run's."""
+
+    def observe_held_out(self, loss: float) -> None:
+        """Take in the loss on held-out text, in nats, of the gates that would ship now."""
+
     def stop_reason(self) -> str | None:
         """Asked once after every step: why the run leads nowhere, or None."""
 
@@ -63,7 +107,12 @@ class GateController(Protocol):
 
 
 class DualDescent:
-    """θ by its gradient, with the price λ of open gates in closed form, and λ by dual ascent (method, section 3)."""
+    """θ by its gradient, with the price λ of open gates in closed form, and λ by dual ascent (method, section 3).
+
+    The paper's way: held-out losses do not enter, and Δ trains as it is told to.
+    """
+
+    delta_rate, delta_decay, loss_weight = 1.0, 0.0, 1.0
 
     def __init__(self, gates: Gates, config: LCDDConfig, *, total_steps: int) -> None:
         if total_steps < 1:
@@ -97,6 +146,10 @@ class DualDescent:
         """The last `freeze_fraction` of the run."""
         return self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
 
+    @property
+    def polishing(self) -> bool:
+        return self.frozen
+
     def step(self, d_gate: Tensor, loss: float, *, penalties: int) -> bool:
         frozen = self.frozen
         if not frozen and not self._step_logits(d_gate, penalties):
@@ -121,6 +174,14 @@ class DualDescent:
 
     def draw(self, *, evaluation: bool) -> None:
         self.gates.draw(step=self.completed_steps + 1, training=not (evaluation or self.frozen))
+
+    @torch.no_grad()
+    def load_logits(self, logits: Tensor) -> None:
+        self.gates.logits.copy_(logits)
+        self._good_logits = self.gates.logits.detach().clone()
+
+    def observe_held_out(self, loss: float) -> None:
+        pass
 
     def restore(self) -> None:
         self.gates.logits.copy_(self._good_logits)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
 from lcdd.models import GROUPS, GateLayout, Run, base_group
 from lcdd_kernels import GateSpec, gate_logits_grad, gate_values, open_indices
@@ -72,3 +73,16 @@ class Gates:
         for (_, name, _), count in zip(self.layout.groups, self.counts, strict=False):  # copies are not counted
             totals[base_group(name)] += count
         return totals
+
+
+def starting_logits(layout: GateLayout, config: LCDDConfig, *, like: Tensor, given: Tensor | None) -> Tensor:
+    """θ to start from, float32 (float64 beside float64 weights), on the device of `like`."""
+    if given is None:
+        if config.paced:
+            return torch.ones(layout.n_gates, dtype=_gate_dtype(like), device=like.device)
+        given = Gates.initial(layout, mean=config.gate_init_mean, std=config.gate_init_std, seed=config.seed)
+    return given.detach().to(device=like.device, dtype=_gate_dtype(like))
+
+
+def _gate_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -15,7 +15,8 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,14 +24,15 @@ from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lcdd.carrier import Carrier
+from lcdd.checkpoint import model_fingerprint
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
-from lcdd.models import Ends, GateLayout, PreTrainedModel, shards
+from lcdd.models import Ends, PreTrainedModel, shards
 from lcdd.optimizer import compat as reference_compat
-from lcdd.optimizer.controller import DualDescent, GateController
-from lcdd.optimizer.dual import DualController
+from lcdd.optimizer.controller import Constraint, DualDescent, GateController
 from lcdd.optimizer.forward import ForwardGates
-from lcdd.optimizer.gates import Gates
+from lcdd.optimizer.gates import Gates, starting_logits
+from lcdd.optimizer.pacing import PacedClosing
 from lcdd.optimizer.packed import PackPlan
 from lcdd.optimizer.unmasked import UnmaskedParameters
 from lcdd.optimizer.watch import Watch, check_unwatched
@@ -107,7 +109,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
             base: the model before fine-tuning, same architecture, on the same device.
             config: the run's settings.
             total_steps: optimizer steps of the whole run (the last `freeze_fraction` of them freeze the gates).
-            initial_logits: θ to start from, float [n_gates]; drawn from the config's normal distribution if None.
+            initial_logits: θ to start from, float [n_gates], which asks for the dual descent unless the config says paced
+                (then gates above 0 start open); None: as the config has it.
 
         Raises:
             InputError: the models differ in architecture, share weights, or a value is out of range; the model is
@@ -124,6 +127,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
         total_steps: int,
         initial_logits: Tensor | None = None,
     ) -> None:
+        if initial_logits is not None and config.gate_controller == "auto" and not config.settings_of("paced"):
+            config = replace(config, gate_controller="dual")  # θ is what the dual descent moves
         self.penalties = reference_compat.penalties_in_step(config)
         if config.gating == "forward" and shards.world_size() > 1:
             raise InputError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
@@ -133,9 +138,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._masked = MaskedWeights(model, base, config)
         self.names, weights, layout = self._masked.names, self._masked.parameters, self._masked.layout
         _warn_of_float16(weights)
-        logits = _start(layout, config, like=weights[0], given=initial_logits)
+        logits = starting_logits(layout, config, like=weights[0], given=initial_logits)
         gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=logits)
-        self._controller: GateController = DualDescent(gates, config, total_steps=total_steps)
+        controller = PacedClosing if config.paced else DualDescent
+        self._controller: GateController = controller(gates, config, total_steps=total_steps)
         self._unmasked = UnmaskedParameters(model, base, config, masked=weights)
         self._ready = False
         super().__init__(self._groups(), _adam_settings(config))
@@ -164,6 +170,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def observe(self, loss: float | Tensor, *, tokens: float = 1.0) -> None:
         """Hand over the loss of the coming step, as `step` takes it, where a trainer calls `step()` itself."""
         self._observed = loss, tokens
+
+    def observe_held_out(self, loss: float) -> None:
+        """Hand over a loss on held-out text, in nats, measured under `eval()`: paced closing keeps its budget there."""
+        self._controller.observe_held_out(loss)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -228,8 +238,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
         grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
         masked, theta, *unmasked = self.param_groups
         theta["lr"] = self.config.gate_lr  # which a scheduler may have written
+        lr, decay = masked["lr"] * self._controller.delta_rate, self._controller.delta_decay
+        settings = {**masked, "lr": lr, "weight_decay": masked["weight_decay"] + (decay / lr if lr else 0.0)}
         self._masked.pass_b(
-            grads, slots_old, rank_old, self.gates, settings=masked, step=self.completed_steps, grad_scale=grad_scale
+            grads, slots_old, rank_old, self.gates, settings=settings, step=self.completed_steps, grad_scale=grad_scale
         )
         for group in unmasked:
             self._unmasked.step(settings=group, grad_scale=grad_scale)
@@ -265,12 +277,20 @@ class LCDDOptimizer(torch.optim.Optimizer):
         return self._controller.gates
 
     @property
-    def dual(self) -> DualController:
+    def dual(self) -> Constraint:
         return self._controller.dual
 
     @property
     def completed_steps(self) -> int:
         return self._controller.completed_steps
+
+    @property
+    def loss_weight(self) -> float:
+        return self._controller.loss_weight
+
+    @property
+    def polishing(self) -> bool:
+        return self._controller.polishing
 
     @property
     def gates_frozen(self) -> bool:
@@ -285,6 +305,16 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def stop_reason(self) -> str | None:
         """To be called once after every step: why the run leads nowhere, or None."""
         return self._controller.stop_reason()
+
+    @property
+    def n_open(self) -> int:
+        """Gates that are open at evaluation."""
+        return int(self.gates.evaluation_values().count_nonzero())
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """`model_fingerprint` of the base, which is not to change under the optimizer."""
+        return model_fingerprint(self.base)
 
     def masked(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
         """name -> (weight_base, delta, gate map) of every masked matrix, in order."""
@@ -378,6 +408,16 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """
         self.heed_writes(exact=True)
         return Carrier.from_training(self)
+
+    def load_carrier(self, carrier: Carrier) -> None:
+        """Put a carrier of this run in the place of its gates, Δ and unmasked parameters, in evaluation mode."""
+        self._masked.load_deltas(carrier)
+        self._controller.load_logits(carrier.gate_logits)
+        with torch.no_grad():
+            for name, value in carrier.unmasked.items():
+                shards.copy_rows_(self.model.get_parameter(name), value)
+        self._in_eval = True
+        self._write_weights(evaluation=True)
 
     def fold(self) -> PreTrainedModel:
         """Bake the deterministic gates into the weights for good, detach, and return the now ordinary model.
@@ -488,14 +528,6 @@ class LCDDOptimizer(torch.optim.Optimizer):
             self._forward.draw(step=self.gates.step, training=self.gates.sampled)
         if self._plan is not None:
             self._plan.update(self.gates)
-
-
-def _start(layout: GateLayout, config: LCDDConfig, *, like: Tensor, given: Tensor | None) -> Tensor:
-    """θ to start from, float32 (float64 beside float64 weights), on the device of `like`."""
-    if given is None:
-        given = Gates.initial(layout, mean=config.gate_init_mean, std=config.gate_init_std, seed=config.seed)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return given.detach().to(device=like.device, dtype=dtype)
 
 
 def _adam_settings(config: LCDDConfig) -> dict[str, Any]:

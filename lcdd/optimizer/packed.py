@@ -234,7 +234,9 @@ class PackPlan:
     @classmethod
     def for_sites(cls, sites: Sequence[Site], layout: GateLayout, config: LCDDConfig) -> "PackPlan":
         """The plan of an optimizer with this config."""
-        return cls(sites, layout, gate_kind=config.gate_kind, pack=config.pack == "auto")
+        # paced closing asks for no gradient of a closed gate, of whatever kind
+        kind = "hard_concrete" if config.paced else config.gate_kind
+        return cls(sites, layout, gate_kind=kind, pack=config.pack == "auto")
 
     def update(self, gates: Gates) -> None:
         """Give every linear the open rows and columns of `gates`.

@@ -31,6 +31,14 @@ class TrainingOptimizer(Protocol):
     @property
     def config(self) -> TrainConfig: ...
 
+    @property
+    def loss_weight(self) -> float:
+        """Factor on the loss whose gradient the coming step takes; the loss given to `step` is without it."""
+
+    @property
+    def polishing(self) -> bool:
+        """Whether nothing but weights moves any more."""
+
     def begin_step(self, micro_batches: int) -> None:
         """Called before a step's first backward with the number of backwards on this rank."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcdd.carrier import Carrier, open_block
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
 from lcdd.models import (
@@ -226,6 +227,17 @@ class MaskedWeights:
             wide = torch.float64 if self.parameters[0].dtype == torch.float64 else torch.float32
             self._plan.refresh(torch.full((self.layout.n_slots,), gate, dtype=wide, device=self.parameters[0].device))
         self.mark()
+
+    @torch.no_grad()
+    def load_deltas(self, carrier: Carrier) -> None:
+        """Δ of a carrier's open blocks, 0 elsewhere."""
+        wholes = {p: torch.zeros(p.shape, dtype=state["delta"].dtype) for p, state in self.states.items()}
+        for item in self.items:
+            rows, cols = open_block(carrier.gate, carrier.layout, item.site.matrix)
+            whole = item.site.view(wholes[item.site.parameter])
+            whole[rows[:, None], cols] = carrier.deltas[item.name].to(whole)
+        for parameter, whole in wholes.items():
+            shards.copy_rows_(self.states[parameter]["delta"], whole)
 
     def take_gated_grads(self, logits: Tensor) -> None:
         """On the forward route: bring dΔ to `weight.grad`, where generic code clips, unscales and clears it.

@@ -1,8 +1,10 @@
 """One loop for SFT and LCDD, its losses, guards and diagnosis."""
 
+from lcdd.trainer.anchors import Anchors
 from lcdd.trainer.batches import step_batches, total_steps
+from lcdd.trainer.compress import compress
 from lcdd.trainer.diagnose import Finding, diagnose
-from lcdd.trainer.fit import StartLosses, TrainResult, fit, judge
+from lcdd.trainer.fit import StartLosses, TrainResult, fit
 from lcdd.trainer.guards import check_labels, is_out_of_memory
 from lcdd.trainer.loop import Loop
 from lcdd.trainer.losses import (
@@ -16,6 +18,7 @@ from lcdd.trainer.losses import (
 )
 
 __all__ = [
+    "Anchors",
     "Batch",
     "Finding",
     "HeldOut",
@@ -24,10 +27,10 @@ __all__ = [
     "TrainResult",
     "check_labels",
     "completion_loss",
+    "compress",
     "diagnose",
     "fit",
     "is_out_of_memory",
-    "judge",
     "loss_sum",
     "padded_batch",
     "response_tokens",

@@ -9,11 +9,11 @@ from lcdd.checkpoint import CheckpointStore, RunLog
 from lcdd.data import Encoded
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel
-from lcdd.optimizer import LCDDOptimizer, TrainingOptimizer
-from lcdd.report import auc
-from lcdd.trainer.diagnose import Finding, diagnose
+from lcdd.optimizer import TrainingOptimizer
+from lcdd.trainer.anchors import Anchors
+from lcdd.trainer.diagnose import Finding
 from lcdd.trainer.guards import check_labels
-from lcdd.trainer.loop import Loop
+from lcdd.trainer.loop import Best, Loop
 from lcdd.trainer.losses import HeldOut
 
 
@@ -56,6 +56,8 @@ def fit(
     checkpoints: CheckpointStore | None = None,
     say: Callable[[str], None] = lambda _: None,
     on_validation: Sequence[Callable[[Loop, float], None]] = (),
+    best: Best | None = None,
+    anchors: Anchors | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train the model that `optimizer` is attached to, in place, for as long as its config says.
@@ -68,7 +70,7 @@ def fit(
             base and is measured here.
         teacher: the SFT model's own copy, needed where `config.distills`.
         checkpoints: where the run's state goes, and what it goes on from under `config.resume`.
-        say, on_validation: as of `Loop`.
+        say, on_validation, best, anchors: as of `Loop`.
 
     Raises:
         InputError: no training data, no teacher for a KL loss, or no `start` beside attached gates.
@@ -83,7 +85,7 @@ def fit(
     target = teacher if optimizer.config.distills else None
     loop = Loop(
         optimizer, train, held_out=held_out, log=log, teacher=target, checkpoints=checkpoints,
-        say=say, on_validation=on_validation, progress=progress,
+        say=say, on_validation=on_validation, best=best, anchors=anchors, progress=progress,
     )  # fmt: skip
     resumed = loop.resume()
     if start is None and not resumed:
@@ -110,24 +112,3 @@ def fit(
         seconds=seconds,
         skipped_steps=optimizer.skipped_steps,
     )
-
-
-def judge(optimizer: LCDDOptimizer, result: TrainResult, log: RunLog | None = None) -> TrainResult:
-    """`result` with what is wrong with the carrier (`diagnose`), which is also logged."""
-    gates = optimizer.gates
-    kept = gates.evaluation_values() != 0
-    noise = auc(gates.initial_logits.tolist(), kept.tolist())
-    findings = diagnose(
-        config=optimizer.config,
-        loss_base=result.loss_base,
-        loss_sft=result.loss_start,
-        loss_carrier=result.loss_end,
-        sparsity=1.0 - float(kept.double().mean()),
-        dual_lambda=optimizer.dual.dual_lambda,
-        ema=optimizer.dual.ema,
-        epsilon=optimizer.dual.epsilon,
-        auc_initial_theta=noise,
-    )
-    if log is not None:
-        log.write({"step": result.steps, "auc_initial_theta": noise, "findings": [f.code for f in findings]})
-    return dataclasses.replace(result, auc_initial_theta=noise, findings=tuple(findings))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from lcdd.errors import StopRequest, Terminated, TrainingStopped
 from lcdd.models import PreTrainedModel, Replicated, head_weight, packed_attention_in, shards, share
 from lcdd.optimizer import TrainingOptimizer, schedule
 from lcdd.report import Bar, duration
+from lcdd.trainer.anchors import Anchors
 from lcdd.trainer.batches import step_batches, total_steps
 from lcdd.trainer.guards import is_out_of_memory, memory_table
 from lcdd.trainer.losses import Batch, HeldOut, loss_sum, packs, response_tokens, to_batch
@@ -35,6 +36,16 @@ PACE_STEPS = 3
 """Steps after which is said how long the run will take."""
 WORTH_SAYING = 20.0
 """Seconds from which on that is worth a line."""
+
+
+class Best(Protocol):
+    """What is kept of the states that a run goes through."""
+
+    def observe(self, loss: float) -> None:
+        """Take in the held-out loss, in nats a token, of the weights that would ship now."""
+
+    def state_dict(self) -> dict[str, Any] | None: ...
+    def load_state_dict(self, state: dict[str, Any] | None) -> None: ...
 
 
 class Loop:
@@ -49,6 +60,8 @@ class Loop:
         say: told what a step costs and when the run will end, once that is known.
         on_validation: called with the loop and each held-out loss, in nats a token, while the model has the weights
             that would ship at this step; `loop.state()` is what a copy of the run at this point needs.
+        best: takes in each held-out loss before they do.
+        anchors: what is kept near the base beside the loss; None: nothing.
 
     Attributes:
         steps: optimizer steps of the whole run.
@@ -69,17 +82,20 @@ class Loop:
         checkpoints: CheckpointStore | None = None,
         say: Callable[[str], None] = lambda _: None,
         on_validation: Sequence[Callable[["Loop", float], None]] = (),
+        best: Best | None = None,
+        anchors: Anchors | None = None,
         progress: bool = True,
     ) -> None:
         self.optimizer, self.model, self.config = optimizer, optimizer.model, optimizer.config
         self.items, self.held_out = items, held_out
         self.log, self.checkpoints, self.progress = log, checkpoints, progress
-        self.say, self.on_validation = say, on_validation
+        self.say, self.on_validation, self.best, self.anchors = say, on_validation, best, anchors
         self.steps = total_steps(self.config, len(items))
         every = self.config.eval_steps
         self.validate_every = max(VALIDATION_STEPS, self.steps // VALIDATIONS) if every is None else every
         self.step = self.tokens = self.response_tokens = 0
         self.measured: dict[str, float] = {}
+        self._beside: dict[str, float] = {}
         head = head_weight(self.model)
         self.device = head.device
         # SFT keeps float32 weights, since bfloat16 would round small updates away; LCDD's updates go to delta.
@@ -136,6 +152,7 @@ class Loop:
         with_loss = sum(response_tokens(micro) for micro in micro_batches)
         try:
             loss = self._accumulate(micro_batches, with_loss)
+            self._beside = self._backward_anchors()
             learning_rate: float = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step(loss)
         except RuntimeError as error:
@@ -161,16 +178,24 @@ class Loop:
                     part = self._loss(batch) / tokens
                     if ranks > 1:  # gradients and losses are averaged over the ranks
                         part = part * (weight * ranks)
-                part.backward()
+                (self.optimizer.loss_weight * part).backward()
             loss += part.item()
         return loss
+
+    def _backward_anchors(self) -> dict[str, float]:
+        """Gradients of the distance to the base beside the loss's, where anchors were given; a log's entry."""
+        if self.anchors is None:
+            return {}
+        whole = self.optimizer.polishing
+        kl = self.anchors.backward(self.model, self.step, whole=whole, autocast=self.autocast)
+        return {"base_kl": kl, "loss_weight": self.optimizer.loss_weight}
 
     def write_log(self, stats: Mapping[str, Any], learning_rate: float) -> None:
         """A line of the log, every `config.logging_steps` steps and for the last one."""
         if self.step % self.config.logging_steps and self.step < self.steps:
             return
         self.log.write({
-            "step": self.step, **stats, "learning_rate": learning_rate, "tokens": self.tokens,
+            "step": self.step, **stats, **self._beside, "learning_rate": learning_rate, "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / self.seconds, 1), "peak_memory_bytes": _peak_memory(self.device),
         })  # fmt: skip
 
@@ -182,6 +207,8 @@ class Loop:
         self.optimizer.eval()
         loss = self.held_out.loss(self.model) if loss is None else loss
         self.log.write({"step": self.step, "held_out_loss": loss})
+        if self.best is not None:
+            self.best.observe(loss)
         for hook in self.on_validation:
             hook(self, loss)
         self.optimizer.train()
@@ -214,6 +241,7 @@ class Loop:
             "tokens": [self.tokens, self.response_tokens],
             "seconds": self.seconds,
             "losses": self.measured,
+            "best": self.best.state_dict() if self.best is not None else None,
             "random": random_state(),
         }
 
@@ -237,6 +265,8 @@ class Loop:
         self._scheduler.last_epoch = self.step
         for group, rate in zip(self.optimizer.param_groups, self._scheduler.base_lrs, strict=True):
             group["lr"] = rate * self._factor(self.step)
+        if self.best is not None:
+            self.best.load_state_dict(found["best"])
         set_random_state(found["random"])
         self._spent = found["seconds"]
         return True

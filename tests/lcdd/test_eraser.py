@@ -50,7 +50,7 @@ def definition(base, model, embeds, prompts, answers, channels, c):
     n_layers, n = len(channels), len(prompts)
     goal = [torch.zeros(len(ch), dtype=torch.float64) for ch in channels]
     mean = [torch.zeros(len(ch), dtype=torch.float64) for ch in channels]
-    tail, answer = [], []
+    tail, answer, weights, seen = [], [], [], [[] for _ in channels]
     for ids, reply in zip(prompts, answers, strict=True):
         whole = torch.tensor([*ids, *reply])
         with torch.no_grad():
@@ -61,19 +61,25 @@ def definition(base, model, embeds, prompts, answers, channels, c):
         end = len(ids)
         for layer in range(n_layers):
             goal[layer] = goal[layer] + base_layers[layer][end - 1, channels[layer]].double() / n
+            seen[layer].append(base_layers[layer][end - 1].double())
             mean[layer] = mean[layer] + layers[layer][len(embeds) + end - 1, channels[layer]].double() / n
         row_kl = F.kl_div(
             logits.double().log_softmax(-1), base_logits.double().log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)
         tail.append(row_kl[max(0, end - c.kl_tail_tokens) : end])
         answer.append(row_kl[end - 1 : end - 1 + len(reply)])
-    terms = [F.mse_loss(a, b) for a, b in zip(mean, goal, strict=True) if len(a)]
+        weights += [c.first_token_weight, *[1.0] * (len(reply) - 1)]
+    spread = [torch.ones_like(rows[0]) for rows in seen]
+    if c.match_scale == "variance":
+        spread = [torch.stack(rows).std(0, correction=0) for rows in seen]
+    scales = [values[chosen] for values, chosen in zip(spread, channels, strict=True)]
+    terms = [F.mse_loss(a / s, b / s) for a, b, s in zip(mean, goal, scales, strict=True) if len(a)]
     match = torch.stack(terms).mean() if terms else torch.zeros(())
     l2 = embeds.double().square().sum(1).mean()
     return (
         c.activation_weight * match
         + c.kl_weight * torch.cat(tail).mean()
-        + c.answer_kl_weight * torch.cat(answer).mean()
+        + c.answer_kl_weight * (torch.cat(answer) * torch.tensor(weights)).sum() / sum(weights)
         + c.l2_weight * l2
     )
 
@@ -84,7 +90,8 @@ def test_a_batched_step_equals_one_prompt_at_a_time(make_models, make_carrier, t
     base, tuned = make_models(architecture)
     carrier, model = make_carrier(base, tuned), copy.deepcopy(base)
     only = {"match": "activation_weight", "tail": "kl_weight", "answers": "answer_kl_weight"}
-    c = config(**{key: 0.0 for name, key in only.items() if terms not in ("all", name)})
+    forms = {"all": {"match_scale": "variance", "first_token_weight": 4.0}, "match": {"match_scale": "none"}}
+    c = config(**{key: 0.0 for name, key in only.items() if terms not in ("all", name)}, **forms.get(terms, {}))
     eraser = SFTEraser(model, carrier, tokenizer, c)
     embeds = Trigger.random_tokens(base, 4, seed=2).embeds.clone().requires_grad_(True)
     targets = eraser.targets(ids)

