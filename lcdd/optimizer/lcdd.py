@@ -109,8 +109,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
             base: the model before fine-tuning, same architecture, on the same device.
             config: the run's settings.
             total_steps: optimizer steps of the whole run (the last `freeze_fraction` of them freeze the gates).
-            initial_logits: θ to start from, float [n_gates], which asks for the dual descent unless the config says paced
-                (then gates above 0 start open); None: as the config has it.
+            initial_logits: θ to start from, float [n_gates], which asks for the dual descent unless the config says
+                paced (gates above 0 start open); None: as the config has it.
 
         Raises:
             InputError: the models differ in architecture, share weights, or a value is out of range; the model is

@@ -231,7 +231,7 @@ class Plant:
         self.saliency = saliency / saliency.sum() * between(1, 6)
         self.lasting, self.healing = between(0.02, 0.6), between(0.5, 0.95)
         self.noise, self.delay, self.misjudged = between(0, 0.1), int(between(0, 3)), between(0, 0.5)
-        self.spikes, self.spike = between(0, 0.1) * (between(0, 1) < 0.5), between(0, 1)
+        self.spikes, self.spike = between(0, 0.1) * (between(0, 1) < 0.5), between(0, 0.5)
         self.kind = "heaviside_ste" if between(0, 1) < 0.5 else "hard_concrete"
 
     def overshoot(self) -> tuple[float, float]:
