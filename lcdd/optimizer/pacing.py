@@ -32,7 +32,7 @@ HORIZON = 4.0
 """Steps that a rising loss is extrapolated by: what a closing breaks shows a forward later, and then spreads."""
 NOISE_SHARE, LONGEST = 0.15, 16.0
 """The loss is averaged over as many steps as keep its noise to this share of the budget, but at most so many."""
-SLOW_START, SPEED_UP, SLOW_DOWN = 1 / 64, 1.12, 0.3
+SLOW_START, SPEED_UP, SLOW_DOWN = 1 / 64, 1.14, 0.3
 """What a gate costs is not known beforehand: speed grows step by step, and falls whenever the budget is overrun."""
 DECADES, SWEEP, FASTEST = 3.0, 0.7, 0.1
 """At full speed the open gates fall by this many factors of ten in this share of the run, at most FASTEST in a step."""
