@@ -29,6 +29,9 @@ MANIFESTS = {"carrier": "carrier.json", "trigger": "manifest.json", "checkpoint"
 BLIND = ("truncate", "flip", "swap", "empty", "grow", "remove")
 LIES = ("dtype", "shape", "nan", "model", "path")
 
+GATES = {"gate_init_mean": 0.0, "gate_init_std": 2.0}
+"""About half of the gates are closed: a carrier that has something to damage."""
+
 
 def make_targets(folder: Path) -> dict[str, Path]:
     """A good carrier, trigger and training checkpoint."""
@@ -39,8 +42,7 @@ def make_targets(folder: Path) -> dict[str, Path]:
     from lcdd.optimizer import LCDDOptimizer
 
     base, tuned = make_model("qwen3", layers=1), make_model("qwen3", seed=1, layers=1)
-    config = LCDDConfig(gate_init_mean=0.0, gate_init_std=2.0)
-    optimizer = LCDDOptimizer.attach(tuned, base, config, total_steps=10)
+    optimizer = LCDDOptimizer.attach(tuned, base, LCDDConfig(**GATES), total_steps=10)
     optimizer.carrier().with_tokenizer(make_tokenizer()).save_pretrained(folder / "carrier")
     metadata = {"base_fingerprint": model_fingerprint(base)}
     Trigger.for_model(base, torch.randn(4, 32), metadata=metadata).save_pretrained(folder / "trigger")
@@ -59,7 +61,7 @@ def loaders() -> dict[str, Loader]:
     from lcdd.optimizer import LCDDOptimizer
 
     base = make_model("qwen3", layers=1)
-    optimizer = LCDDOptimizer.attach(make_model("qwen3", seed=1, layers=1), base, LCDDConfig(), total_steps=10)
+    optimizer = LCDDOptimizer.attach(make_model("qwen3", seed=1, layers=1), base, LCDDConfig(**GATES), total_steps=10)
 
     fingerprint = model_fingerprint(base)
 

@@ -16,6 +16,9 @@ settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True
 settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Tables and lines are as wide as in a pipe, whatever terminal the suite is run from.
+os.environ.pop("COLUMNS", None)
+
 # Small tensors: threads cost more than they give, and xdist's workers share the cores.
 torch.set_num_threads(1)
 

@@ -112,7 +112,8 @@ def ours(step: Step, density: float, *, gate_lr: float = GATE_LR, pack: str = "a
     base = step.base().requires_grad_(False)
     model = fine_tune(copy.deepcopy(base), seed=1)
     config = LCDDConfig(
-        gate_kind=step.kind, learning_rate=LEARNING_RATE, gate_optimizer="sgd", gate_lr=gate_lr, seed=SEED, pack=pack,
+        gate_controller="dual", gate_kind=step.kind, learning_rate=LEARNING_RATE,
+        gate_optimizer="sgd", gate_lr=gate_lr, seed=SEED, pack=pack,
         delta_dtype="float32" if step.place.dtype == torch.float32 else "bfloat16",
     )  # fmt: skip
     logits = gate_logits(model, density)

@@ -215,6 +215,13 @@ class DualDescent:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`'s result.
+
+        Raises:
+            InputError: it is another controller's.
+        """
+        if "gate_optimizer" not in state_dict:
+            raise InputError("state_dict: expected a state of the dual descent, got one of paced closing")
         self.gates.logits.copy_(state_dict["gate_logits"])
         self.gates.initial_logits = state_dict["initial_logits"].clone()
         load_state_(self._optimizer, state_dict["gate_optimizer"])

@@ -344,6 +344,13 @@ class PacedClosing:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`'s result.
+
+        Raises:
+            InputError: it is another controller's.
+        """
+        if "worth" not in state_dict:
+            raise InputError("state_dict: expected a state of paced closing, got one of the dual descent")
         self.gates.logits.copy_(state_dict["gate_logits"])
         self.gates.initial_logits = state_dict["initial_logits"].clone()
         self.open = state_dict["open"].to(self.open)

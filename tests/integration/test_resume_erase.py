@@ -15,6 +15,7 @@ from lcdd.carrier import Carrier, carrier
 from lcdd.checkpoint import read_log
 from lcdd.cli import main
 from lcdd.eraser import SFTEraser, Trigger, TriggerSearch
+from lcdd.errors import InputError
 from lcdd.models import load_model
 
 Erase = Callable[..., int]
@@ -122,7 +123,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_directory_as_new(
     erase: Erase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> None:
-        raise ValueError("of no use")
+        raise InputError("of no use")
 
     output = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lcdd.config import LCDDConfig
+from lcdd.errors import InputError
 from lcdd.optimizer.pacing import CROSSING, REOPENING, REST, SHRINKING, Pace, PacedClosing
 
 
@@ -190,6 +191,11 @@ def test_a_frozen_run_leaves_the_gates_and_a_state_resumes() -> None:
     fixed = one.open.clone()
     run(one, [0.0] * 8, worth)
     assert torch.equal(one.open, fixed)
+
+
+def test_a_state_of_the_dual_descent_is_refused() -> None:
+    with pytest.raises(InputError, match="state_dict: expected a state of paced closing, got one of the dual descent"):
+        closing().load_state_dict({"gate_logits": torch.ones(100), "gate_optimizer": {}})
 
 
 def test_the_step_of_delta_grows_as_its_open_block_shrinks_and_falls_when_gates_are_frozen() -> None:
