@@ -165,7 +165,7 @@ def budget_in_words(config: LCDDConfig, start: StartLosses) -> str:
     )
     if config.paced:
         return (
-            f"{words}. After {config.warmup_steps} steps with all gates open the gates worth least close first, faster "
+            f"{words}. After a few steps with all gates open the gates worth least close first, faster "
             "the less of the budget is used, and reopen beyond it; lambda is the worth at which a gate just stays open"
         )
     return (

@@ -204,8 +204,9 @@ class LCDDConfig(TrainConfig, OfSFT):
         controller="dual",
     )
     warmup_steps: int = option(
-        10,
-        "steps with all gates open, which measure the baseline (dual: over which the gate penalty rises)",
+        50,
+        "steps before any gate is priced, which measure the baseline (dual: over which the penalty rises); paced: at "
+        "most a tenth of the run",
         at_least=1,
     )
     lr_warmup_steps: int = option(0, "steps over which the weights' learning rate rises to its peak", at_least=0)

@@ -181,6 +181,11 @@ class Pace:
             setattr(self, item.name, state[item.name])
 
 
+def warmup_steps(config: LCDDConfig, total_steps: int) -> int:
+    """Steps with all gates open: as the config says, but at most a tenth of the run."""
+    return min(config.warmup_steps, max(1, total_steps // 10))
+
+
 class PacedClosing:
     """The gate controller (`GateController`) that closes and reopens gates as `Pace` allows.
 
@@ -199,7 +204,9 @@ class PacedClosing:
         if total_steps < 1:
             raise InputError(f"total_steps: expected at least 1, got {total_steps}")
         self.gates, self.config, self.total_steps = gates, config, total_steps
-        self.dual = Pace(warmup_steps=config.warmup_steps, loss_budget=config.loss_budget, loss_floor=config.loss_floor)
+        self.dual = Pace(
+            warmup_steps=warmup_steps(config, total_steps), loss_budget=config.loss_budget, loss_floor=config.loss_floor
+        )
         self.completed_steps = 0
         self.rate = min(FASTEST, DECADES * math.log(10) / max(1.0, SWEEP * total_steps))
         n_gates, target = gates.logits.numel(), config.target_sparsity

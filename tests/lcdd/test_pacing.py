@@ -110,6 +110,11 @@ def test_the_state_resumes() -> None:
     assert [one.update(loss) for loss in (1.0, 1.3, 1.0)] == [other.update(loss) for loss in (1.0, 1.3, 1.0)]
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(5, 1), (150, 15), (400, 40), (5000, 50)])
+def test_warm_up_is_at_most_a_tenth_of_the_run(steps: int, expected: int) -> None:
+    assert closing(10, steps=steps, warmup_steps=50).dual.warmup_steps == expected
+
+
 # ---------------------------------------------------------------- which gates
 
 
