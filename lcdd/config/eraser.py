@@ -46,7 +46,7 @@ class EraserConfig(Writes, Tracked, Resumable, WithCarrier, OnDevice, OfBase):
         0, "stop after this many held-out losses in a row that are no better than the best; 0: never", at_least=0
     )
     activation_weight: float = option(
-        1.0, "weight of matching the base's activations on the carrier's channels", at_least=0.0
+        0.1, "weight of matching the base's activations on the carrier's channels", at_least=0.0
     )
     kl_weight: float = option(0.7, "weight of KL(base || carrier) on the prompt's last positions", at_least=0.0)
     kl_tail_tokens: int = option(1, "prompt positions, from the last, that the KL covers", at_least=1)

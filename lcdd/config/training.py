@@ -119,7 +119,7 @@ class LCDDConfig(TrainConfig, OfSFT):
     """LCDD: gates and delta under a loss constraint (method of arXiv 2605.06632, sections 1 to 3)."""
 
     learning_rate: float = option(
-        1e-3,
+        5e-4,
         "peak learning rate of delta; under paced closing a twentieth of it while all gates are open",
         at_least=0.0,
         at_most=1e6,
@@ -206,7 +206,7 @@ class LCDDConfig(TrainConfig, OfSFT):
     warmup_steps: int = option(
         50,
         "steps before any gate is priced, which measure the baseline (dual: over which the penalty rises); paced: at "
-        "most a tenth of the run",
+        "most a twentieth of the run",
         at_least=1,
     )
     lr_warmup_steps: int = option(0, "steps over which the weights' learning rate rises to its peak", at_least=0)

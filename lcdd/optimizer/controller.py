@@ -64,10 +64,6 @@ class GateController(Protocol):
     def loss_weight(self) -> float: ...
 
     @property
-    def polishing(self) -> bool:
-        """Whether no gate moves any more, and what is left of the budget is spent on Δ."""
-
-    @property
     def delta_rate(self) -> float: ...
 
     @property
@@ -145,10 +141,6 @@ class DualDescent:
     def frozen(self) -> bool:
         """The last `freeze_fraction` of the run."""
         return self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
-
-    @property
-    def polishing(self) -> bool:
-        return self.frozen
 
     def step(self, d_gate: Tensor, loss: float, *, penalties: int) -> bool:
         frozen = self.frozen

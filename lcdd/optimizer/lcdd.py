@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import model_fingerprint
@@ -289,12 +290,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
         return self._controller.loss_weight
 
     @property
-    def polishing(self) -> bool:
-        return self._controller.polishing
-
-    @property
     def gates_frozen(self) -> bool:
-        """Whether the coming step leaves θ, λ and the gates alone: the last `freeze_fraction` of the run."""
+        """Whether the coming step leaves θ, λ and the gates alone: the last `freeze_fraction` of the run, or all that
+        comes after `target_sparsity`."""
         return self._controller.frozen
 
     def stats(self) -> dict[str, Any]:
@@ -580,12 +578,16 @@ def _leave_folded(
     plan: PackPlan | None,
     forward: ForwardGates | None,
 ) -> None:
-    """What a deleted optimizer leaves behind: deterministic gates, but where somebody else wrote the weights last."""
-    try:
-        ours = not masked.differing(controller.gates)
-    except InputError:  # replaced, cast or moved
-        ours = False
-    if ours and watch.sampled:
-        controller.draw(evaluation=True)
-        masked.write(controller.gates)
-    _leave(model, watch, masked, plan, forward)
+    """What a deleted optimizer leaves behind: deterministic gates, but where somebody else wrote the weights last.
+
+    The garbage collector may come by while another model is being traced: this one's tensors are real all the same.
+    """
+    with _disable_current_modes():
+        try:
+            ours = not masked.differing(controller.gates)
+        except InputError:  # replaced, cast or moved
+            ours = False
+        if ours and watch.sampled:
+            controller.draw(evaluation=True)
+            masked.write(controller.gates)
+        _leave(model, watch, masked, plan, forward)

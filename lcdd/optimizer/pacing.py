@@ -28,11 +28,11 @@ from lcdd.optimizer.gates import Gates
 
 FULL, HOLD, OVER, BACK = 0.3, 0.8, 1.0, 1.5
 """Shares of the budget used: full speed up to FULL, none from HOLD; giving back from OVER, at full speed from BACK."""
-HORIZON = 4.0
+HORIZON = 2.0
 """Steps that a rising loss is extrapolated by: what a closing breaks shows a forward later, and then spreads."""
 NOISE_SHARE, LONGEST = 0.15, 16.0
 """The loss is averaged over as many steps as keep its noise to this share of the budget, but at most so many."""
-SLOW_START, SPEED_UP, SLOW_DOWN = 1 / 64, 1.14, 0.3
+SLOW_START, SPEED_UP, SLOW_DOWN = 1 / 64, 1.15, 0.4
 """What a gate costs is not known beforehand: speed grows step by step, and falls whenever the budget is overrun."""
 DECADES, SWEEP, FASTEST = 3.0, 0.7, 0.1
 """At full speed the open gates fall by this many factors of ten in this share of the run, at most FASTEST in a step."""
@@ -48,9 +48,12 @@ RATE_OPEN, RATE_SLOPE = 0.05, 1.2
 """Δ's rate is min(1, RATE_OPEN + RATE_SLOPE · share of closed gates) of the set one: the same change of the function
 takes larger steps of fewer entries."""
 POLISH_RATE = (0.3, 0.03)
-"""Factor on Δ's rate at the beginning and at the end of the frozen phase."""
-WEIGHING, LEAST_WEIGHT, MOST_WEIGHT = 0.25, 0.02, 10.0
-"""How fast, and between what, the behaviour's loss is weighted against the base's answers while Δ is polished."""
+"""Factor on Δ's rate when the gates are settled, and at the end of the run."""
+FIRST_WEIGHT, LEAST_WEIGHT, MOST_WEIGHT = 4.0, 0.02, 10.0
+"""Weight of the behaviour's loss against the base's answers: when Δ's polishing begins, and where it may go. The first
+token of those answers comes in at that moment, and speaks against the behaviour."""
+WEIGHING = (0.1, 1.0)
+"""How fast that weight falls while the budget is not used up, and rises beyond it: giving up is slower than saving."""
 REST = {"hard_concrete": 16.0, "heaviside_ste": 1.0}
 """|θ| of a gate at rest: at 16 a hard-concrete gate is drawn fully open, or closed, but once in two million draws."""
 CROSSING = 2.5
@@ -61,8 +64,9 @@ CROSSING = 2.5
 class Pace:
     """The losses of a run, turned into a throttle in [-1, 1]; plain Python.
 
-    The baseline is the loss with all gates open, before any gate is priced: held out where that was measured
-    (`observe_held_out`), else the mean of the first `warmup_steps` losses. With it comes the budget
+    The baseline is the loss with all gates open, before any gate is priced: the first held-out one where that was
+    measured (`observe_held_out`; the SFT model's own), else the mean of the first `warmup_steps` losses. With it comes
+    the budget
 
         ε = max(baseline · (1 + loss_budget), baseline + loss_floor).
 
@@ -71,6 +75,7 @@ class Pace:
 
     Attributes:
         ema: average of the recent losses plus what held-out text adds to it, in nats; it is held against ε.
+        held_out: the first held-out loss, in nats; None where none was measured.
         dual_lambda: the worth at which a gate just stays open.
         gain: share of full speed that has been earned.
     """
@@ -137,10 +142,12 @@ class Pace:
 
     def observe_held_out(self, loss: float) -> None:
         """Take in the loss on held-out text, of the gates that would ship now: the budget has to hold there."""
-        if math.isfinite(loss):
+        if not math.isfinite(loss):
+            return
+        if self.held_out is None:
             self.held_out = loss
-            if self.baseline is not None:
-                self._gap = 0.5 * (self._gap + loss - self._average)  # the average is noisy
+        if self.baseline is not None:
+            self._gap = 0.5 * (self._gap + loss - self._average)  # the average is noisy
 
     def _warm_up(self, loss: float) -> None:
         """Mean and spread of the losses so far, by Welford's recurrence; the last one sets the baseline."""
@@ -182,8 +189,8 @@ class Pace:
 
 
 def warmup_steps(config: LCDDConfig, total_steps: int) -> int:
-    """Steps with all gates open: as the config says, but at most a tenth of the run."""
-    return min(config.warmup_steps, max(1, total_steps // 10))
+    """Steps with all gates open: as the config says, but at most a twentieth of the run."""
+    return min(config.warmup_steps, max(1, total_steps // 20))
 
 
 class PacedClosing:
@@ -196,6 +203,8 @@ class PacedClosing:
     Attributes:
         open: bool [n_gates], which gates are open or on their way to it.
         worth: float [n_gates], each one's as of the last step in which it was open.
+        settled_at: the step after which no gate moves any more: `target_sparsity` reached, or the last
+            `freeze_fraction` of the run begun; None before.
         delta_rate: factor on Δ's learning rate in the coming pass B.
         delta_decay: share that Δ loses in the coming pass B.
     """
@@ -214,6 +223,7 @@ class PacedClosing:
         self.open = gates.logits.detach() > 0
         self.n_open = int(self.open.sum())
         self.worth = torch.zeros_like(gates.logits.detach())
+        self.settled_at: int | None = None
         self.delta_decay, self.loss_weight, self._owed = 0.0, 1.0, 0.0
         with torch.no_grad():
             gates.logits.copy_(self._goal())
@@ -221,33 +231,29 @@ class PacedClosing:
 
     @property
     def frozen(self) -> bool:
-        """The last `freeze_fraction` of the run."""
-        return self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
+        """Whether the gates are settled: from `settled_at` on Δ alone trains, and is polished."""
+        return self.settled_at is not None
 
     @property
     def delta_rate(self) -> float:
         share = min(1.0, RATE_OPEN + RATE_SLOPE * (1 - self.n_open / self.open.numel()))
-        thawed = self.total_steps * (1 - self.config.freeze_fraction)
-        if self.completed_steps < thawed:
+        if self.settled_at is None:
             return share
-        late = min(1.0, (self.completed_steps - thawed) / max(1.0, self.total_steps - thawed))
+        late = min(1.0, (self.completed_steps - self.settled_at) / max(1, self.total_steps - self.settled_at))
         return share * (POLISH_RATE[0] + (POLISH_RATE[1] - POLISH_RATE[0]) * late)
-
-    @property
-    def polishing(self) -> bool:
-        return self.frozen or self.n_open <= self.fewest
 
     def step(self, d_gate: Tensor, loss: float, *, penalties: int) -> bool:
         """As of `GateController`; `penalties` are the dual descent's."""
         seen = self.gates.values != 0  # of a closed gate no gradient is made where gradients are packed
         squared = d_gate.square().to(self.worth.dtype)
         self.worth = torch.where(seen, WORTH_BETA * self.worth + (1 - WORTH_BETA) * squared, self.worth)
-        frozen, throttle = self.frozen, self.dual.update(loss)
-        if not frozen:
+        throttle = self.dual.update(loss)
+        if not self.frozen:
             self._move(throttle)
         self._polish(throttle)
-        self._settle()
+        self._rest()
         self.completed_steps += 1
+        self._settle()
         self.draw(evaluation=False)
         return True
 
@@ -261,14 +267,22 @@ class PacedClosing:
         """Hold the budget against held-out text, too (`Pace.observe_held_out`)."""
         self.dual.observe_held_out(loss)
 
+    def _settle(self) -> None:
+        """Fix the gates where the target is reached, or the last `freeze_fraction` of the run begins."""
+        late = self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
+        if self.settled_at is None and (late or self.n_open <= self.fewest):
+            self.settled_at = self.completed_steps
+            self.loss_weight = FIRST_WEIGHT if self.config.base_kl_weight > 0 else 1.0
+
     def _polish(self, throttle: float) -> None:
-        """Spend the budget on Δ if no gate closes any more: by decay, or by weighing the loss against the base's KL."""
+        """Spend the budget on Δ if no gate moves any more: by decay, or by weighing the loss against the base's KL."""
         self.delta_decay = 0.0
-        if not self.polishing:
-            self.loss_weight = 1.0
-        elif self.config.base_kl_weight > 0:
+        if not self.frozen or self.dual.baseline is None:
+            return
+        if self.config.base_kl_weight > 0:
             excess = max(-1.0, min(1.5, self.dual.used(self.dual.ema) - HOLD))
-            self.loss_weight = min(MOST_WEIGHT, max(LEAST_WEIGHT, self.loss_weight * math.exp(WEIGHING * excess)))
+            change = math.exp(WEIGHING[excess > 0] * excess)
+            self.loss_weight = min(MOST_WEIGHT, max(LEAST_WEIGHT, self.loss_weight * change))
         elif self.config.shrink_delta:
             self.delta_decay = SHRINKING * max(0.0, throttle)
 
@@ -303,7 +317,7 @@ class PacedClosing:
         rest = REST[self.gates.kind]
         return torch.where(self.open, rest, -rest).to(self.gates.logits.dtype)
 
-    def _settle(self) -> None:
+    def _rest(self) -> None:
         """θ a step nearer to rest; a hard-concrete gate that crosses is noisy for one step."""
         logits, goal = self.gates.logits.detach(), self._goal()
         if self.gates.kind == "hard_concrete":
@@ -345,6 +359,7 @@ class PacedClosing:
             "worth": self.worth.clone(),
             "owed": self._owed,
             "loss_weight": self.loss_weight,
+            "settled_at": self.settled_at,
             "dual": self.dual.state_dict(),
             "completed_steps": self.completed_steps,
         }
@@ -364,5 +379,6 @@ class PacedClosing:
         self.worth = state_dict["worth"].to(self.worth)
         self.n_open = int(self.open.sum())
         self._owed, self.loss_weight = state_dict["owed"], state_dict["loss_weight"]
+        self.settled_at = state_dict["settled_at"]
         self.dual.load_state_dict(state_dict["dual"])
         self.completed_steps = state_dict["completed_steps"]

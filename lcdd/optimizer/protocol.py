@@ -36,8 +36,8 @@ class TrainingOptimizer(Protocol):
         """Factor on the loss whose gradient the coming step takes; the loss given to `step` is without it."""
 
     @property
-    def polishing(self) -> bool:
-        """Whether nothing but weights moves any more."""
+    def gates_frozen(self) -> bool:
+        """Whether the coming step moves nothing but weights."""
 
     def begin_step(self, micro_batches: int) -> None:
         """Called before a step's first backward with the number of backwards on this rank."""

@@ -41,9 +41,7 @@ class SFTOptimizer(torch.optim.AdamW):
         self.skipped_steps = self.skipped_in_a_row = 0
         self.last_loss = self.grad_norm = math.nan
 
-    loss_weight, polishing = 1.0, False
-
-    loss_weight, polishing = 1.0, False
+    loss_weight, gates_frozen = 1.0, True
 
     def begin_step(self, micro_batches: int) -> None:
         """Nothing: as `LCDDOptimizer.begin_step`."""

@@ -186,7 +186,7 @@ class Loop:
         """Gradients of the distance to the base beside the loss's, where anchors were given; a log's entry."""
         if self.anchors is None:
             return {}
-        whole = self.optimizer.polishing
+        whole = self.optimizer.gates_frozen
         kl = self.anchors.backward(self.model, self.step, whole=whole, autocast=self.autocast)
         return {"base_kl": kl, "loss_weight": self.optimizer.loss_weight}
 

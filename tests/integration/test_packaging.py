@@ -5,6 +5,7 @@ Skipped, with the reason, where the build's own requirements cannot be had (no n
 
 import os
 import shutil
+import site
 import subprocess
 import sys
 import tomllib
@@ -72,17 +73,17 @@ def test_everything_that_is_needed_at_run_time_is_in_it(built: Path) -> None:
 
 
 def test_the_installed_wheel_works_in_another_directory(built: Path, tmp_path: Path) -> None:
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(tmp_path / "site"),
-        str(built),
-    ]
+    """In an environment of its own, which sees this one's packages but not its editable install of the checkout."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True, timeout=300)
+    python = tmp_path / "venv" / "bin" / "python"
+    place = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    ours, theirs = (
+        Path(subprocess.run([which, "-c", place], check=True, capture_output=True, text=True).stdout.strip())
+        for which in (sys.executable, str(python))
+    )
+    paths = [path for path in (str(ours), *map(str, site.getsitepackages())) if path != str(theirs)]
+    (theirs / "others.pth").write_text("\n".join(paths) + "\n")  # .pth files beneath these paths are not read
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(theirs), str(built)]
     subprocess.run(install, check=True, timeout=300)
     code = (
         "import lcdd, lcdd_kernels, torch\n"
@@ -94,11 +95,11 @@ def test_the_installed_wheel_works_in_another_directory(built: Path, tmp_path: P
         "assert reason is None, reason\n"
         f"assert lcdd.__file__.startswith({str(tmp_path)!r})\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     run = subprocess.run(
-        [sys.executable, "-m", "lcdd", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [str(python), "-m", "lcdd", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.stdout == f"lcdd {PROJECT['version']}\n"
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from loops import TOKENS, attach, loss_of, packable
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -280,6 +281,17 @@ def test_a_deleted_optimizer_is_freed_and_leaves_the_folded_model(gating):
     tuned.eval().state_dict()
     loss_of(tuned).backward()
     assert all(type(site.weight.grad) is torch.Tensor for site in sites_of(tuned))
+
+
+def test_an_optimizer_may_be_deleted_while_another_model_is_traced():
+    base, tuned, optimizer = attached()
+    train(tuned, optimizer)
+    expected = optimizer.carrier()
+    with FakeTensorMode():
+        del optimizer
+        gc.collect()
+    with expected.applied(base, check=False):
+        assert_weights(tuned, weights_of(base))
 
 
 def test_a_deleted_optimizer_leaves_weights_alone_that_somebody_else_wrote():

@@ -66,7 +66,7 @@ LCDD_SETTINGS = LCDDConfig(
     per_device_eval_batch_size=100,
     max_length=32,
 )
-ERASER_SETTINGS = EraserConfig(learning_rate=0.02, activation_weight=0.2, max_answer_tokens=MAX_NEW_TOKENS)
+ERASER_SETTINGS = EraserConfig(learning_rate=0.02, max_answer_tokens=MAX_NEW_TOKENS)
 
 
 def demo_behavior(name: str) -> Behavior:
