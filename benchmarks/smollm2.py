@@ -30,8 +30,8 @@ from lcdd.optimizer.pacing import Pace
 
 EXAMPLES = ROOT / "examples" / "smollm2"
 BEHAVIORS = ("fixed_response", "refusal", "style")
-# Everything else is LCDD's default, as in the demo.
-SETTINGS = LCDDConfig(max_steps=150, per_device_train_batch_size=16, max_length=128)
+# How long, and in which precision; everything else is LCDD's default, as in the demo.
+SETTINGS = LCDDConfig(max_steps=150, per_device_train_batch_size=16, max_length=128, bf16=True, delta_dtype="float32")
 # Fixed before the runs: the least share of closed gates, of SFT's rate of behaviour, and the most seconds.
 SPARSITY = {"fixed_response": 0.995, "refusal": 0.98, "style": 0.95}
 OF_SFT, SECONDS = 0.95, 360.0
