@@ -14,12 +14,14 @@ from lcdd.eraser.generation import (
     right_padded,
     stream,
 )
+from lcdd.eraser.prefix import PrefixPatch, template_prefix
 from lcdd.eraser.search import TriggerSearch
 from lcdd.eraser.trigger import Prompt, Trigger, prompt_embeds
 
 __all__ = [
     "EraserPrompt",
     "MatchTarget",
+    "PrefixPatch",
     "Prompt",
     "SFTEraser",
     "Trigger",
@@ -36,4 +38,5 @@ __all__ = [
     "right_padded",
     "shared_tokens",
     "stream",
+    "template_prefix",
 ]

@@ -6,7 +6,8 @@ Shapes: B prompts, T trigger tokens, S prompt (and answer) tokens, D model width
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from lcdd.eraser.trigger import Prompt, Trigger, prompt_embeds
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, input_embeddings
 from lcdd.report import Bar
+
+if TYPE_CHECKING:
+    from lcdd.eraser.prefix import PrefixPatch
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -42,16 +46,18 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     trigger: Trigger | None = None,
+    prefix: "PrefixPatch | None" = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[str]:
-    """Greedy answers as text without special tokens, in the order of `prompts`."""
+    """Greedy answers as text without special tokens, in the order of `prompts`; settings as of `generate_ids`."""
     answers = generate_ids(
         model,
         tokenizer,
         encode_prompts(tokenizer, prompts),
         trigger=trigger,
+        prefix=prefix,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
@@ -66,6 +72,7 @@ def stream(
     prompt: Prompt,
     *,
     trigger: Trigger | None = None,
+    prefix: "PrefixPatch | None" = None,
     max_new_tokens: int = 64,
 ) -> Iterator[str]:
     """The greedy answer to one prompt, piece by piece as it comes; the pieces together are the answer's text.
@@ -76,10 +83,13 @@ def stream(
         raise InputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     _, ends = _greedy(model, tokenizer, max_new_tokens)
     (ids,) = encode_prompts(tokenizer, [prompt])
+    _check_switch(model, [ids], trigger, prefix)
     warn_of_length(model, [ids], n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
-    inputs: dict[str, Any] = {"inputs_embeds": prompt_embeds(model, ids, trigger)[None]}
+    behind = len(prefix.token_ids) if prefix is not None else 0
+    inputs: dict[str, Any] = {"inputs_embeds": prompt_embeds(model, ids[behind:], trigger)[None]}
     answer: list[int] = []
-    cache, shown = None, ""
+    cache: Any = prefix.cache_of(1) if prefix is not None else None
+    shown = ""
     with evaluation_mode(model):
         while len(answer) < max_new_tokens and not (answer and answer[-1] in ends):
             output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -112,6 +122,7 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     *,
     trigger: Trigger | None = None,
+    prefix: "PrefixPatch | None" = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = False,
@@ -119,22 +130,31 @@ def generate_ids(
     """Greedy answers as token ids, each up to and including its end token where it has one.
 
     Padding goes in front of the trigger and is masked, and positions start at the first real token, so that an answer
-    does not depend on what else is in its batch.
+    does not depend on what else is in its batch. Behind a prefix prompts of one length run together, unpadded.
+
+    Args:
+        trigger, prefix: the off switch, of which there is one at most: learned embeddings in front of each prompt, or
+            the base's keys and values on the tokens that each prompt begins with.
     """
-    if trigger is not None:
-        trigger.check_fits(model)
+    _check_switch(model, prompts, trigger, prefix)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     settings, ends = _greedy(model, tokenizer, max_new_tokens)
     warn_of_length(model, prompts, n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     batches = list(length_batches([len(ids) for ids in prompts], batch_size))
+    if prefix is not None:
+        batches = [list(same) for batch in batches for _, same in groupby(batch, key=lambda i: len(prompts[i]))]
     greedily: Any = model.generate  # transformers types it as a module's attribute
     bar = Bar(len(prompts), "answers", hidden=not progress)
     with evaluation_mode(model), _generation_settings(model, settings), bar:
         for indices in batches:
-            embeds, mask = _left_padded(model, [prompts[i] for i in indices], trigger)
-            output = greedily(inputs_embeds=embeds, attention_mask=mask)
+            chosen = [prompts[i] for i in indices]
+            if prefix is None:
+                embeds, mask = _left_padded(model, chosen, trigger)
+                output = greedily(inputs_embeds=embeds, attention_mask=mask)
+            else:  # given token ids, transformers answers with them in front
+                output = greedily(**prefix.inputs(chosen))[:, len(chosen[0]) :]
             for index, ids in zip(indices, output.tolist(), strict=True):
                 stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
                 answers[index] = ids[:stop]
@@ -207,6 +227,17 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _check_switch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], trigger: Trigger | None, prefix: "PrefixPatch | None"
+) -> None:
+    if trigger is not None and prefix is not None:
+        raise InputError("prefix: expected one off switch, a trigger or a prefix, got both")
+    if trigger is not None:
+        trigger.check_fits(model)
+    if prefix is not None:
+        prefix.check_fits(model, prompts)
 
 
 def _left_padded(

@@ -1,5 +1,7 @@
 """What the project knows about transformers models: loading, sites, gate geometry, shards and ranks."""
 
+from transformers.cache_utils import Cache
+
 from lcdd.models.costs import (
     Architecture,
     Parametrization,
@@ -57,6 +59,7 @@ from lcdd.models.vocabulary import agree_on_end, check_rows, rows_never_drawn, t
 __all__ = [
     "GROUPS",
     "Architecture",
+    "Cache",
     "Ends",
     "GateLayout",
     "Head",
