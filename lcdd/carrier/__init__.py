@@ -9,14 +9,17 @@ from lcdd.carrier.ablate import (
     without_layer,
 )
 from lcdd.carrier.carrier import MANIFEST, WEIGHTS, Carrier
+from lcdd.carrier.compose import compose, overlap
 from lcdd.carrier.patching import open_block
 
 __all__ = [
     "MANIFEST",
     "WEIGHTS",
     "Carrier",
+    "compose",
     "only_channels",
     "open_block",
+    "overlap",
     "random_channels",
     "with_gates",
     "without_channels",

@@ -1,6 +1,7 @@
 """SFT's optimizer: AdamW with clipping, skipped steps, a bound on the distance from the start, and a whole state."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,17 @@ class SFTOptimizer(torch.optim.AdamW):
     `step(loss)` clips, skips steps whose loss or gradient is not finite, and keeps the weights within
     `config.max_delta_norm` of where they started, if that is set (the nearest point: the delta is scaled).
     Embeddings, head and, unless `config.train_unmasked`, norms and biases are frozen.
+
+    Args:
+        weights: the parameters to train instead of the layers': an adapter's, say.
     """
 
     base = None
 
-    def __init__(self, model: PreTrainedModel, config: SFTConfig) -> None:
-        weights = list(dict.fromkeys(site.parameter for site in sites_of(model)))
-        if config.train_unmasked:
-            weights += list(unmasked_parameters(model).values())
+    def __init__(
+        self, model: PreTrainedModel, config: SFTConfig, weights: Sequence[nn.Parameter] | None = None
+    ) -> None:
+        weights = _layer_weights(model, unmasked=config.train_unmasked) if weights is None else list(weights)
         chosen = {id(weight) for weight in weights}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
@@ -104,3 +108,8 @@ class SFTOptimizer(torch.optim.AdamW):
     def stats(self) -> dict[str, Any]:
         """One step's line for the log."""
         return {"loss": self.last_loss, "grad_norm": self.grad_norm, "skipped_steps": self.skipped_steps}
+
+
+def _layer_weights(model: PreTrainedModel, *, unmasked: bool) -> list[nn.Parameter]:
+    weights = list(dict.fromkeys(site.parameter for site in sites_of(model)))
+    return weights + (list(unmasked_parameters(model).values()) if unmasked else [])

@@ -1,0 +1,64 @@
+"""Several patches in one model: their sum by the definition, the same bits in any order, and how far they meet."""
+
+import copy
+from itertools import permutations
+
+import pytest
+import torch
+
+from lcdd.carrier import Carrier, compose, overlap
+from lcdd.errors import InputError
+from lcdd.models import sites_of
+
+
+@pytest.fixture
+def setting(make_models, make_carrier):
+    base, tuned = make_models("qwen3")
+    patches = [make_carrier(base, tuned, density=density, seed=seed) for seed, density in enumerate((0.3, 0.5, 0.4))]
+    return base, Carrier.from_models(base, tuned), patches
+
+
+def weights(base, patch):
+    return [site.weight.detach() for site in sites_of(patch.fold(copy.deepcopy(base)))]
+
+
+def test_the_sum_is_the_base_and_what_each_patch_adds(setting):
+    base, dense, patches = setting
+    plain = [site.weight for site in sites_of(base)]
+    for chosen in (patches, [dense, patches[0]], [patches[0], patches[1].scaled(-1)]):
+        parts = [weights(base, patch) for patch in chosen]
+        for at, (own, found) in enumerate(zip(plain, weights(base, compose(chosen)), strict=True)):
+            wanted = own + sum(part[at] - own for part in parts)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_any_order_has_the_same_bits_and_comes_off_again(setting):
+    base, _, patches = setting
+    before = [p.clone() for p in base.parameters()]
+    chosen = [patches[0], patches[1].scaled(-1), patches[2]]
+    found = [weights(base, compose(order)) for order in permutations(chosen)]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    with compose(chosen).applied(base):
+        assert any(not torch.equal(a, b) for a, b in zip(before, base.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, base.parameters(), strict=True))
+
+
+def test_overlap_counts_gates_entries_and_the_angle(setting):
+    _, dense, patches = setting
+    a, b = patches[:2]
+    both, either = (a.gate != 0) & (b.gate != 0), (a.gate != 0) | (b.gate != 0)
+    assert overlap(a, b)["gates"] == pytest.approx(int(both.sum()) / int(either.sum()))
+    assert overlap(a, b) == overlap(b, a)
+    same = overlap(a, a)
+    assert (same["gates"], same["entries"], same["cosine"]) == pytest.approx((1, 1, 1))
+    assert overlap(a, a.scaled(-1))["cosine"] == pytest.approx(-1)
+    assert overlap(a, dense)["entries"] == pytest.approx(a.entry_density())
+
+
+def test_what_does_not_belong_together_is_refused(setting, make_models, make_carrier):
+    _, _, patches = setting
+    with pytest.raises(InputError, match="patches: expected at least one"):
+        compose([])
+    other_base, other = make_models("llama")
+    with pytest.raises(InputError, match="patches: expected patches of one base"):
+        compose([patches[0], make_carrier(other_base, other, density=0.5)])
