@@ -71,7 +71,7 @@ def _probe_logits(model: PreTrainedModel) -> None:
     ids = probe_ids(model)
     expected = model(input_ids=ids, use_cache=False).logits
     found = head_of(model).logits(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
-    _compare("logits", found, expected.to(found.dtype))  # some models widen theirs
+    check_close("logits", found, expected.to(found.dtype))  # some models widen theirs
 
 
 def _probe_rows(model: PreTrainedModel) -> None:
@@ -83,7 +83,7 @@ def _probe_rows(model: PreTrainedModel) -> None:
         for row, (first, length) in enumerate(zip(packed.first, lengths, strict=True)):
             alone = torch.cat([embeds[:shared], embeds[first : first + length]])
             expected = backbone(model)(inputs_embeds=alone[None], use_cache=False).last_hidden_state[0]
-            _compare(f"hidden states of row {row}, packed", found[first : first + length], expected[shared:])
+            check_close(f"hidden states of row {row}, packed", found[first : first + length], expected[shared:])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,19 +97,20 @@ class Ends:
     @torch.no_grad()
     def of(cls, base: PreTrainedModel, tuned: PreTrainedModel) -> "Ends":
         """Of a base and what was fine-tuned from it, before training writes into the latter."""
-        return cls(opened=_logits(tuned), closed=_logits(base))
+        return cls(opened=logits_of(tuned), closed=logits_of(base))
 
     def check_opened(self, model: PreTrainedModel) -> None:
         """Raise InputError unless `model` is the fine-tuned one but for rounding of its weights."""
-        _compare("logits with all gates open", _logits(model), self.opened, than="the SFT model's")
+        check_close("logits with all gates open", logits_of(model), self.opened, than="the SFT model's")
 
     def check_closed(self, model: PreTrainedModel) -> None:
         """Raise InputError unless `model` computes what the base does."""
-        _compare("logits with all gates closed", _logits(model), self.closed, than="the base's")
+        check_close("logits with all gates closed", logits_of(model), self.closed, than="the base's")
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel) -> Tensor:
+def logits_of(model: PreTrainedModel) -> Tensor:
+    """Of a dozen tokens, [S, V], in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
@@ -118,7 +119,7 @@ def _logits(model: PreTrainedModel) -> Tensor:
         model.train(was_training)
 
 
-def _compare(what: str, found: Tensor, expected: Tensor, *, than: str = "the model's own") -> None:
+def check_close(what: str, found: Tensor, expected: Tensor, *, than: str = "the model's own") -> None:
     """Raise InputError unless two tensors are the same but for rounding."""
     difference = float((found.double() - expected.double()).norm() / expected.double().norm())
     if not difference <= ROUNDING[expected.dtype]:
