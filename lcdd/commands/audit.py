@@ -9,7 +9,7 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, require_new_directory
 from lcdd.commands.belonging import load_base
 from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
-from lcdd.commands.stage import Say, StageResult, check_shapes, resolve_device, tell
+from lcdd.commands.stage import Say, StageResult, check_adapter, check_shapes, resolve_device, tell
 from lcdd.config import AuditConfig, Config, DataConfig, EraserConfig, LCDDConfig, from_mapping
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids, training_items
 from lcdd.errors import InputError
@@ -66,6 +66,7 @@ def audit(
     base, carrier, overrides = load_base(
         config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
     )
+    check_adapter(config.sft_model_name_or_path, base, config)
     study = Study(
         base=base,
         tokenizer=prepared.tokenizer,

@@ -6,7 +6,7 @@ from pathlib import Path
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, run_directory
 from lcdd.commands.belonging import learned_on, load_base
-from lcdd.commands.stage import Say, StageResult, command_line, load_weights, tell, write_summary
+from lcdd.commands.stage import Say, StageResult, command_line, load_tuned, tell, write_summary
 from lcdd.config import DataConfig, EraserConfig
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids
 from lcdd.eraser import SFTEraser
@@ -29,7 +29,7 @@ def erase(
     model, carrier, overrides = load_base(config.base_model_name_or_path, config, carrier, prepared.tokenizer)
     patch = carrier
     if config.sft_model_name_or_path is not None:
-        patch = Carrier.from_models(model, load_weights(config.sft_model_name_or_path, config, overrides))
+        patch = Carrier.from_models(model, load_tuned(config.sft_model_name_or_path, model, config, overrides))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
     with RunLog(log_dir or output, stage=stage, report_to=config.report_to) as log:
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)

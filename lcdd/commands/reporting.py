@@ -8,7 +8,7 @@ from typing import Any
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import read_log
-from lcdd.commands.stage import Say, StageResult, command_line, from_anywhere, load_weights
+from lcdd.commands.stage import Say, StageResult, command_line, from_anywhere, load_tuned
 from lcdd.eraser import Trigger
 from lcdd.errors import InputError
 from lcdd.evaluate import PatchSource
@@ -59,7 +59,7 @@ def dense_patches(base: PreTrainedModel, config: Any, overrides: list[str]) -> d
     paths = {"sft": config.sft_model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
 
     def source(path: str) -> PatchSource:
-        return lambda: Carrier.from_models(base, load_weights(path, config, overrides))
+        return lambda: Carrier.from_models(base, load_tuned(path, base, config, overrides))
 
     return {name: source(path) for name, path in paths.items() if path}
 

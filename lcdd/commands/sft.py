@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,26 +68,19 @@ def _sft(
     if stored in (torch.bfloat16, torch.float16):
         model.float()  # small updates vanish in 16-bit weights
 
-    def export() -> Callable[[Path], None]:
-        weights = {name: value.to(stored) for name, value in model.state_dict().items()}
-
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder, state_dict=weights)
-            prepared.tokenizer.save_pretrained(folder)
-
-        return write
-
-    store = None
-    if config.save_steps or config.resume:
+    identity: dict[str, Any] = {}
+    if wanted := config.save_steps or config.resume:
         identity = run_identity(stage, config, prepared.tokenizer, train_items, {"base": model})
-        store = CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
+    torch.manual_seed(config.seed)  # of what dropout draws
+    optimizer = SFTOptimizer(model, config)
+    store = _store(output, config, identity, optimizer, prepared, stored) if wanted else None
     held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
     answers = ValidationAnswers(prepared, say, max_length=config.max_length)
     with _log(log_dir or output, stage, config.report_to) as log:
-        optimizer = SFTOptimizer(model, config)
         result = fit(optimizer, train_items, held_out, log=log, checkpoints=store, say=say, on_validation=(answers,))
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
+    optimizer.merge()
     model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
     checkpoint = save_checkpoint(model, prepared.tokenizer, output / "model")
     behavior = answers.judge(model)
@@ -107,6 +101,24 @@ def _sft(
             output_dir=beside(output, "train"),
         ),
     )
+
+
+def _store(
+    output: Path, config: SFTConfig, identity: dict[str, Any], optimizer: SFTOptimizer, prepared: Prepared,
+    dtype: torch.dtype,
+) -> CheckpointStore:  # fmt: skip
+    """The run's checkpoints, each with the model of its step, in the base's dtype, beside the state."""
+
+    def export() -> Callable[[Path], None]:
+        weights = {name: value.to(dtype) for name, value in optimizer.model_state().items()}
+
+        def write(folder: Path) -> None:
+            optimizer.model.save_pretrained(folder, state_dict=weights)
+            prepared.tokenizer.save_pretrained(folder)
+
+        return write
+
+    return CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
 
 
 def _say_result(result: TrainResult, behavior: BehaviorRate | None, say: Say) -> None:

@@ -22,6 +22,7 @@ from lcdd.errors import InputError
 from lcdd.models import (
     PreTrainedModel,
     check_same_architecture,
+    find_adapter,
     load_model,
     load_model_type,
     save_model,
@@ -82,6 +83,36 @@ def load_weights(path: str | None, config: Any, overrides: list[str] | None = No
     allowed = (overrides if overrides is not None else []) if config.checkpoint_override else None
     model = load_model(str(path), dtype=dtype, device=resolve_device(config.device), overrides=allowed)
     return model.requires_grad_(False)
+
+
+def load_tuned(path: str | None, base: PreTrainedModel, config: Any, overrides: list[str]) -> PreTrainedModel:
+    """`load_weights` of what was fine-tuned from `base`, the model at `config.base_model_name_or_path`.
+
+    Raises:
+        InputError: it is an adapter of another base.
+    """
+    check_adapter(path, base, config)
+    return load_weights(path, config, overrides)
+
+
+def check_adapter(path: str | None, base: PreTrainedModel, config: Any) -> None:
+    """Raise InputError if there is an adapter at `path` whose own base has other weights than `base` (which
+    `config.base_model_name_or_path` names); reads them, unless both go by one name."""
+    adapter = find_adapter(str(path))
+    given = str(config.base_model_name_or_path)
+    if adapter is None or adapter.base == given or Path(adapter.base).resolve() == Path(given).resolve():
+        return
+    theirs = dict(load_weights(adapter.base, config).named_parameters())
+    other = [
+        name
+        for name, parameter in base.named_parameters()
+        if name not in theirs or not torch.equal(parameter, theirs[name])
+    ]
+    if other:
+        raise InputError(
+            f"model: expected an adapter of the base {given!r}, got {str(path)!r}, whose base is {adapter.base!r}: "
+            f"{len(other)} of {len(theirs)} parameters are others, {other[0]} first"
+        )
 
 
 def check_shapes(base: str | None, other: str | None, names: tuple[str, str]) -> None:

@@ -19,6 +19,7 @@ from lcdd.commands.stage import (
     beside,
     check_shapes,
     command_line,
+    load_tuned,
     load_weights,
     save_checkpoint,
     tell,
@@ -61,8 +62,8 @@ def _train(
     train_items, validation_items = training_items(prepared, config, say=say)
     initial = Carrier.from_pretrained(config.initial_carrier).gate_logits if config.initial_carrier else None
     overrides: list[str] = []
-    paths = (config.base_model_name_or_path, config.sft_model_name_or_path)
-    base, model = (load_weights(path, config, overrides) for path in paths)
+    base = load_weights(config.base_model_name_or_path, config, overrides)
+    model = load_tuned(config.sft_model_name_or_path, base, config, overrides)
     check_same_architecture(base, model)
     teacher = load_weights(config.sft_model_name_or_path, config) if config.loss == "kl" else None
 

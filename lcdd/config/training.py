@@ -90,7 +90,7 @@ class TrainConfig(Writes, Tracked, Resumable, OnDevice):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig, OfBase):
-    """Full supervised fine-tuning of the transformer layers (embeddings and lm_head stay at base values)."""
+    """Supervised fine-tuning of the transformer layers, whole or by LoRA (embeddings and head stay at base values)."""
 
     warmup_steps: int = option(0, "steps over which the learning rate rises to its peak", at_least=0)
     max_delta_norm: float | None = option(
@@ -99,7 +99,17 @@ class SFTConfig(TrainConfig, OfBase):
         "the matched-norm control",
         above=0.0,
     )
-
+    use_peft: bool = option(
+        False,
+        "train LoRA on the masked layers and save the merged model (needs `pip install lcdd[peft]`); its learning rate "
+        "is about ten times that of whole weights",
+    )
+    lora_r: int = option(16, "LoRA: rank", at_least=1)
+    lora_alpha: float = option(32, "LoRA: the product is scaled by this / lora_r", above=0.0)
+    lora_dropout: float = option(0.05, "LoRA: share of inputs that are dropped in training", at_least=0.0, below=1.0)
+    lora_target_modules: tuple[str, ...] = option(
+        (), "LoRA: names of masked layers, or their ends (q_proj v_proj); none: every masked linear layer"
+    )
     min_behavior_rate: float = option(
         0.5,
         "`lcdd run` ends after SFT where the share of validation answers that show the behaviour is clearly below this "
@@ -108,6 +118,17 @@ class SFTConfig(TrainConfig, OfBase):
         at_most=1.0,
         resumable=True,
     )
+
+    def check(self) -> None:
+        super().check()
+        changed = [f.name for f in fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default]
+        if changed and not self.use_peft:
+            raise InputError(
+                f"SFTConfig.{changed[0]}: expected use_peft beside it, without which no LoRA is trained, got "
+                f"{getattr(self, changed[0])!r}"
+            )
+        if self.use_peft and self.train_unmasked:
+            raise InputError("SFTConfig.train_unmasked: expected it off with use_peft, which trains LoRA alone, got on")
 
     @property
     def lr_warmup(self) -> int:

@@ -2,6 +2,7 @@
 
 from transformers.cache_utils import Cache
 
+from lcdd.models.adapters import LoRALayers, find_adapter
 from lcdd.models.costs import (
     Architecture,
     Parametrization,
@@ -63,6 +64,7 @@ __all__ = [
     "Ends",
     "GateLayout",
     "Head",
+    "LoRALayers",
     "Matrix",
     "ModelShape",
     "PackedRows",
@@ -83,6 +85,7 @@ __all__ = [
     "common_prefix",
     "decoder_layers",
     "feed_forwards",
+    "find_adapter",
     "full",
     "grad_stats_bytes",
     "head_of",

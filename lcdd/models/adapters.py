@@ -1,4 +1,4 @@
-"""PEFT's adapters: one on disk becomes weights when it is loaded, and SFT may train low-rank layers that become weights.
+"""PEFT's adapters: one on disk becomes weights when it is loaded, and so do the low-rank layers that SFT may train.
 
 PEFT itself reads, applies and merges; here is found out whether what it made can be trusted to be the model that the
 adapter was. It is imported where it is used: `pip install lcdd[peft]`.
@@ -20,11 +20,10 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from lcdd.errors import InputError
 from lcdd.models.probe import check_close, logits_of
-from lcdd.models.sites import sites_of
+from lcdd.models.sites import probe_ids, sites_of
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NEEDS_PEFT = "expected PEFT to be installed (pip install lcdd[peft])"
-MERGE_CAUSES = "aLoRA's, for one, which act only on some tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ def find_adapter(path: str | Path) -> Adapter | None:
     Raises:
         InputError: it cannot be read, names no base, or lies beside a whole model's weights.
     """
-    file = find_adapter_config_file(str(path), _raise_exceptions_for_connection_errors=False)
+    file = find_adapter_config_file(str(path))
     if file is None:
         return None
     where = f"{str(path)!r}: {SETTINGS}"
@@ -85,7 +84,10 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
     peft = _peft(f"to merge the adapter {name!r}")
     if not (adapter.folder / WEIGHTS).is_file() and not _fetched(name):
         raise InputError(f"model: expected {WEIGHTS} in the adapter {name!r}, found none; no other format is read")
+    if adapter.settings.get("layer_replication"):
+        raise InputError(f"model: expected an adapter with its base's layers, {name!r} replicates some of them")
     before = {key: (p.shape, p.dtype) for key, p in model.named_parameters()}
+    ids = probe_ids(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT warns of is checked below
         wrapped = peft.PeftModel.from_pretrained(model, str(adapter.folder))
@@ -96,7 +98,7 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
             )
         loaded = wrapped.load_adapter(str(adapter.folder), adapter_name=wrapped.active_adapter)
         _check_keys(loaded, wrapped.base_model.prefix, name)
-        expected = logits_of(wrapped)
+        expected = logits_of(wrapped, ids)
         merged: PreTrainedModel = wrapped.base_model.merge_and_unload(safe_merge=True)
     after = dict(merged.named_parameters())
     for key in sorted(before.keys() ^ after.keys()) or [k for k, p in after.items() if p.shape != before[k][0]]:
@@ -106,7 +108,7 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
         )
     for key, parameter in after.items():
         parameter.data = parameter.data.to(before[key][1])
-    check_close(f"merged logits of {name!r}", logits_of(merged), expected, than=f"the adapter's ({MERGE_CAUSES})")
+    check_close(f"merged logits of {name!r}", logits_of(merged, ids), expected, than="the adapter's")
     return merged
 
 
@@ -216,4 +218,3 @@ def _chosen(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
             raise InputError(f"lora_target_modules: expected masked layers, some of {', '.join(ends)}, got {target!r}")
         chosen.update(found)
     return [name for name in names if not targets or name in chosen]
-

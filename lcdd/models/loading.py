@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lcdd.errors import InputError
+from lcdd.models.adapters import SETTINGS, Adapter, find_adapter, merge
 from lcdd.models.probe import probe
 from lcdd.models.sites import check_config, structure_of
 from lcdd.models.vocabulary import agree_on_end, check_ids
@@ -112,6 +113,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model, and probe it (`lcdd.models.probe`); safetensors only, no remote code.
 
+    path: a checkpoint directory or a hub name. Where it is a PEFT adapter, the model that this names as its base is
+    loaded, and the adapter becomes part of its weights (`lcdd.models.adapters`).
+
     Args:
         overrides: if given, weights that the config has no place for are left out, and that is noted here.
 
@@ -120,6 +124,13 @@ def load_model(
             masked, or it failed the probe.
     """
     skeleton(path)
+    if adapter := _adapter(path):
+        base = load_model(adapter.base, dtype=dtype, device=device, overrides=overrides)
+        with _reading("an adapter that can be merged", path), _quietly():
+            model = merge(base, adapter, name=str(path))
+        with _of(path):
+            probe(model)
+        return model
     _check_generation_config(path)
     with _reading("a loadable checkpoint", path), _quietly():
         found: Any = AutoModelForCausalLM.from_pretrained(
@@ -225,19 +236,23 @@ def hub_commit(name: str) -> str:
         InputError: the hub has no such model, or cannot be asked and it is not in the cache.
     """
     try:
-        return Path(str(cached_file(name, "config.json"))).parent.name  # .../snapshots/COMMIT/config.json
+        file = "config.json" if _adapter(name) is None else SETTINGS
+        return Path(str(cached_file(name, file))).parent.name  # .../snapshots/COMMIT/config.json
     except OSError as error:
         raise InputError(f"model: expected a hub name, got {name!r}: {error}") from error
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and make sure that it can pad (with the end-of-text token where it has no own pad token).
+    """Load a tokenizer and make sure that it can pad (with the end-of-text token where it has no own pad token); an
+    adapter that has none has its base's.
 
     Raises:
         InputError: `path` has no tokenizer, the tokenizer has neither a pad nor an end-of-text token, or one of its
             ids has no embedding in the model beside it.
     """
     _refuse_bare_name(path)
+    if (adapter := _adapter(path)) and not (adapter.folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(adapter.base)
     with _reading("a tokenizer", path), _quietly():
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         ids = tokenizer("a")["input_ids"]
@@ -251,7 +266,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer: expected a pad or an end-of-text token, {str(path)!r} has neither")
         tokenizer.pad_token = tokenizer.eos_token
-    if not Path(path).is_dir() or (Path(path) / "config.json").is_file():
+    if adapter or not Path(path).is_dir() or (Path(path) / "config.json").is_file():
         n_rows = getattr(_config(path).get_text_config(decoder=True), "vocab_size", None)
         if n_rows is not None:
             check_ids(tokenizer, n_rows, where=repr(str(path)))
@@ -301,7 +316,32 @@ def _refuse_bare_name(path: str | Path) -> None:
         )
 
 
+def _adapter(path: str | Path) -> Adapter | None:
+    """The adapter at `path`, if it is one, whose base is a whole model that can be reached."""
+    _refuse_bare_name(path)
+    adapter = find_adapter(path)
+    if adapter is None:
+        return None
+    if "/" not in adapter.base and not Path(adapter.base).is_dir():
+        raise _base_not_here(path, adapter, "no such directory")
+    if find_adapter(adapter.base) is not None:
+        raise InputError(f"model: expected a whole model as the base of the adapter {str(path)!r}, got another adapter")
+    return adapter
+
+
+def _base_not_here(path: str | Path, adapter: Adapter, reason: str) -> InputError:
+    return InputError(
+        f"model: expected the base of the adapter {str(path)!r} as its {SETTINGS} has it, base_model_name_or_path = "
+        f"{adapter.base!r}, got {reason}; where it lies elsewhere on this machine, write that path there"
+    )
+
+
 def _config(path: str | Path) -> PretrainedConfig:
+    if adapter := _adapter(path):
+        try:
+            return _config(adapter.base)
+        except InputError as error:
+            raise _base_not_here(path, adapter, str(error)) from error
     _refuse_bare_name(path)
     _refuse_quantised(path, _written_settings(path).get("quantization_config"))
     with _reading("a checkpoint directory or a hub name", path), _quietly():

@@ -109,12 +109,12 @@ class Ends:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel) -> Tensor:
-    """Of a dozen tokens, [S, V], in evaluation mode."""
+def logits_of(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+    """Of a dozen tokens (or of `ids` [1, S]) in evaluation mode, [S, V]."""
     was_training = model.training
     model.eval()
     try:
-        return model(input_ids=probe_ids(model), use_cache=False).logits[0]
+        return model(input_ids=probe_ids(model) if ids is None else ids, use_cache=False).logits[0]
     finally:
         model.train(was_training)
 

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lcdd.config import SFTConfig
-from lcdd.models import PreTrainedModel, shards, sites_of, unmasked_parameters
+from lcdd.models import LoRALayers, PreTrainedModel, shards, sites_of, unmasked_parameters
 
 COUNTERS = ("skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
 
 
 class SFTOptimizer(torch.optim.AdamW):
-    """AdamW over the transformer layers' weights; a `TrainingOptimizer`.
+    """AdamW over the transformer layers' weights, or under `config.use_peft` over low-rank layers on them; a
+    `TrainingOptimizer`.
 
     `step(loss)` clips, skips steps whose loss or gradient is not finite, and keeps the weights within
     `config.max_delta_norm` of where they started, if that is set (the nearest point: the delta is scaled).
@@ -29,7 +30,17 @@ class SFTOptimizer(torch.optim.AdamW):
     def __init__(
         self, model: PreTrainedModel, config: SFTConfig, weights: Sequence[nn.Parameter] | None = None
     ) -> None:
-        weights = _layer_weights(model, unmasked=config.train_unmasked) if weights is None else list(weights)
+        self.lora: LoRALayers | None = None
+        if weights is not None:
+            weights = list(weights)
+        elif config.use_peft:
+            self.lora = LoRALayers(
+                model, rank=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
+                targets=config.lora_target_modules, seed=config.seed,
+            )  # fmt: skip
+            weights = self.lora.parameters
+        else:
+            weights = _layer_weights(model, unmasked=config.train_unmasked)
         chosen = {id(weight) for weight in weights}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
@@ -41,7 +52,8 @@ class SFTOptimizer(torch.optim.AdamW):
             weight_decay=config.weight_decay,
         )
         self.model, self.config, self.weights = model, config, weights
-        self.starts = [w.detach().clone() for w in weights] if config.max_delta_norm else []
+        bounded = config.max_delta_norm is not None
+        self.starts = [w.detach().clone() for w in weights] if bounded and not self.lora else []
         self.skipped_steps = self.skipped_in_a_row = 0
         self.last_loss = self.grad_norm = math.nan
 
@@ -65,17 +77,29 @@ class SFTOptimizer(torch.optim.AdamW):
         self.last_loss, self.grad_norm = loss, norm
         super().step()
         self.zero_grad()
-        if self.starts:
-            self._project()
+        if self.config.max_delta_norm is not None:
+            self._project(self.config.max_delta_norm)
 
-    def _project(self) -> None:
-        bound = float(self.config.max_delta_norm or 0.0)
+    def _project(self, bound: float) -> None:
+        if self.lora is not None:
+            if (norm := self.lora.delta_norm()) > bound:
+                self.lora.scale_(bound / norm)
+            return
         norm = math.sqrt(
             sum(float((w - s).double().square().sum()) for w, s in zip(self.weights, self.starts, strict=True))
         )
         if norm > bound:
             for weight, start in zip(self.weights, self.starts, strict=True):
                 weight.copy_(start + (weight - start) * (bound / norm))
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The model's state dict as it would ship now: ordinary names, low-rank layers merged."""
+        return self.lora.merged_state() if self.lora is not None else self.model.state_dict()
+
+    def merge(self) -> None:
+        """At the end: low-rank layers become part of the weights, which are then no longer this optimizer's."""
+        if self.lora is not None:
+            self.lora.merge()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: weights, moments, counters."""

@@ -88,6 +88,16 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 CASES = {
     "sft": ("sft", {}),
     "sft_unmasked_bound": ("sft", {"train_unmasked": True, "max_delta_norm": 0.5, "lr_scheduler_type": "linear"}),
+    "sft_lora_bound": (
+        "sft",
+        {
+            "use_peft": True,
+            "lora_r": 4,
+            "lora_dropout": 0.2,
+            "max_delta_norm": 0.05,
+            "lora_target_modules": ("q_proj", "down_proj"),
+        },
+    ),
     "hard_concrete": ("lcdd", {}),
     "heaviside_packed": ("lcdd", {"gate_kind": "heaviside_ste", "gate_init_mean": 0.2, "gate_init_std": 0.5}),
     "hard_concrete_packed": ("lcdd", {"gate_init_mean": -0.5, "gate_init_std": 1.0, "train_unmasked": True}),

@@ -19,7 +19,7 @@ from lcdd.trainer import loop as trainer
 PIPELINE = """
 base_model_name_or_path: {base}
 data: {{dataset_name: {data}, test_fraction: 0.2}}
-sft: {{learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4}}
+sft: {{use_peft: true, learning_rate: 1e-2, max_steps: 4, per_device_train_batch_size: 4}}
 train: {{learning_rate: 1e-3, max_steps: 8, warmup_steps: 3, gate_lr: 0.4, dual_lambda_init: 0.02, save_steps: 3,
         per_device_train_batch_size: 4}}
 erase: {{max_steps: 5, eval_steps: 2, train_prompts: 4, validation_prompts: 2, max_answer_tokens: 3, save_steps: 2}}
