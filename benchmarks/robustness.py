@@ -65,7 +65,7 @@ def accumulation() -> dict[str, Any]:
         for start in range(0, 8, size):
             batch = to_batch(items[start : start + size], optimizer.model, work.PAD)
             (loss_sum(optimizer.model, batch) / tokens).backward()
-        d_gate, _ = optimizer._masked.pass_a(optimizer._masked.grads(), optimizer.gates)
+        d_gate, _ = optimizer._masked.pass_a(optimizer._masked.grads(optimizer.gates), optimizer.gates)
         grads[parts] = optimizer.gates.logits_grad(d_gate, l0_weight=optimizer.dual.penalty)
     scale = float(grads[1].abs().max())
     return {str(parts): float((grad - grads[1]).abs().max()) / scale for parts, grad in grads.items()}

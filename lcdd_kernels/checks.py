@@ -122,7 +122,8 @@ def memory_of(written: Sequence[tuple[str, Tensor]]) -> Memory:
 
 def check_memory(name: str, value: Tensor, written: Memory) -> None:
     """A contiguous tensor that is read shares no byte with one that is written."""
-    start, end = _range(value)
+    start = value.data_ptr()
+    end = start + value.nbytes
     place = bisect_left(written.starts, end) - 1  # the last that begins before this one ends
     if start < end and place >= 0 and written.ends[place] > start:
         raise fail(name, "memory of its own", f"the memory of {written.names[place]}, which is written")

@@ -125,8 +125,8 @@ def from_first(value: int) -> int:
 
 
 def reduce_step(
-    loss: float, tokens: float, d_gate: Tensor, sq_norm: Tensor, *, sharded: bool
-) -> tuple[float, Tensor, Tensor]:
+    loss: float | Tensor, tokens: float, d_gate: Tensor, sq_norm: Tensor, *, sharded: bool
+) -> tuple[float | Tensor, Tensor, Tensor]:
     """What one optimizer step needs of the other ranks, in one all-reduce: (loss, d_gate [N], sq_norm []).
 
     loss: this rank's mean over `tokens` tokens; the result is the mean over all of them. sharded: each rank has the
@@ -138,7 +138,8 @@ def reduce_step(
     if world_size() == 1:
         return loss, d_gate, sq_norm
     norm = sq_norm.double()
-    head = torch.stack([norm.new_tensor(loss * tokens), norm.new_tensor(tokens), norm, norm * norm])
+    total = torch.as_tensor(loss, dtype=norm.dtype, device=norm.device) * tokens
+    head = torch.stack([total, norm.new_tensor(tokens), norm, norm * norm])
     sums = all_sum_(torch.cat([head, d_gate.double()]) if sharded else head)
     total, weight, squares, squared = sums[:4].tolist()
     if sharded:

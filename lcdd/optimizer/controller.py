@@ -1,11 +1,14 @@
 """Which gates are open: what happens between passes A and B of a step.
 
-    controller.step(d_gate, loss)      θ step, dual step, and the gates of the next step, in `controller.gates`
+    seen = controller.propose(d_gate, loss, …)      θ step, and the gates of the next step, in `controller.gates`
+    controller.step(loss, seen)                     stand by it: dual step
+    controller.restore()                            or take it back, where something was not finite
 
+A proposal is made before the host knows anything of the step: what it has to know comes in one read-back afterwards.
 `LCDDOptimizer` asks no more than `GateController` says; `DualDescent` is the paper's way.
 """
 
-import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,21 +73,27 @@ class GateController(Protocol):
     def frozen(self) -> bool:
         """Whether the coming step leaves θ, λ and the gates alone."""
 
-    def step(self, d_gate: Tensor, loss: float, *, penalties: int) -> bool:
-        """Take one step, all or nothing; False: what came of it is not finite, and θ is that of the last good step.
+    def propose(self, d_gate: Tensor, loss: float | Tensor, *, penalties: int) -> list[Tensor]:
+        """Move θ and put the gates of the next step in force; `step` or `restore` follows.
 
         Args:
             d_gate: dL/dz [n_gates] of the gates in force, all ranks' together. On the forward route it is zero, and
                 autograd has left dL/dθ in `gates.logits.grad`.
-            loss: the step's mean loss, in nats.
+            loss: the step's mean loss, in nats, on the device or the host.
             penalties: how often the price of open gates counts: once, but in `reference_compat`.
+
+        Returns:
+            Scalars that `step` wants to have, all finite.
         """
+
+    def step(self, loss: float, seen: Sequence[float]) -> None:
+        """Stand by the proposal: `loss` and what `propose` returned are finite, and on the host now."""
 
     def draw(self, *, evaluation: bool) -> None:
         """Put the gates of the coming step, or the deterministic ones, in force."""
 
     def restore(self) -> None:
-        """θ as the last good step left it."""
+        """Take the proposal back, bit for bit, but for the gates in force; θ is that of the last good step."""
 
     def load_logits(self, logits: Tensor) -> None:
         """Put θ [n_gates] of a carrier in the place of the run's."""
@@ -136,33 +145,47 @@ class DualDescent:
         self.completed_steps = 0
         self._early_stop = EarlyStop(config)
         self._good_logits = gates.logits.detach().clone()
+        self._moments: list[Tensor] = []  # before the proposal
 
     @property
     def frozen(self) -> bool:
-        """The last `freeze_fraction` of the run."""
-        return self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
+        return self._freezes(self.completed_steps + 1)
 
-    def step(self, d_gate: Tensor, loss: float, *, penalties: int) -> bool:
-        frozen = self.frozen
-        if not frozen and not self._step_logits(d_gate, penalties):
-            self.restore()
-            return False
-        self.dual.update(loss, frozen=frozen)
+    def _freezes(self, step: int) -> bool:
+        """The last `freeze_fraction` of the run do."""
+        return step > self.total_steps * (1 - self.config.freeze_fraction)
+
+    def propose(self, d_gate: Tensor, loss: float | Tensor, *, penalties: int) -> list[Tensor]:
+        self._moments = [value.clone() for value in self._state()]
+        seen = [self._sum_kept_finite()]
+        if not self.frozen:
+            self._step_logits(d_gate, penalties)
+            seen.append(self._sum_kept_finite())
         self.completed_steps += 1
         self.draw(evaluation=False)
-        return True
+        return seen
 
-    def _step_logits(self, d_gate: Tensor, penalties: int) -> bool:
-        """Whether θ is finite after its step."""
+    def _step_logits(self, d_gate: Tensor, penalties: int) -> None:
         logits, chained = self.gates.logits, self.gates.logits.grad
         d_logits = self.gates.logits_grad(d_gate, l0_weight=penalties * self.dual.penalty)
         logits.grad = d_logits if chained is None else d_logits + chained
         self._optimizer.step()
         logits.grad = None
-        if not math.isfinite(float(logits.sum())):
-            return False
-        self._good_logits = logits.detach().clone()
-        return True
+
+    def _sum_kept_finite(self) -> Tensor:
+        """Σθ; where it is not finite θ goes back to the last good one, of which gates can be drawn."""
+        logits = self.gates.logits
+        total = logits.sum()
+        logits.copy_(torch.where(total.isfinite(), logits, self._good_logits))
+        return total
+
+    def _state(self) -> list[Tensor]:
+        """What θ's optimizer holds."""
+        return [value for state in self._optimizer.state.values() for value in state.values()]
+
+    def step(self, loss: float, seen: Sequence[float]) -> None:
+        self.dual.update(loss, frozen=self._freezes(self.completed_steps))
+        self._good_logits = self.gates.logits.detach().clone()
 
     def draw(self, *, evaluation: bool) -> None:
         self.gates.draw(step=self.completed_steps + 1, training=not (evaluation or self.frozen))
@@ -175,9 +198,13 @@ class DualDescent:
     def observe_held_out(self, loss: float) -> None:
         pass
 
+    @torch.no_grad()
     def restore(self) -> None:
         self.gates.logits.copy_(self._good_logits)
         self.gates.logits.grad = None
+        for value, before in zip(self._state(), self._moments, strict=True):
+            value.copy_(before)
+        self.completed_steps -= 1
 
     def stop_reason(self) -> str | None:
         return None if self.frozen else self._early_stop.check(self.stats())
@@ -189,7 +216,7 @@ class DualDescent:
             "ema": self.dual.ema,
             "epsilon": self.dual.epsilon,
             "dual_lambda": self.dual.dual_lambda,
-            "expected_l0": float(self.gates.expected_l0),
+            "expected_l0": self.gates.expected_l0,
             "open": counts,
             "sparsity": 1 - sum(counts.values()) / self.gates.layout.n_gates,
             "frozen": self.frozen,

@@ -1,5 +1,7 @@
 """θ and the gates drawn from it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,16 +11,55 @@ from lcdd.models import GROUPS, GateLayout, Run, base_group
 from lcdd_kernels import GateSpec, gate_logits_grad, gate_values, open_indices
 
 
+class Drawn:
+    """Gates as they were drawn once, on the device; `Gates` has the same attributes, of those in force.
+
+    What the host is told of them, open gates of every run and E[L0], comes by `tell` together with other things that
+    a step reads, or is fetched where somebody asks earlier.
+    """
+
+    def __init__(self, logits: Tensor, layout: GateLayout, spec: GateSpec) -> None:
+        self.spec = spec
+        self.values, self._expected_l0 = gate_values(logits, spec)
+        self.slots = layout.expand(self.values)
+        self.indices, self._counts, self.rank = open_indices(self.slots, layout.slot_offsets)
+        self._told: tuple[float, list[int]] | None = None
+
+    def to_tell(self) -> Tensor:
+        """What `tell` wants to have, float64 [1 + runs] on the device."""
+        return torch.cat([self._expected_l0.double().view(1), self._counts.double()])
+
+    def tell(self, told: Sequence[float]) -> None:
+        """Take in `to_tell`'s values."""
+        self._told = told[0], [int(count) for count in told[1:]]
+
+    def _ask(self) -> tuple[float, list[int]]:
+        if self._told is None:
+            self.tell(self.to_tell().tolist())
+        assert self._told is not None
+        return self._told
+
+    @property
+    def expected_l0(self) -> float:
+        return self._ask()[0]
+
+    @property
+    def counts(self) -> list[int]:
+        return self._ask()[1]
+
+
 class Gates:
     """The gate logits θ of a whole model, and the gates last drawn from them.
 
     Attributes:
         logits: θ, float [n_gates] (float32, or float64 beside float64 weights).
         initial_logits: θ as it started, to tell later whether noise chose the carrier.
-        values: the gates z in force, float [n_gates], in [0, 1].
+        drawn: the gates in force; what may be put back after another draw.
+        values: their z, float [n_gates], in [0, 1].
         slots: the same as kernels are given them, float [n_slots]: with the copies that `GateLayout` calls aliases.
         rank: place of each slot among the open ones of its run, int32 [n_slots]; -1 where it is closed.
-        expected_l0: E[L0] of θ, a scalar tensor.
+        counts: open ones of each run, on the host.
+        expected_l0: E[L0] of θ.
         sampled: whether `values` holds noise (hard-concrete gates in training); evaluation gates do not.
     """
 
@@ -42,13 +83,45 @@ class Gates:
 
     def draw(self, *, step: int, training: bool) -> None:
         """Draw the gates that step number `step` uses; the noise is a function of (seed, step, gate) alone."""
-        self.step = step
-        self.sampled = training and self.kind == "hard_concrete"
-        self.spec = GateSpec(kind=self.kind, seed=self.seed, step=step, training=self.sampled)
-        self.values, self.expected_l0 = gate_values(self.logits.detach(), self.spec)
-        self.slots = self.layout.expand(self.values)
-        self.indices, counts, self.rank = open_indices(self.slots, self.layout.slot_offsets)
-        self.counts = counts.tolist()  # the step's one look at the gates from the host
+        sampled = training and self.kind == "hard_concrete"
+        spec = GateSpec(kind=self.kind, seed=self.seed, step=step, training=sampled)
+        self.drawn = Drawn(self.logits.detach(), self.layout, spec)
+
+    @property
+    def step(self) -> int:
+        return self.drawn.spec.step
+
+    @property
+    def spec(self) -> GateSpec:
+        return self.drawn.spec
+
+    @property
+    def sampled(self) -> bool:
+        return self.drawn.spec.training
+
+    @property
+    def values(self) -> Tensor:
+        return self.drawn.values
+
+    @property
+    def slots(self) -> Tensor:
+        return self.drawn.slots
+
+    @property
+    def indices(self) -> Tensor:
+        return self.drawn.indices
+
+    @property
+    def rank(self) -> Tensor:
+        return self.drawn.rank
+
+    @property
+    def counts(self) -> list[int]:
+        return self.drawn.counts
+
+    @property
+    def expected_l0(self) -> float:
+        return self.drawn.expected_l0
 
     def logits_grad(self, d_gate: Tensor, *, l0_weight: float) -> Tensor:
         """Chain dL/dz [n_gates] of the gates in force to dL/dθ and add l0_weight · ∂E[L0]/∂θ."""

@@ -6,16 +6,20 @@ arrives in `weight.grad` like any gradient, and all of LCDD happens in `step`:
 
     pass A   (G, Δ, gates) -> gate gradients, ‖dΔ‖²
     θ step   chain through the gates, plus the price of open gates in closed form
-    dual     moving average of the loss, ε, λ
     gates    new z for the whole model
+    look     the host's one: what is not finite, how many gates are open
     pass B   AdamW on Δ with the gradient formed on the fly, and the next W_eff
+    dual     moving average of the loss, ε, λ
+
+The device waits for the host once, at the look; what follows is queued ahead of it, and the host prepares the next step
+while pass B runs.
 """
 
 import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +36,8 @@ from lcdd.models import Ends, PreTrainedModel, shards
 from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.controller import Constraint, DualDescent, GateController
 from lcdd.optimizer.forward import ForwardGates
-from lcdd.optimizer.gates import Gates, starting_logits
+from lcdd.optimizer.gates import Drawn, Gates, starting_logits
+from lcdd.optimizer.measured import Measured
 from lcdd.optimizer.pacing import PacedClosing
 from lcdd.optimizer.packed import PackPlan
 from lcdd.optimizer.unmasked import UnmaskedParameters
@@ -42,26 +47,6 @@ from lcdd.optimizer.weights import Grads, MaskedWeights
 logger = logging.getLogger(__name__)
 
 _COUNTERS = ("skipped_steps", "skipped_in_a_row", "last_loss", "grad_norm")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """What a step knows before it moves anything; of all ranks together.
-
-    sums: of gate gradients and of θ. foreign: entries of the weight that was probed which somebody else has written.
-    """
-
-    loss: float
-    norm: float
-    sums: list[float]
-    foreign: float
-    d_gate: Tensor
-
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.loss, self.norm, *self.sums)))
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:g}, gradient norm {self.norm:g}, sums of gate gradients and θ {self.sums}"
 
 
 class LCDDOptimizer(torch.optim.Optimizer):
@@ -183,7 +168,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """Take one optimizer step on gradients that `backward` left in the weights.
 
         Args:
-            loss: this step's mean loss over all its micro-batches, in nats; not needed after `observe(loss)`.
+            loss: this step's mean loss over all its micro-batches, in nats; a tensor is left on its device until the
+                step looks at everything at once. Not needed after `observe(loss)`.
             closure: as of any torch optimizer: called first, and its loss taken. It may also come in the place of
                 `loss`, which is where torch's optimizers have it.
             tokens: on several ranks, how many tokens this rank's `loss` is the mean of: λ follows the mean over all
@@ -204,36 +190,34 @@ class LCDDOptimizer(torch.optim.Optimizer):
         loss, tokens = self._take_loss(loss if closure is None else closure, tokens)
         if self._masked.moved and self._masked.differing(self.gates):
             raise self._foreign()
-        grads = self._masked.grads()
-        found = self._pass_a(grads, loss, tokens)
-        if found.foreign:
-            raise self._foreign()
-        if not found.finite():
+        grads, before = self._masked.grads(self.gates), self.gates.drawn
+        found = self._pass_a_and_gates(grads, loss, tokens).look(self.gates.drawn)
+        if found.foreign or not found.finite():
+            self._controller.restore()
+            self.gates.drawn = before
+            if found.foreign:
+                raise self._foreign()
             self._skip(str(found))
             return
-        slots_old, rank_old = self.gates.slots, self.gates.rank
-        if not self._controller.step(found.d_gate, found.loss, penalties=self.penalties):
-            self._skip("its update of θ is not finite")
-            return
+        self._controller.step(found.loss, found.proposed)
+        self._pass_b(grads, found.norm, before)
         self._announce_gates()
-        self._pass_b(grads, found.norm, slots_old, rank_old)
         super().zero_grad()
         self.skipped_in_a_row = 0
         self.last_loss, self.grad_norm = found.loss, found.norm
 
-    def _pass_a(self, grads: Grads, loss: float, tokens: float) -> _Measured:
-        """Gate gradients and the norm, over all ranks; the host's one look at them."""
+    def _pass_a_and_gates(self, grads: Grads, loss: float | Tensor, tokens: float) -> Measured:
+        """Gate gradients and the norm, over all ranks, and the gates of the next step."""
         d_gate, sq_norm = self._masked.pass_a(grads, self.gates)
         sq_norm = sq_norm + self._unmasked.sq_norm()
         loss, d_gate, sq_norm = shards.reduce_step(loss, tokens, d_gate, sq_norm, sharded=self._masked.sharded)
-        logits = self.gates.logits
-        gate_sum = (d_gate if logits.grad is None else logits.grad).sum()
+        chained = self.gates.logits.grad
+        gate_sum = (d_gate if chained is None else chained).sum()
         probe = self._masked.probe(self.gates, self.completed_steps)
-        looks = (sq_norm.sqrt(), probe, gate_sum, logits.sum())
-        norm, foreign, *sums = torch.stack([look.to(sq_norm.dtype) for look in looks]).tolist()
-        return _Measured(loss=loss, norm=norm, sums=sums, foreign=foreign, d_gate=d_gate)
+        proposed = self._controller.propose(d_gate, loss, penalties=self.penalties)
+        return Measured(loss=loss, norm=sq_norm.sqrt(), gate_sum=gate_sum, foreign=probe, proposed=proposed)
 
-    def _pass_b(self, grads: Grads, norm: float, slots_old: Tensor, rank_old: Tensor) -> None:
+    def _pass_b(self, grads: Grads, norm: float, before: Drawn) -> None:
         """Clip, step Δ and what no gate masks, and write W_eff of the new gates."""
         limit = self.config.max_grad_norm
         grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
@@ -242,12 +226,12 @@ class LCDDOptimizer(torch.optim.Optimizer):
         lr, decay = masked["lr"] * self._controller.delta_rate, self._controller.delta_decay
         settings = {**masked, "lr": lr, "weight_decay": masked["weight_decay"] + (decay / lr if lr else 0.0)}
         self._masked.pass_b(
-            grads, slots_old, rank_old, self.gates, settings=settings, step=self.completed_steps, grad_scale=grad_scale
+            grads, before, self.gates, settings=settings, step=self.completed_steps, grad_scale=grad_scale
         )
         for group in unmasked:
             self._unmasked.step(settings=group, grad_scale=grad_scale)
 
-    def _take_loss(self, loss: Any, tokens: float) -> tuple[float, float]:
+    def _take_loss(self, loss: Any, tokens: float) -> tuple[float | Tensor, float]:
         if callable(loss):
             with torch.enable_grad():
                 loss = loss()
@@ -255,7 +239,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._observed = None
         if given is None:
             raise InputError("loss: expected the step's mean loss, by step(loss) or by observe(loss) before step()")
-        return float(given), tokens
+        if isinstance(given, Tensor) and given.numel() != 1:
+            raise InputError(f"loss: expected one number, got a tensor of shape {list(given.shape)}")
+        return given.detach().view(()) if isinstance(given, Tensor) else float(given), tokens
 
     def _refuse_detached(self, action: str) -> None:
         if not self._finalizer.alive:
@@ -264,8 +250,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
             )
 
     def _skip(self, reason: str) -> None:
-        """Count a step that is not taken; θ goes back to the last good one."""
-        self._controller.restore()
+        """Count a step that is not taken."""
         super().zero_grad()
         self.skipped_steps += 1
         self.skipped_in_a_row += 1

@@ -16,6 +16,7 @@ the one in which it crosses from open to closed or back.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -225,6 +226,8 @@ class PacedClosing:
         self.worth = torch.zeros_like(gates.logits.detach())
         self.settled_at: int | None = None
         self.delta_decay, self.loss_weight, self._owed = 0.0, 1.0, 0.0
+        self._price = self.worth.new_zeros(())  # of the last gate that was closed or reopened; λ, on the device
+        self._before: tuple[dict[str, Any], dict[str, Any], Tensor]
         with torch.no_grad():
             gates.logits.copy_(self._goal())
             gates.initial_logits = gates.logits.detach().clone()
@@ -242,8 +245,13 @@ class PacedClosing:
         late = min(1.0, (self.completed_steps - self.settled_at) / max(1, self.total_steps - self.settled_at))
         return share * (POLISH_RATE[0] + (POLISH_RATE[1] - POLISH_RATE[0]) * late)
 
-    def step(self, d_gate: Tensor, loss: float, *, penalties: int) -> bool:
-        """As of `GateController`; `penalties` are the dual descent's."""
+    def propose(self, d_gate: Tensor, loss: float | Tensor, *, penalties: int) -> list[Tensor]:
+        """As of `GateController`; the loss is waited for. `penalties` are the dual descent's."""
+        own = {name: value for name, value in vars(self).items() if name != "_before"}
+        self._before = own, dict(vars(self.dual)), self.gates.logits.detach().clone()
+        loss = float(loss)
+        if not math.isfinite(loss):
+            return []
         seen = self.gates.values != 0  # of a closed gate no gradient is made where gradients are packed
         squared = d_gate.square().to(self.worth.dtype)
         self.worth = torch.where(seen, WORTH_BETA * self.worth + (1 - WORTH_BETA) * squared, self.worth)
@@ -255,7 +263,16 @@ class PacedClosing:
         self.completed_steps += 1
         self._settle()
         self.draw(evaluation=False)
-        return True
+        return [self._price]
+
+    def step(self, loss: float, seen: Sequence[float]) -> None:
+        self.dual.dual_lambda = seen[0]
+
+    def restore(self) -> None:
+        state, pace, logits = self._before
+        vars(self).update(state)
+        vars(self.dual).update(pace)
+        self.gates.logits.copy_(logits)
 
     @torch.no_grad()
     def load_logits(self, logits: Tensor) -> None:
@@ -294,23 +311,25 @@ class PacedClosing:
         if count > 0:
             self._close(min(count, self.n_open - self.fewest))
         elif count < 0:
-            self._reopen(-count)
-        self.n_open = int(self.open.sum())
+            self._reopen(min(-count, self.open.numel() - self.n_open))
 
     def _close(self, count: int) -> None:
-        if count <= 0:
-            return
-        candidates = self.open.nonzero()[:, 0]
-        worth, order = self.worth[candidates].sort(stable=True)
-        self.open[candidates[order[:count]]] = False
-        self.dual.dual_lambda = float(worth[count - 1])
+        if count > 0:
+            largest = torch.finfo(self.worth.dtype).max
+            worth, order = torch.where(self.open, self.worth.clamp(max=largest), math.inf).sort(stable=True)
+            self._turn(order[:count], open_=False)
+            self._price = worth[count - 1]
 
     def _reopen(self, count: int) -> None:
-        candidates = (~self.open).nonzero()[:, 0]
-        worth, order = self.worth[candidates].sort(stable=True, descending=True)
-        self.open[candidates[order[:count]]] = True
-        if len(worth):
-            self.dual.dual_lambda = float(worth[min(count, len(worth)) - 1])
+        if count > 0:
+            worth, order = torch.where(self.open, -1.0, self.worth).sort(stable=True, descending=True)
+            self._turn(order[:count], open_=True)
+            self._price = worth[count - 1]
+
+    def _turn(self, places: Tensor, *, open_: bool) -> None:
+        """Without a wait for the device: how many are open is known beforehand."""
+        self.open = self.open.index_fill(0, places, open_)
+        self.n_open += len(places) if open_ else -len(places)
 
     def _goal(self) -> Tensor:
         """θ of every gate where it comes to rest."""
@@ -327,9 +346,6 @@ class PacedClosing:
     def draw(self, *, evaluation: bool) -> None:
         self.gates.draw(step=self.completed_steps + 1, training=not (evaluation or self.frozen))
 
-    def restore(self) -> None:
-        """Nothing to undo: a step that is not finite never gets here."""
-
     def stop_reason(self) -> str | None:
         """Never: over its budget it gives back, and within it the result stands."""
         return None
@@ -342,7 +358,7 @@ class PacedClosing:
             "epsilon": self.dual.epsilon,
             "dual_lambda": self.dual.dual_lambda,
             "throttle": self.dual.throttle,
-            "expected_l0": float(self.gates.expected_l0),
+            "expected_l0": self.gates.expected_l0,
             "open": counts,
             "sparsity": 1 - self.n_open / self.open.numel(),
             "crossing": abs(sum(counts.values()) - self.n_open),
@@ -381,4 +397,5 @@ class PacedClosing:
         self._owed, self.loss_weight = state_dict["owed"], state_dict["loss_weight"]
         self.settled_at = state_dict["settled_at"]
         self.dual.load_state_dict(state_dict["dual"])
+        self._price = self.worth.new_tensor(self.dual.dual_lambda)
         self.completed_steps = state_dict["completed_steps"]

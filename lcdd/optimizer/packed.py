@@ -19,7 +19,7 @@ Shapes: T tokens (all leading dimensions), R open rows, C open columns.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +195,15 @@ def _check_plain(name: str, linear: nn.Linear) -> None:
         raise InputError(f"{name}: expected an nn.Linear (not a subclass), got {type(linear).__name__}")
 
 
+class _Packable(NamedTuple):
+    """A linear that may be packed, and the runs of gates of its rows and columns."""
+
+    site: Site
+    linear: PackedGradLinear
+    rows: Run
+    cols: Run
+
+
 class PackPlan:
     """Which sites of a model have packed weight gradients, and the open rows and columns of each; see the module.
 
@@ -217,10 +226,11 @@ class PackPlan:
         weight = sites[0].parameter
         self.crossover = crossover or default_crossover(weight.device, weight.dtype)
         self.linears = [
-            (site, PackedGradLinear.swap(site.linear))
+            _Packable(site, PackedGradLinear.swap(site.linear), *layout.runs(site.matrix))
             for site in sites
             if site.linear is not None and type(site.linear) is nn.Linear
         ]
+        self._sizes: list[int] = layout.slot_offsets.diff().tolist()
         self._gates: Gates | None = None
         self._closed: dict[int, Tensor] = {}
         by_parameter: dict[nn.Parameter, list[Site]] = {}
@@ -241,38 +251,36 @@ class PackPlan:
     def update(self, gates: Gates) -> None:
         """Give every linear the open rows and columns of `gates`.
 
-        Reads the counts of open gates from the host's copy and makes slices: no device-to-host wait.
+        Reads the counts of open gates from the host's copy and makes slices: no device-to-host wait. The host has a
+        few milliseconds for all linears, so nothing is checked here that the layout has settled.
         """
         self._gates = gates
         self._closed.clear()
-        for site, linear in self.linears:
-            row_run, col_run = self.layout.runs(site.matrix)
-            rows, cols = gates.open_in(row_run), gates.open_in(col_run)
+        _panels.drop()
+        parts, counts = _OpenParts(gates, self._sizes), gates.counts
+        for site, linear, rows, cols in self.linears:
             layout = "dense"
             if self.pack:
-                layout = pack_layout(
-                    gate_kind=self.gate_kind,
-                    out_features=linear.out_features,
-                    in_features=linear.in_features,
-                    n_rows=rows.numel(),
-                    n_cols=cols.numel() * col_run.repeat,
-                    crossover=self.crossover,
-                )
-            if layout == "dense":
-                linear.set_plan("dense")
-            else:
-                linear.set_plan(layout, rows, _columns(cols, col_run))
+                layout = self._layout(site.matrix.shape, counts[rows.number], counts[cols.number] * cols.repeat)
+            part = None if layout == "dense" else OpenPart(layout=layout, rows=parts.rows(rows), cols=parts.cols(cols))
+            linear.__dict__["part"] = part  # nn.Module's own way of setting it takes longer than all the rest
+
+    def _layout(self, shape: tuple[int, int], n_rows: int, n_cols: int) -> str:
+        return pack_layout(
+            gate_kind=self.gate_kind, out_features=shape[0], in_features=shape[1], n_rows=n_rows, n_cols=n_cols,
+            crossover=self.crossover, check=False,
+        )  # fmt: skip
 
     def layouts(self) -> list[str]:
         """The layout in force of every linear, in order."""
-        return [linear.layout for _, linear in self.linears]
+        return [packable.linear.layout for packable in self.linears]
 
     def restore(self) -> None:
         """Ordinary linear layers again."""
         for hook in self._hooks:
             hook.remove()
-        for _, linear in self.linears:
-            linear.restore()
+        for packable in self.linears:
+            packable.linear.restore()
 
     @torch.no_grad()
     def _zero_closed(self, sites: Sequence[Site], parameter: Tensor) -> None:
@@ -297,6 +305,30 @@ class PackPlan:
         if run.number not in self._closed:
             self._closed[run.number] = self._gates.closed_in(run)
         return self._closed[run.number]
+
+
+class _OpenParts:
+    """Open rows and columns of a draw, each run's made once: what reads one input shares its packed panel."""
+
+    def __init__(self, gates: Gates, sizes: Sequence[int]) -> None:
+        """sizes: of all runs of slots."""
+        self._gates = gates
+        lengths = [length for size, count in zip(sizes, gates.counts, strict=True) for length in (count, size - count)]
+        self._runs = gates.indices.split(lengths)[::2]
+        self._repeated: dict[tuple[int, int], Tensor] = {}
+
+    def rows(self, run: Run) -> Tensor:
+        return self._runs[run.number]
+
+    def cols(self, run: Run) -> Tensor:
+        """As `_columns`; of repeated ones all runs' at once, each then cut out of them."""
+        if run.repeat == 1:
+            return self.rows(run)
+        shape = run.head_dim, run.repeat
+        if shape not in self._repeated:
+            whole = expand_columns(self._gates.indices, head_dim=run.head_dim, repeat=run.repeat)
+            self._repeated[shape] = whole.view(run.repeat, -1)
+        return self._repeated[shape][:, run.start : run.start + self._gates.counts[run.number]].reshape(-1)
 
 
 def _columns(gates: Tensor, run: Run) -> Tensor:

@@ -2,6 +2,8 @@
 
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from lcdd.config import TrainConfig
 from lcdd.models import PreTrainedModel
 
@@ -42,7 +44,7 @@ class TrainingOptimizer(Protocol):
     def begin_step(self, micro_batches: int) -> None:
         """Called before a step's first backward with the number of backwards on this rank."""
 
-    def step(self, loss: float) -> None:
+    def step(self, loss: float | Tensor) -> None:
         """Take one step on the gradients in the weights; `loss` is the step's mean over its tokens, in nats."""
 
     def zero_grad(self) -> None: ...

@@ -63,11 +63,11 @@ class SFTOptimizer(torch.optim.AdamW):
         """Nothing: as `LCDDOptimizer.begin_step`."""
 
     @torch.no_grad()
-    def step(self, loss: float) -> None:  # type: ignore[override]
+    def step(self, loss: float | Tensor) -> None:  # type: ignore[override]
         """One step on averaged gradients; on several ranks `loss` is averaged over them."""
-        loss = shards.mean(loss)
         limit = self.config.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.weights, limit))
+        loss = shards.mean(float(loss))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped_steps += 1
             self.skipped_in_a_row += 1

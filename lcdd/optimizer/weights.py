@@ -1,9 +1,9 @@
 """The masked weights of a model in training: W_eff = W_base + (r ⊗ c) ∘ Δ (method, section 1).
 
     weights = MaskedWeights(model, base, config)
-    grads = weights.grads()                                     G, as `backward` left it behind
+    grads = weights.grads(gates)                                G, as `backward` left it behind
     d_gate, sq_norm = weights.pass_a(grads, gates)
-    weights.pass_b(grads, slots_old, rank_old, gates, …)        AdamW on Δ, and the next W_eff
+    weights.pass_b(grads, before, gates, …)                     AdamW on Δ, and the next W_eff
     weights.write(gates)                                        W_eff alone
     weights.moved, weights.differing(…), weights.take_in(…)     what somebody else has written since
 
@@ -34,12 +34,13 @@ from lcdd.models import (
 )
 from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.block_grad import BlockGrad
-from lcdd.optimizer.gates import Gates
+from lcdd.optimizer.gates import Drawn, Gates
 from lcdd.optimizer.packed import PackedGradLinear
 from lcdd_kernels import AdamWStep, DeltaStepPlan, GateMap, weight_eff_
+from lcdd_kernels.reference.delta_step import Gradients
 
-Grads = tuple[list[Any], list[str] | None]
-"""Gradients of the sites with rows on this rank, and their layouts where any is packed."""
+Grads = tuple[list[Any], Gradients | None]
+"""Gradients of the sites with rows on this rank, and the same as kernels take them (not on the forward route)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -158,34 +159,36 @@ class MaskedWeights:
 
     # ------------------------------------------------------------------ the passes
 
-    def grads(self) -> Grads:
-        """What `backward` left; valid until new gates are drawn.
+    def grads(self, gates: Gates) -> Grads:
+        """What `backward` left under these gates.
 
         Raises:
             InputError: it left nothing in one of the weights.
         """
         needed = self.config.train_delta or not self.gated_grads  # of masks alone G is all that there is
         found = [item.grad() for item in self._here if needed]
-        layouts = [layout for _, layout in found]
-        return [grad for grad, _ in found], layouts if any(layout != "dense" for layout in layouts) else None
+        grads, layouts = [grad for grad, _ in found], [layout for _, layout in found]
+        if self._plan is None or not found:
+            return grads, None
+        packed = any(layout != "dense" for layout in layouts)
+        rank = gates.rank if packed else None
+        return grads, self._plan.take(grads, gates.slots, layouts=layouts if packed else None, rank=rank)
 
     def pass_a(self, grads: Grads, gates: Gates) -> tuple[Tensor, Tensor]:
         """(dL/dz [n_gates] of the gates in force, ‖dΔ‖² []) of the rows on this rank; of gated gradients no dL/dz."""
-        found, layouts = grads
+        found, checked = grads
         gate = gates.values
         if self.gated_grads:
             return torch.zeros_like(gate), sum((grad.float().square().sum() for grad in found), gate.new_zeros(()))
-        if self._plan is None:
+        if self._plan is None or checked is None:
             return torch.zeros_like(gate), gate.new_zeros(())
-        rank = gates.rank if layouts else None
-        d_slots, sq_norm = self._plan.grad_stats(found, gates.slots, layouts=layouts, rank=rank)
+        d_slots, sq_norm = self._plan.grad_stats(checked, gates.slots)
         return self.layout.fold(d_slots), sq_norm
 
     def pass_b(
         self,
         grads: Grads,
-        slots_old: Tensor,
-        rank_old: Tensor,
+        before: Drawn,
         gates: Gates,
         *,
         settings: Mapping[str, Any],
@@ -194,18 +197,18 @@ class MaskedWeights:
     ) -> None:
         """Step Δ by AdamW on grad_scale · dΔ, and write W_eff of the gates now in force.
 
-        slots_old, rank_old: `Gates.slots` and `rank` of the gates that the gradients are of.
+        before: the gates that the gradients are of.
         settings: lr, betas, eps and weight_decay of AdamW. step: counts from 1.
         """
-        if self.config.train_delta and self._plan is not None:
-            found, layouts = grads
+        _, checked = grads
+        if self.config.train_delta and self._plan is not None and checked is not None:
             beta1, beta2 = settings["betas"]
             adam = AdamWStep(
                 lr=settings["lr"], beta1=beta1, beta2=beta2, eps=settings["eps"],
                 weight_decay=settings["weight_decay"], step=step, grad_scale=grad_scale,
             )  # fmt: skip
-            old = torch.ones_like(slots_old) if self.gated_grads else slots_old
-            self._plan.step(found, old, gates.slots, adam, layouts=layouts, rank=rank_old if layouts else None)
+            old = torch.ones_like(before.slots) if self.gated_grads else before.slots
+            self._plan.step(checked, old, gates.slots, adam)
         if self.config.reference_compat:
             reference_compat.round_as_stored_weights_(self._state("delta"), self._base_rows)
         if self.config.reference_compat or not self.config.train_delta:
@@ -374,9 +377,10 @@ class MaskedWeights:
                 )
 
     def _current_marks(self) -> list[Any]:
-        tensors = (tensor for pair in self._bases.items() for tensor in pair)
-        memory = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)  # to_local() makes a tensor each time
-        return [(tensor.data_ptr(), tensor._version) for tensor in memory]
+        tensors = [tensor for pair in self._bases.items() for tensor in pair]
+        if self.sharded:  # to_local() makes a tensor each time
+            tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+        return [[tensor.data_ptr() for tensor in tensors], [tensor._version for tensor in tensors]]
 
 
 def _hand_over(weight: Tensor, logits: Tensor | None, delta: Tensor) -> None:

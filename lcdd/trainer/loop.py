@@ -165,11 +165,13 @@ class Loop:
         self.response_tokens += with_loss
         return learning_rate
 
-    def _accumulate(self, micro_batches: Sequence[Sequence[Encoded]], tokens: int) -> float:
-        """This rank's part of the mean loss over the `tokens` of all ranks, and its gradients in the weights."""
+    def _accumulate(self, micro_batches: Sequence[Sequence[Encoded]], tokens: int) -> Tensor:
+        """This rank's part of the mean loss over the `tokens` of all ranks, float64 [] on the device, and its
+        gradients in the weights.
+        """
         mine, ranks = share(micro_batches), shards.world_size()
         self.optimizer.begin_step(len(mine))
-        loss = 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, (micro, weight) in enumerate(mine, start=1):
             batch = to_batch(micro, self.model, self.held_out.pad_token_id)
             # around the backward too, which may recompute activations
@@ -179,7 +181,7 @@ class Loop:
                     if ranks > 1:  # gradients and losses are averaged over the ranks
                         part = part * (weight * ranks)
                 (self.optimizer.loss_weight * part).backward()
-            loss += part.item()
+            loss += part.detach()
         return loss
 
     def _backward_anchors(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lcdd_kernels import checks
 from lcdd_kernels.backends import choose
 from lcdd_kernels.checks import MAX_INT, check_gate, fail
-from lcdd_kernels.reference.delta_step import DENSE, LAYOUTS, PANELS, AdamWStep, GateMap, Gradients, Matrices
+from lcdd_kernels.reference.delta_step import BLOCK, DENSE, LAYOUTS, PANELS, AdamWStep, GateMap, Gradients, Matrices
 
 __all__ = ["AdamWStep", "DeltaStepPlan", "GateMap", "delta_adamw_", "delta_grad_stats", "weight_eff_"]
 
@@ -30,7 +30,8 @@ class DeltaStepPlan:
     """Passes A and B and the refresh over the M matrices of a model, for as long as these tensors are its.
 
     Made once (when an optimizer is attached); a call then looks at the gates and the gradients alone. The tensors may
-    move (`.data` replaced): that is noticed, and they are checked again.
+    move (`.data` replaced): that is noticed, and they are checked again. A step that makes several calls has its
+    gradients checked once, by `take`.
 
     weights, bases: W_eff and the base's weights, one dtype (float32, float16, bfloat16; float64 with float64 gates);
     deltas, exp_avgs, exp_avg_sqs: Δ and AdamW's moments, each of any of these dtypes. All [out, in], contiguous, on one
@@ -67,31 +68,46 @@ class DeltaStepPlan:
 
         Bit-identical on every backend; where a gate is closed the base's bits are copied.
         """
-        matrices = self._current("weights", "bases")
+        self._check_there("weights", "bases")
+        matrices = self._current()
         self._check_gate("gate", gate)
         choose("weight_eff_", gate)(matrices, gate)
         torch.autograd.graph.increment_version(matrices.weights)
 
+    def take(
+        self, grads: Sequence[Grad], gate: Tensor, *, layouts: Sequence[str] | None = None, rank: Tensor | None = None
+    ) -> Gradients:
+        """Gradients, checked, for the calls of one step, in which no tensor moves; arguments as of `grad_stats`."""
+        self._current()
+        found = self._gradients(grads, layouts, rank, gate.dtype)
+        if "exp_avgs" in self._lists:
+            self._check_memory_of(found)
+        return found
+
     @torch.no_grad()
     def grad_stats(
-        self, grads: Sequence[Grad], gate: Tensor, *, layouts: Sequence[str] | None = None, rank: Tensor | None = None
+        self,
+        grads: Sequence[Grad] | Gradients,
+        gate: Tensor,
+        *,
+        layouts: Sequence[str] | None = None,
+        rank: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pass A: (d_gate[N], sq_norm[]) in the gate's dtype, from G = ∂L/∂W_eff; deterministic.
 
         d_gate[n] = sum over every row and column that uses gate n of its gradient; sq_norm = Σ ‖(r ⊗ c) ∘ G‖², for
         clipping. layouts[m]: "dense" (default; grads[m] is [out, in]), "block" (open rows × open columns; closed gates
         get zero), or "panels" (grads[m] is a pair: open rows × all columns, all rows × open columns). Packed ones need
-        `rank` of `open_indices`.
+        `rank` of `open_indices`. grads may be what `take` returned, without the others.
         """
-        matrices = self._current()
         self._check_gate("gate", gate)
-        found = self._gradients(grads, layouts, rank, gate.dtype)
-        return choose("delta_grad_stats", gate)(matrices, found, gate)
+        found = grads if isinstance(grads, Gradients) else self.take(grads, gate, layouts=layouts, rank=rank)
+        return choose("delta_grad_stats", gate)(self._matrices, found, gate)
 
     @torch.no_grad()
     def step(
         self,
-        grads: Sequence[Grad],
+        grads: Sequence[Grad] | Gradients,
         gate_old: Tensor,
         gate_new: Tensor,
         adam: AdamWStep,
@@ -106,14 +122,13 @@ class DeltaStepPlan:
         `rank` of the *old* gates; an entry that a packed gradient lacks has gradient zero, and its momenta still move
         delta.
         """
-        matrices = self._current("weights", "bases", "exp_avgs", "exp_avg_sqs")
+        self._check_there("weights", "bases", "exp_avgs", "exp_avg_sqs")
         self._check_gate("gate_old", gate_old)
         self._check_gate("gate_new", gate_new)
         checks.check_dtype("gate_new", gate_new, (gate_old.dtype,))
         _check_adam(adam)
-        found = self._gradients(grads, layouts, rank, gate_old.dtype)
-        self._check_memory_of(found)
-        choose("delta_adamw_", gate_old)(matrices, found, gate_old, gate_new, adam)
+        found = grads if isinstance(grads, Gradients) else self.take(grads, gate_old, layouts=layouts, rank=rank)
+        choose("delta_adamw_", gate_old)(self._matrices, found, gate_old, gate_new, adam)
         for name in _WRITTEN:
             torch.autograd.graph.increment_version(self._lists[name])
 
@@ -154,11 +169,13 @@ class DeltaStepPlan:
     def _addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensors in self._lists.values() for tensor in tensors]
 
-    def _current(self, *needed: str) -> Matrices:
-        """The matrices, checked again where a tensor has moved."""
+    def _check_there(self, *needed: str) -> None:
         for name in needed:
             if name not in self._lists and self._maps:
                 raise fail(name, f"{len(self._maps)} entries", 0)
+
+    def _current(self) -> Matrices:
+        """The matrices, checked again where a tensor has moved."""
         if self._addresses() != self._pointers:
             self._check()
         return self._matrices
@@ -185,7 +202,8 @@ class DeltaStepPlan:
         counts = self._open_counts(rank) if packed else None
         for m, (grad, code) in enumerate(zip(grads, codes, strict=True)):
             first, panel = grad if code == PANELS and isinstance(grad, tuple | list) else (grad, None)
-            if code != DENSE or not _is_plain(first, self._shapes[m], dtypes, self._device):
+            shape = self._shapes[m] if code == DENSE else counts[m] if code == BLOCK and counts is not None else None
+            if code == PANELS or not _is_plain(first, shape, dtypes, self._device):
                 self._check_grad(m, grad, code, None if counts is None else counts[m], dtypes)
             tensors.append(first)  # type: ignore[arg-type]
             panels.append(panel)
@@ -239,11 +257,12 @@ class DeltaStepPlan:
                 checks.check_memory(f"grads[{m}][1]", panel, self._written)
 
 
-def _is_plain(grad: object, shape: torch.Size, dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
-    """Whether a dense gradient is as it should be; what is wrong with one that is not is `_check_grad`'s to say."""
-    if not isinstance(grad, Tensor) or grad.shape != shape or grad.device != device:
+def _is_plain(grad: object, shape: Sequence[int] | None, dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
+    """Whether a gradient of one tensor is as it should be (None: of whatever shape); what is wrong with one that is not
+    is `_check_grad`'s to say."""
+    if not isinstance(grad, Tensor) or grad.device != device or grad.dim() != 2:
         return False
-    return grad.dtype in dtypes and grad.is_contiguous()
+    return (shape is None or grad.shape == shape) and grad.dtype in dtypes and grad.is_contiguous()
 
 
 def _check_matrix(

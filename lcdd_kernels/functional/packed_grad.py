@@ -228,17 +228,25 @@ def pack_cost(layout: str, *, out_features: int, in_features: int, n_rows: int, 
 
 
 def pack_layout(
-    *, gate_kind: str, out_features: int, in_features: int, n_rows: int, n_cols: int, crossover: PackCrossover
+    *,
+    gate_kind: str,
+    out_features: int,
+    in_features: int,
+    n_rows: int,
+    n_cols: int,
+    crossover: PackCrossover,
+    check: bool = True,
 ) -> str:
     """ "dense", or the gate kind's packed layout ("block" for hard_concrete, "panels" for heaviside_ste) where that is
     cheaper.
 
     n_rows, n_cols: open rows and columns of the matrix (GQA columns counted once for each query head). Nothing open:
-    packed (and empty), unless the matrix is small.
+    packed (and empty), unless the matrix is small. check: as of `packed_weight_grad`.
     """
-    check_choice("gate_kind", gate_kind, tuple(PACKED_LAYOUT))
-    check_int("n_rows", n_rows, 0, out_features + 1)
-    check_int("n_cols", n_cols, 0, in_features + 1)
+    if check:
+        check_choice("gate_kind", gate_kind, tuple(PACKED_LAYOUT))
+        check_int("n_rows", n_rows, 0, out_features + 1)
+        check_int("n_cols", n_cols, 0, in_features + 1)
     if out_features * in_features < crossover.min_elements:
         return "dense"
     layout = PACKED_LAYOUT[gate_kind]

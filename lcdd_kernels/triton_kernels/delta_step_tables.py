@@ -93,6 +93,7 @@ class Table:
         self._kinds, self._entries = [kind for kind, _ in made], [entry for _, entry in made]
         self._cache = TableCache()
         self._last: tuple[Any, list[Group]] = (None, [])
+        self._known: tuple[Gradients | None, Any] = (None, None)  # passes A and B of a step are given the same
 
     def _matrix(self, matrices: Matrices, m: int) -> tuple[Kind, list[int]]:
         """A matrix's kind (without a gradient) and its row of the table."""
@@ -132,7 +133,9 @@ class Table:
 
     def order(self, grads: Gradients | None) -> tuple[Tensor, list[Group]]:
         """The order on the device and its groups, in order of first appearance; made again where a gradient moved."""
-        key = None if grads is None else _identity(grads)
+        if grads is not None and self._known[0] is not grads:
+            self._known = grads, _identity(grads)
+        key = None if grads is None else self._known[1]
         if not self._last[1] or self._last[0] != key:
             self._last = key, self._sort(grads)
         groups = self._last[1]

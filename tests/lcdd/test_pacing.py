@@ -40,6 +40,11 @@ def closing(n: int = 100, *, steps: int = 100, kind: str = "heaviside_ste", **ch
     return PacedClosing(StubGates(n, kind), config, total_steps=steps)
 
 
+def step(controller: PacedClosing, d_gate: torch.Tensor, loss: float) -> None:
+    seen = controller.propose(d_gate, loss, penalties=1)
+    controller.step(loss, [float(value) for value in seen])
+
+
 # ---------------------------------------------------------------- the budget
 
 
@@ -120,7 +125,7 @@ def test_warm_up_is_at_most_a_twentieth_of_the_run(steps: int, expected: int) ->
 
 def run(controller: PacedClosing, losses, worth: torch.Tensor) -> None:
     for loss in losses:
-        controller.step(worth.sqrt(), loss, penalties=1)
+        step(controller, worth.sqrt(), loss)
 
 
 def test_the_least_worth_closes_first_and_the_most_worth_reopens_first() -> None:
@@ -275,7 +280,7 @@ class Plant:
             if self.between(0, 1) < self.spikes:
                 seen -= self.spike * (epsilon - self.baseline) * math.log(max(1e-9, self.between(0, 1)))
             d_gate = self.saliency.sqrt() * torch.exp(self.misjudged * torch.randn(self.n, generator=self.draw))
-            controller.step(d_gate, seen, penalties=1)
+            step(controller, d_gate, seen)
             closed = (before - gates.values).clamp(min=0)
             broken += (1 - self.lasting) * float((self.saliency * closed).sum())
             before = gates.values

@@ -106,7 +106,7 @@ def test_gradients_of_every_kind_of_site_match_autograd(kind):
     for parameter, name in names.items():
         torch.testing.assert_close(parameter.detach(), replaced[name].detach(), rtol=1e-14, atol=1e-14)
     tuned(input_ids=tokens, use_cache=False).logits.sin().sum().backward()
-    d_gate, sq_norm = weights.pass_a(weights.grads(), gates)
+    d_gate, sq_norm = weights.pass_a(weights.grads(gates), gates)
     torch.testing.assert_close(d_gate, z.grad, rtol=1e-9, atol=1e-11)
     assert torch.count_nonzero(d_gate) > layout.n_gates // 4
     squares = torch.zeros((), dtype=torch.float64)

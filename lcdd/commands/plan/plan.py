@@ -82,8 +82,8 @@ def packing(shape: ModelShape, config: PlanConfig, *, cuda: bool) -> Packing:
     layouts = {}
     for kind in costs.PROJECTION_KINDS:
         out, columns = costs.weight_shape(shape, kind)
-        sizes = {"out_features": out, "in_features": columns}
-        open_ = {"n_rows": round(config.density * out), "n_cols": round(config.density * columns)}
+        sizes: dict[str, Any] = {"out_features": out, "in_features": columns}
+        open_: dict[str, Any] = {"n_rows": round(config.density * out), "n_cols": round(config.density * columns)}
         layout = "dense"
         if config.pack == "auto" and config.num_gpus == 1:
             layout = pack_layout(gate_kind=config.gate_kind, crossover=crossover, **sizes, **open_)
