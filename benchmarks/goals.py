@@ -66,6 +66,7 @@ class Goal:
 _CPU: dict[str, Any] = {
     "device": "cpu", "case": "optimizer step", "model": "qwen3-0.6b, ÷2, 4 layers", "params": {"micro_batches": 4}
 }  # fmt: skip
+_FIXED: dict[str, Any] = {**_CPU, "case": "optimizer step, gates fixed"}
 _HARD, _HEAVISIDE = {"gates": "hard_concrete"}, {"gates": "heaviside_ste"}
 _MATRIX: dict[str, Any] = {"device": "cpu", "case": "masked matrix step", "provider": "lcdd"}
 _ALONE: dict[str, Any] = {**_MATRIX, "case": "masked matrix step over forward and backward alone"}
@@ -104,6 +105,11 @@ GOALS: tuple[Goal, ...] = (
     Goal(
         text="tax at 80% closed, hard-concrete, 4 micro-batches", provider="lcdd", lane=_CLOSED, limit=0.95,
         **{**_CPU, "params": {**_CPU["params"], **_HARD}},
+    ),
+    Goal(text="fixed gates, 99% closed", provider="lcdd", lane={"density": 0.01}, limit=0.72, **_FIXED),
+    Goal(
+        text="fixed gates, 99% closed: the optimizer's memory over plain AdamW's", provider="lcdd",
+        lane={"density": 0.01}, metric="optimizer_memory", limit=0.05, **_FIXED,
     ),
     Goal(
         text="the unfused reference's own tax, 256 tokens in 4 micro-batches", provider="unfused", limit=1.3,

@@ -3,7 +3,7 @@
     plain      forward, backward, clip, fused AdamW over the same weights: no gates. The floor.
     unfused    LCDD as its authors write it (`benchmarks/unfused.py`)
     compiled   that, with the parametrization under torch.compile
-    lcdd       `LCDDOptimizer` at a density of its gates
+    lcdd       `LCDDOptimizer` at a density of its gates, which a last case holds fixed
 
 All of them take the same loss of the same tokens, written in the same way, so that a ratio is of the gates alone. θ
 hardly moves (a tiny learning rate), which keeps the density where it was set.
@@ -12,7 +12,7 @@ hardly moves (a tiny learning rate), which keeps the density where it was set.
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Place
 from benchmarks.cases.shapes import fine_tune, make_model, sizes_of, tiny_sizes, title
-from benchmarks.costs import step_flops
-from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
+from benchmarks.costs import step_flops, tensor_bytes
+from benchmarks.harness import Case, Check, Cost, Lane, Sample, Workload, relative_error
 from fixtures.gates import gate_logits
 from fixtures.unfused import DeltaMask, Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
@@ -32,6 +32,8 @@ from lcdd_kernels.reference.gates import GateSpec, gate_noise_ref
 
 SEED, POOL = 3, 8
 DENSITIES = (1.0, 0.5, 0.25, 0.2, 0.15)
+ALL = 1 - 2**-30  # of a run: gates are fixed from its first step on
+FIXED_DENSITIES = (0.2, 0.05, 0.01, 0.001)  # real models' carriers have 99% of their gates closed, and more
 KINDS = ("hard_concrete", "heaviside_ste")
 
 
@@ -108,23 +110,28 @@ def plain(step: Step) -> PlainStep:
     return PlainStep(fine_tune(step.base(), seed=1), LEARNING_RATE)
 
 
-def ours(step: Step, density: float, *, gate_lr: float = GATE_LR, pack: str = "auto") -> OurStep:
+def ours(
+    step: Step, density: float, *, gate_lr: float = GATE_LR, pack: str = "auto", freeze_fraction: float = 0.2
+) -> OurStep:
     base = step.base().requires_grad_(False)
     model = fine_tune(copy.deepcopy(base), seed=1)
     config = LCDDConfig(
         gate_controller="dual", gate_kind=step.kind, learning_rate=LEARNING_RATE,
-        gate_optimizer="sgd", gate_lr=gate_lr, seed=SEED, pack=pack,
+        gate_optimizer="sgd", gate_lr=gate_lr, seed=SEED, pack=pack, freeze_fraction=freeze_fraction,
         delta_dtype="float32" if step.place.dtype == torch.float32 else "bfloat16",
     )  # fmt: skip
     logits = gate_logits(model, density)
     return OurStep(model, LCDDOptimizer.attach(model, base, config, total_steps=1_000_000, initial_logits=logits))
 
 
-def unfused(step: Step, density: float, *, gate_lr: float = GATE_LR, compiled: bool = False) -> UnfusedLCDD:
+def unfused(
+    step: Step, density: float, *, gate_lr: float = GATE_LR, compiled: bool = False, freeze_fraction: float = 0.2
+) -> UnfusedLCDD:
     base = step.base().requires_grad_(False)
     model = fine_tune(copy.deepcopy(base), seed=1)
     settings = Settings(
         total_steps=1_000_000, gate_kind=step.kind, learning_rate=LEARNING_RATE, gate_optimizer="sgd", gate_lr=gate_lr,
+        freeze_fraction=freeze_fraction,
     )  # fmt: skip
     logits = gate_logits(model, density)
 
@@ -229,6 +236,71 @@ def our_lane(step: Step, density: float) -> Lane:
     )  # fmt: skip
 
 
+def fixed(step: Step, density: float) -> OurStep:
+    """Ours, gates fixed from the start."""
+    return ours(step, density, freeze_fraction=ALL)
+
+
+def optimizer_memory(runner: OurStep) -> Sample:
+    """What the optimizer holds beside weights and base, over the moments of plain AdamW in the weights' dtype.
+
+    Counted are Δ, its moments, what belongs to the gates, and of fixed gates the blocks' weights and bases.
+    """
+    masked = runner.optimizer.param_groups[0]["params"]
+    states = [runner.optimizer.state[weight] for weight in masked]
+    held = tensor_bytes([tensor for state in states for tensor in state.values()])
+    held += 8 * tensor_bytes([runner.optimizer.gates.logits])
+    whole = sum(weight.numel() for weight in masked)
+    entries, item = sum(state["delta"].numel() for state in states), masked[0].element_size()
+    held += 2 * item * entries if entries < whole else 0
+    return Sample.of("optimizer_memory", "of AdamW's", [held / (2 * item * whole)])
+
+
+def verify_fixed(step: Step, density: float) -> list[Check]:
+    """Three steps against the definition: losses, and what the weights have moved by."""
+    few = step.batches(min(step.tokens, 48))
+    expected, got = unfused(step, density, freeze_fraction=ALL), fixed(step, density)
+    before = [weight.detach().clone() for weight in expected.weights()]
+    loss_limit, limit = _limits(step.place)
+    checks = []
+    for number in (1, 2, 3):
+        batch = few()[:2]
+        a, b = got.step(batch), expected.step(batch)
+        checks.append(Check(f"loss of step {number}", abs(a - b) / abs(b), loss_limit))
+    found = [weight.detach() for weight in got.optimizer.param_groups[0]["params"]]
+    # of all weights together: a matrix with few open entries may hardly have moved
+    moved = [torch.cat([(w.detach() - b).flatten() for w, b in zip(all_, before, strict=True)])
+             for all_ in (found, expected.weights())]  # fmt: skip
+    return [*checks, Check("movement of the weights", relative_error(*moved), limit)]
+
+
+def fixed_lane(step: Step, density: float) -> Lane:
+    def build() -> Workload:
+        runner = fixed(step, density)
+        work = _workload(step, lambda: runner, share=density**2)
+        return replace(work, extra=lambda: [optimizer_memory(runner)])
+
+    return Lane(provider="lcdd", build=build, params={"density": density}, verify=lambda: verify_fixed(step, density))
+
+
+def fixed_case(
+    place: Place, name: str, *, layers: int | None, divide: int, tokens: int, micro: int, budget_s: float
+) -> Case:
+    """Steps of the last part of a run, in which no gate moves."""
+    tiny = place.size == "tiny"
+    sizes = tiny_sizes(name) if tiny else sizes_of(name, layers=layers, divide=divide)
+    step = Step(place=place, sizes=sizes, tokens=16 if tiny else tokens, micro=micro, kind="hard_concrete")
+    lanes = [plain_lane(step), *(fixed_lane(step, density) for density in FIXED_DENSITIES)]
+    return Case(
+        name="optimizer step, gates fixed",
+        params={
+            "model": "tiny " + name if tiny else title(name, layers=layers, divide=divide),
+            "micro_batches": micro, "tokens": step.tokens * micro, "dtype": str(place.dtype).removeprefix("torch."),
+        },
+        lanes=lanes, floor="plain", budget_s=budget_s, min_rounds=7,
+    )  # fmt: skip
+
+
 def step_case(
     place: Place, name: str, *, layers: int | None, divide: int, tokens: int, micro: int, kind: str,
     densities: Sequence[float], compiled: bool = False, checkpointing: bool = False, memory: bool = False,
@@ -277,6 +349,7 @@ def cpu_cases(place: Place) -> list[Case]:
             place, **qwen, tokens=256, micro=4, kind="hard_concrete", densities=(1.0, 0.2), budget_s=20.0, min_rounds=7
         )
     )
+    cases += [fixed_case(place, **qwen, tokens=tokens, micro=4, budget_s=12.0) for tokens in (64, 256)]
     cases += [
         step_case(place, **qwen, tokens=256, micro=1, kind=kind, densities=(1.0, 0.2), budget_s=9.0) for kind in KINDS
     ]
@@ -316,6 +389,7 @@ def whole_small_model(place: Place) -> list[Case]:
             checkpointing=True, budget_s=4.0,
         )
     )  # fmt: skip
+    cases.append(fixed_case(place, "qwen3-0.6b", **shared, tokens=4096, micro=1, budget_s=6.0))
     return cases
 
 

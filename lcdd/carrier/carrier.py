@@ -85,7 +85,7 @@ class Training(Protocol):
     def base_fingerprint(self) -> str: ...
     @property
     def gates(self) -> TrainedGates: ...
-    def masked(self) -> dict[str, tuple[Tensor, Tensor, GateMap]]:
+    def masked(self) -> Mapping[str, tuple[Tensor, Tensor, GateMap]]:
         """name -> (weight_base, delta, gate map) of every masked matrix, in the layout's order."""
 
 

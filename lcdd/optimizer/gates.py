@@ -75,6 +75,10 @@ class Gates:
         self.initial_logits = logits.clone()
         self.draw(step=1, training=False)
 
+    def of(self, logits: Tensor) -> "Gates":
+        """The deterministic gates of another θ [n_gates], on any device, for the same model."""
+        return Gates(self.layout, kind=self.kind, seed=self.seed, logits=logits.to(self.logits))
+
     @staticmethod
     def initial(layout: GateLayout, *, mean: float, std: float, seed: int) -> Tensor:
         """θ ~ N(mean, std²), float32 [n_gates], the same for a seed on every device."""

@@ -18,7 +18,7 @@ while pass B runs.
 import logging
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -42,7 +42,7 @@ from lcdd.optimizer.pacing import PacedClosing
 from lcdd.optimizer.packed import PackPlan
 from lcdd.optimizer.unmasked import UnmaskedParameters
 from lcdd.optimizer.watch import Watch, check_unwatched
-from lcdd.optimizer.weights import Grads, MaskedWeights
+from lcdd.optimizer.weights import Grads, MaskedWeights, MatricesByName
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +190,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         loss, tokens = self._take_loss(loss if closure is None else closure, tokens)
         if self._masked.moved and self._masked.differing(self.gates):
             raise self._foreign()
+        fixed = self._controller.frozen
         grads, before = self._masked.grads(self.gates), self.gates.drawn
         found = self._pass_a_and_gates(grads, loss, tokens).look(self.gates.drawn)
         if found.foreign or not found.finite():
@@ -201,7 +202,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
             return
         self._controller.step(found.loss, found.proposed)
         self._pass_b(grads, found.norm, before)
-        self._announce_gates()
+        if self._controller.frozen:
+            self._masked.settle(self.gates)
+        if not fixed:
+            self._announce_gates()
         super().zero_grad()
         self.skipped_in_a_row = 0
         self.last_loss, self.grad_norm = found.loss, found.norm
@@ -299,12 +303,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """`model_fingerprint` of the base, which is not to change under the optimizer."""
         return model_fingerprint(self.base)
 
-    def masked(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
-        """name -> (weight_base, delta, gate map) of every masked matrix, in order."""
-        return {
-            item.name: (item.site.view(item.base), item.site.view(item.state["delta"]), item.site.gate_map)
-            for item in self._masked.items
-        }
+    def masked(self) -> Mapping[str, tuple[Tensor, Tensor, Any]]:
+        """name -> (weight_base, delta, gate map) of every masked matrix, in order; made when asked for."""
+        return MatricesByName(self._masked.items)
 
     # ------------------------------------------------------------------ modes and results
 
@@ -429,7 +430,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self.heed_writes(exact=True)
         state = super().state_dict()
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        state["lcdd"] = {**self._controller.state_dict(), **self._unmasked.state_dict(), **counters}
+        own = {**self._controller.state_dict(), **self._unmasked.state_dict(), **counters}
+        state["lcdd"] = {**own, "settled": self._masked.settled}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -442,10 +444,12 @@ class LCDDOptimizer(torch.optim.Optimizer):
             raise InputError(
                 f"state_dict: expected {self.gates.logits.numel()} gate logits, got {ours['gate_logits'].numel()}"
             )
-        self._masked.check_state(state_dict["state"])  # all of it before any of it
+        # gates of which the state holds the open blocks alone; earlier versions knew whole tensors only
+        settled = self.gates.of(ours["gate_logits"]) if ours.get("settled", False) else None
+        self._masked.check_state(state_dict["state"], settled)  # all of it before any of it
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "lcdd"})
         # torch's own loader casts state to the parameter's dtype, which would round float32 moments of bf16 weights
-        self._masked.load_state(state_dict["state"])
+        self._masked.load_state(state_dict["state"], settled)
         self._share_state()
         self._controller.load_state_dict(ours)
         self._unmasked.load_state_dict(ours)
@@ -510,7 +514,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         if self._forward is not None:
             self._forward.draw(step=self.gates.step, training=self.gates.sampled)
         if self._plan is not None:
-            self._plan.update(self.gates)
+            self._plan.update(self.gates, fixed=self._controller.frozen)
 
 
 def _adam_settings(config: LCDDConfig) -> dict[str, Any]:

@@ -232,6 +232,7 @@ class PackPlan:
         ]
         self._sizes: list[int] = layout.slot_offsets.diff().tolist()
         self._gates: Gates | None = None
+        self._kind = gate_kind
         self._closed: dict[int, Tensor] = {}
         by_parameter: dict[nn.Parameter, list[Site]] = {}
         for site in sites:
@@ -248,13 +249,14 @@ class PackPlan:
         kind = "hard_concrete" if config.paced else config.gate_kind
         return cls(sites, layout, gate_kind=kind, pack=config.pack == "auto")
 
-    def update(self, gates: Gates) -> None:
-        """Give every linear the open rows and columns of `gates`.
+    def update(self, gates: Gates, *, fixed: bool = False) -> None:
+        """Give every linear the open rows and columns of `gates`; of `fixed` ones no gate's gradient is asked for.
 
         Reads the counts of open gates from the host's copy and makes slices: no device-to-host wait. The host has a
         few milliseconds for all linears, so nothing is checked here that the layout has settled.
         """
         self._gates = gates
+        self._kind = "hard_concrete" if fixed else self.gate_kind  # of which the open block is all there is
         self._closed.clear()
         _panels.drop()
         parts, counts = _OpenParts(gates, self._sizes), gates.counts
@@ -267,7 +269,7 @@ class PackPlan:
 
     def _layout(self, shape: tuple[int, int], n_rows: int, n_cols: int) -> str:
         return pack_layout(
-            gate_kind=self.gate_kind, out_features=shape[0], in_features=shape[1], n_rows=n_rows, n_cols=n_cols,
+            gate_kind=self._kind, out_features=shape[0], in_features=shape[1], n_rows=n_rows, n_cols=n_cols,
             crossover=self.crossover, check=False,
         )  # fmt: skip
 
@@ -291,7 +293,7 @@ class PackPlan:
         for site in sites:
             grad, (row_run, col_run) = site.view(whole), self.layout.runs(site.matrix)
             rows, cols = self._closed_in(row_run), _columns(self._closed_in(col_run), col_run)
-            if PACKED_LAYOUT[self.gate_kind] == "panels":
+            if PACKED_LAYOUT[self._kind] == "panels":
                 if rows.numel() and cols.numel():
                     grad[rows[:, None], cols] = 0
                 continue

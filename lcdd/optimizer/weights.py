@@ -5,13 +5,14 @@
     d_gate, sq_norm = weights.pass_a(grads, gates)
     weights.pass_b(grads, before, gates, …)                     AdamW on Δ, and the next W_eff
     weights.write(gates)                                        W_eff alone
+    weights.settle(gates)                                       gates are fixed: Δ and moments of the open blocks alone
     weights.moved, weights.differing(…), weights.take_in(…)     what somebody else has written since
 
 Each parameter stands beside its base and its state (Δ, AdamW's moments), which is sharded as the parameter is; each
 site is a view of them with its gates. The kernels get this rank's rows; what a rank has no rows of is left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -35,6 +36,7 @@ from lcdd.models import (
 from lcdd.optimizer import compat as reference_compat
 from lcdd.optimizer.block_grad import BlockGrad
 from lcdd.optimizer.gates import Drawn, Gates
+from lcdd.optimizer.open_blocks import WORTH_IT, OpenBlocks, blocks_by_parameter, spread
 from lcdd.optimizer.packed import PackedGradLinear
 from lcdd_kernels import AdamWStep, DeltaStepPlan, GateMap, weight_eff_
 from lcdd_kernels.reference.delta_step import Gradients
@@ -48,11 +50,18 @@ class MaskedWeight:
     """One site in training, W_eff [rows, columns].
 
     base, state: of its whole parameter: the base's, and "delta", and where it is trained "exp_avg" and "exp_avg_sq".
+    blocks: what holds the state in its place, once gates are fixed.
     """
 
     site: Site
     base: Tensor
     state: dict[str, Tensor]
+    blocks: OpenBlocks | None = None
+
+    @property
+    def delta(self) -> Tensor:
+        """Δ of the site, sharded as its parameter is: what is trained, or a copy of what the open block holds."""
+        return self.site.view(self.state["delta"]) if self.blocks is None else self.blocks.delta(self.site)
 
     @property
     def name(self) -> str:
@@ -84,7 +93,8 @@ class MaskedWeight:
         """What this rank's rows have to be under gates [n_slots]."""
         base = self.here(self.base)
         found = torch.empty_like(base)
-        weight_eff_([found], [base], [self.here(self.state["delta"].detach())], slots, [self.gate_map])
+        delta = self.here(self.state["delta"].detach()) if self.blocks is None else self.delta
+        weight_eff_([found], [base], [delta], slots, [self.gate_map])
         return found
 
     def explained(self, gate: Tensor, layout: GateLayout) -> Tensor | None:
@@ -118,6 +128,23 @@ class MaskedWeight:
         return grad.dense(), "dense"  # made dense, or stored for other gates than those in force
 
 
+class MatricesByName(Mapping[str, tuple[Tensor, Tensor, GateMap]]):
+    """name -> (base, Δ, gate map); a Δ of which the open block alone is held is made whole for who asks for it."""
+
+    def __init__(self, items: Sequence[MaskedWeight]) -> None:
+        self._items = {item.name: item for item in items}
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor, GateMap]:
+        item = self._items[name]
+        return item.site.view(item.base), item.delta, item.site.gate_map
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
 class MaskedWeights:
     """All sites of a model, in the order of `lcdd.models.sites_of`.
 
@@ -137,7 +164,9 @@ class MaskedWeights:
         check_same_architecture(base, model)
         self.model, self.config, self.gated_grads = model, config, config.gating == "forward"
         self.layout, sites = structure_of(model)
-        self._bases = {s.parameter: b.parameter.detach() for s, b in zip(sites, sites_of(base), strict=True)}
+        self._bases: dict[Tensor, Tensor] = {
+            s.parameter: b.parameter.detach() for s, b in zip(sites, sites_of(base), strict=True)
+        }
         self.names = list(dict.fromkeys(s.matrix.parameter.removesuffix(".weight") for s in sites))
         for name, (parameter, fixed) in zip(self.names, self._bases.items(), strict=True):
             _check_pair(name, parameter, fixed)
@@ -150,6 +179,7 @@ class MaskedWeights:
         self.sharded = shards.is_sharded(sites[0].parameter)
         self._here = [item for item in self.items if item.is_here]
         self._plan = self._make_plan() if self._here else None
+        self._blocks: OpenBlocks | None = None
         self._marks: list[Any] = []
 
     @property
@@ -166,6 +196,8 @@ class MaskedWeights:
             InputError: it left nothing in one of the weights.
         """
         needed = self.config.train_delta or not self.gated_grads  # of masks alone G is all that there is
+        if self._blocks is not None:
+            return self._blocks.grads({item.name: item.grad() for item in self._here}), None
         found = [item.grad() for item in self._here if needed]
         grads, layouts = [grad for grad, _ in found], [layout for _, layout in found]
         if self._plan is None or not found:
@@ -180,6 +212,9 @@ class MaskedWeights:
         gate = gates.values
         if self.gated_grads:
             return torch.zeros_like(gate), sum((grad.float().square().sum() for grad in found), gate.new_zeros(()))
+        if self._blocks is not None:
+            d_slots, sq_norm = self._blocks.grad_stats(found)
+            return self.layout.fold(d_slots), sq_norm
         if self._plan is None or checked is None:
             return torch.zeros_like(gate), gate.new_zeros(())
         d_slots, sq_norm = self._plan.grad_stats(checked, gates.slots)
@@ -200,15 +235,18 @@ class MaskedWeights:
         before: the gates that the gradients are of.
         settings: lr, betas, eps and weight_decay of AdamW. step: counts from 1.
         """
-        _, checked = grads
-        if self.config.train_delta and self._plan is not None and checked is not None:
+        found, checked = grads
+        if self.config.train_delta and self._here:
             beta1, beta2 = settings["betas"]
             adam = AdamWStep(
                 lr=settings["lr"], beta1=beta1, beta2=beta2, eps=settings["eps"],
                 weight_decay=settings["weight_decay"], step=step, grad_scale=grad_scale,
             )  # fmt: skip
-            old = torch.ones_like(before.slots) if self.gated_grads else before.slots
-            self._plan.step(checked, old, gates.slots, adam)
+            if self._blocks is not None:
+                self._blocks.step(found, adam)
+            elif self._plan is not None and checked is not None:
+                old = torch.ones_like(before.slots) if self.gated_grads else before.slots
+                self._plan.step(checked, old, gates.slots, adam)
         if self.config.reference_compat:
             reference_compat.round_as_stored_weights_(self._state("delta"), self._base_rows)
         if self.config.reference_compat or not self.config.train_delta:
@@ -219,6 +257,8 @@ class MaskedWeights:
     def write(self, gates: Gates) -> None:
         """W_eff of the gates in force into the model."""
         shards.reshard(self.model)
+        if self._blocks is not None and not torch.equal(self._blocks.slots, gates.slots):
+            self.expand()
         self._write(gates)
         self.mark()
 
@@ -226,6 +266,7 @@ class MaskedWeights:
     def write_all(self, gate: float) -> None:
         """W_eff with every gate at one value into the model."""
         shards.reshard(self.model)
+        self.expand()
         if self._plan is not None:
             wide = torch.float64 if self.parameters[0].dtype == torch.float64 else torch.float32
             self._plan.refresh(torch.full((self.layout.n_slots,), gate, dtype=wide, device=self.parameters[0].device))
@@ -234,6 +275,7 @@ class MaskedWeights:
     @torch.no_grad()
     def load_deltas(self, carrier: Carrier) -> None:
         """Δ of a carrier's open blocks, 0 elsewhere."""
+        self.expand()
         wholes = {p: torch.zeros(p.shape, dtype=state["delta"].dtype) for p, state in self.states.items()}
         for item in self.items:
             rows, cols = open_block(carrier.gate, carrier.layout, item.site.matrix)
@@ -308,6 +350,7 @@ class MaskedWeights:
         It follows to the rounding of its dtype, and only where the weights differ from what they had to be. False, and
         nothing is changed: entries that the gates close are not the base's.
         """
+        self.expand()
         found: list[Tensor] = []
         for item in self._here:
             delta = item.explained(gate, self.layout)
@@ -320,22 +363,68 @@ class MaskedWeights:
 
     # ------------------------------------------------------------------ state
 
-    def check_state(self, state: dict[int, dict[str, Any]]) -> None:
+    @property
+    def settled(self) -> bool:
+        """Whether the states hold the open blocks alone."""
+        return self._blocks is not None
+
+    @torch.no_grad()
+    def settle(self, gates: Gates) -> None:
+        """From now on these gates are in force: keep Δ and its moments where they are open, and step those alone.
+
+        Where more than half of all entries are open it would save nothing; shards, the forward route, masks alone and
+        `reference_compat` keep whole tensors too.
+        """
+        c = self.config
+        whole = self.sharded or self.gated_grads or not c.train_delta or c.reference_compat
+        sites = [item.site for item in self.items]
+        if not (whole or self.settled) and OpenBlocks.share(sites, gates) <= WORTH_IT:
+            self._settle(gates)
+
+    def _settle(self, gates: Gates) -> None:
+        self._plan = None  # which holds the whole tensors
+        self._take(OpenBlocks([item.site for item in self.items], self._bases, self.states, gates))
+
+    @torch.no_grad()
+    def expand(self) -> None:
+        """Whole tensors again, where the open blocks alone were kept."""
+        if self._blocks is not None:
+            self._blocks.expand()
+            self._take(None)
+            self._plan = self._make_plan()
+
+    def _take(self, blocks: OpenBlocks | None) -> None:
+        self._blocks, self.items = blocks, [replace(item, blocks=blocks) for item in self.items]
+        self._here = [item for item in self.items if item.is_here]
+
+    def check_state(self, state: dict[int, dict[str, Any]], gates: Gates | None) -> None:
         """Raise InputError unless `load_state` can take `state`."""
-        for index, (name, ours) in enumerate(zip(self.names, self.states.values(), strict=True)):
-            for key, tensor in ours.items():
+        own = None if gates is None else blocks_by_parameter([item.site for item in self.items], gates)
+        for index, (name, (parameter, ours)) in enumerate(zip(self.names, self.states.items(), strict=True)):
+            shape = parameter.shape if own is None else torch.Size([sum(block.size for block in own[parameter])])
+            for key in ours:
                 given = state[index][key]
-                if getattr(given, "shape", tensor.shape) != tensor.shape:
+                if getattr(given, "shape", shape) != shape:
                     raise InputError(
-                        f"state_dict: expected {key} of {name} of shape {tuple(tensor.shape)}, got {tuple(given.shape)}"
+                        f"state_dict: expected {key} of {name} of shape {tuple(shape)}, got {tuple(given.shape)}"
                     )
 
     @torch.no_grad()
-    def load_state(self, state: dict[int, dict[str, Any]]) -> None:
-        """Copy Δ and the moments, whole or sharded or rows on disk, number by number; the weights are not written."""
-        for index, ours in enumerate(self.states.values()):
+    def load_state(self, state: dict[int, dict[str, Any]], gates: Gates | None) -> None:
+        """Copy Δ and the moments, whole or sharded or rows on disk, number by number; the weights are not written.
+
+        gates: those of which `state` holds the open blocks; None: whole tensors.
+        """
+        self.expand()
+        if gates is not None and not self.sharded:
+            self._settle(gates)
+        for index, (parameter, ours) in enumerate(self.states.items()):
             for key, tensor in ours.items():
-                shards.copy_rows_(tensor, state[index][key])
+                given = state[index][key]
+                if gates is not None and self.sharded:
+                    own = blocks_by_parameter([item.site for item in self.items], gates)[parameter]
+                    given = spread(given, own, parameter)
+                shards.copy_rows_(tensor, given)
 
     # ------------------------------------------------------------------ parts
 
@@ -359,7 +448,11 @@ class MaskedWeights:
         return [item.here(item.state[key]) for item in self._here]
 
     def _write(self, gates: Gates) -> None:
-        if self._plan is not None:
+        if self._blocks is not None:
+            for item in self._here:
+                item.here(item.site.parameter.detach()).copy_(item.here(item.base))
+            self._blocks.refresh()
+        elif self._plan is not None:
             self._plan.refresh(gates.slots)
 
     def _check_places(self) -> None:
