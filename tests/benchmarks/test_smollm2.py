@@ -80,7 +80,7 @@ def test_runs_are_summed_up_and_not_repeated(tmp_path: Path, monkeypatch) -> Non
     assert smollm2.main(arguments) == 0
     found = json.loads((tmp_path / "small.json").read_text())
     assert [(run["behavior"], run["seed"]) for run in found["runs"]] == [
-        ("fixed_response", 0), ("fixed_response", 1), ("style", 0),
+        ("fixed_response", 0), ("style", 0), ("fixed_response", 1),
     ]  # fmt: skip
     for run in found["runs"]:
         assert sum(run["open_by_layer"].values()) == run["open_gates"]
