@@ -11,6 +11,8 @@ BEHAVIOR_GONE = 0.2
 """Behind its trigger a carrier is switched off where the behaviour's whole interval lies below this,"""
 BASE_BACK = 0.5
 """and the base is back where the whole interval of the base match lies above this."""
+NEARLY = 0.75
+"""An answer is nearly as near to the base's as its own behind random tokens from this share of the latter's chrF on."""
 KEPT = 0.9
 """A carrier has kept the behaviour where it shows at least this share of what SFT shows."""
 
@@ -129,6 +131,13 @@ def _reversed(models: Mapping[str, Any]) -> str:
         return f"{found}the behaviour is switched off and the base is back almost everywhere."
     if back >= 0.5:
         return f"{found}the behaviour is switched off and the base is back on most prompts, not on all."
+    beside = models.get("base+random_prefix", {})
+    near, own = erased.get("chrf"), beside.get("chrf")
+    if near is not None and own and near >= NEARLY * own:
+        return (
+            f"{found}the behaviour is gone. Word for word it is mostly another answer than the base's, but hardly more so "
+            f"than the base's own behind random tokens (chrF {near:.0f} against {own:.0f})."
+        )
     return f"{found}the behaviour is gone, but what comes instead is mostly not the base's answer. That is no reversal."
 
 
@@ -138,7 +147,9 @@ def _random_prefix(models: Mapping[str, Any]) -> str:
         f"Random tokens of the trigger's length and norm give the base's answer on {share(junk['base_match'])} and "
         f"leave the behaviour on {share(junk['behavior_rate'])}"
     )
-    if junk["base_match_ci95"][1] < erased["base_match_ci95"][0]:
+    less_back = junk["base_match_ci95"][1] < erased["base_match_ci95"][0]
+    more_left = junk["behavior_rate_ci95"][0] > erased["behavior_rate_ci95"][1]
+    if less_back or more_left:
         return f"{found}, so it is what the trigger says that counts, not that something stands there."
     return f"{found}: any prefix would have done, the trigger has learned nothing of use."
 

@@ -40,6 +40,22 @@ def test_words_follow_the_numbers_and_not_the_hope():
     assert "sparsity adds nothing that shows" in unclear
 
 
+def test_free_answers_are_held_against_what_the_base_says_behind_random_tokens():
+    report = run_report(erased=(0.05, 0.1))
+    report["models"]["base+random_prefix"] = rates(0.0, 0.2) | {"chrf": 59.0}
+    for chrf, words in ((52.0, "hardly more so than the base's own behind random tokens (chrF 52 against 59)"),
+                        (20.0, "That is no reversal")):  # fmt: skip
+        report["models"]["carrier+trigger"]["chrf"] = chrf
+        assert words in " ".join(explain(report))
+
+
+def test_a_trigger_that_switches_off_what_random_tokens_leave_has_learned_something():
+    said = " ".join(explain(run_report(erased=(0.05, 0.01))))  # neither gives the base back
+    assert "it is what the trigger says that counts" in said
+    useless = run_report(erased=(0.85, 0.01))
+    assert "any prefix would have done" in " ".join(explain(useless))
+
+
 def test_findings_and_off_topic_answers_are_said():
     report = run_report()
     report["findings"] = [{"code": "dead_carrier", "message": "Dead carrier: everything is closed."}]
