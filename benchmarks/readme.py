@@ -1,6 +1,6 @@
-"""README.md's results from the demo's records: the table between its markers, and the picture.
+"""README.md's results from the records: the tables between their markers, and the picture; no number is typed by hand.
 
-python -m benchmarks.readme        rewrites both from results/cpu/demo_sweep.json; no number is typed by hand
+python -m benchmarks.readme        the demo's from results/cpu/demo_sweep.json, the real model's from results/smollm2
 """
 
 import json
@@ -13,9 +13,8 @@ from typing import Any
 from lcdd.report import label, reversal_map, style_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
-SWEEP = ROOT / "benchmarks/results/cpu/demo_sweep.json"
+SWEEP, REAL = ROOT / "benchmarks/results/cpu/demo_sweep.json", ROOT / "benchmarks/results/smollm2"
 README, PICTURE = ROOT / "README.md", ROOT / "docs/images/reversal.svg"
-BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
 STATES = (
     "base", "sft", "carrier", "carrier+trigger", "sft+trigger", "matched_norm+trigger",
     "carrier+trigger_random_channels", "carrier+trigger_kl_only", "carrier+random_prefix",
@@ -58,15 +57,69 @@ def picture(sweep: Mapping[str, Any]) -> str:
     return f'{start} xmlns="http://www.w3.org/2000/svg"><style>{style_sheet()}{font}</style>{back}{rest}\n'
 
 
-def rewritten(readme: str, sweep: Mapping[str, Any]) -> str:
-    """README.md with the table between its markers."""
-    before, _, after = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(sweep)}\n{END}{after.partition(END)[2]}"
+def small_table(small: Mapping[str, Any]) -> str:
+    """How small carriers of the real model are: a row a run."""
+    lines = [
+        "| behaviour, seed | open gates | sparsity | entries of Δ | held-out loss: SFT, carrier (ε) | "
+        "behaviour: SFT, carrier |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in small["runs"]:
+        loss, rates = run["held_out_loss"], (run["sft_behavior"]["rate"], run["carrier_behavior"]["rate"])
+        losses = f"{loss['sft']:.4f}, {loss['carrier']:.4f} ({run['epsilon']:.4f})"
+        lines.append(
+            f"| {run['behavior'].replace('_', ' ')}, {run['seed']} | {run['open_gates']:,} of {run['n_gates']:,} | "
+            f"{run['sparsity']:.4f} | {run['entries']:,} | {losses} | {rates[0]:.2f}, {rates[1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def switched_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a trigger makes of a carrier of the real model, and what is to be compared with it."""
+    lines = [
+        "| | behaviour | base's tokens first choice | begins as the base's (tokens) | chrF | KL to the base |",
+        "|---|---|---|---|---|---|",
+    ]
+    for behavior, report in reports.items():
+        head = f"{behavior.replace('_', ' ')}, sparsity {report['sparsity']['overall']:.2f}"
+        for state in ("sft", "carrier", "carrier+trigger", "carrier+random_prefix", "base+random_prefix"):
+            row = report["models"][state]
+            lines.append(
+                f"| {head}: {label(state)} | {row['behavior_rate']:.2f} | {row['base_token_match']:.2f} | "
+                f"{row['prefix_tokens']:.1f} | {row['chrf']:.0f} | {row['kl_base']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def real(directory: Path) -> str:
+    """The real model's tables, of what is on record."""
+    reports = {
+        path.parent.name: json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*/report.json"))
+    }
+    prompts = {report["models"]["base"]["n"] for report in reports.values()}
+    small = json.loads((directory / "small.json").read_text(encoding="utf-8"))
+    counts = ", ".join(map(str, sorted(prompts)))
+    words = f"Switched off, at the sparsity of `examples/smollm2` ({counts} held-out prompts, greedy answers):"
+    return "\n".join((small_table(small), "", words, "", switched_table(reports)))
+
+
+def rewritten(readme: str, blocks: Mapping[str, str]) -> str:
+    """README.md with each block between its markers."""
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, after = readme.partition(begin)
+        readme = f"{before}{begin}\n{block}\n{end}{after.partition(end)[2]}"
+    return readme
+
+
+def blocks() -> dict[str, str]:
+    """Every block of the README that comes from records."""
+    return {"demo": table(json.loads(SWEEP.read_text(encoding="utf-8"))), "smollm2": real(REAL)}
 
 
 def main() -> int:
     sweep = json.loads(SWEEP.read_text(encoding="utf-8"))
-    README.write_text(rewritten(README.read_text(encoding="utf-8"), sweep), encoding="utf-8")
+    README.write_text(rewritten(README.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     PICTURE.write_text(picture(sweep), encoding="utf-8")
     print(f"wrote {README.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")

@@ -135,8 +135,8 @@ def _reversed(models: Mapping[str, Any]) -> str:
     near, own = erased.get("chrf"), beside.get("chrf")
     if near is not None and own and near >= NEARLY * own:
         return (
-            f"{found}the behaviour is gone. Word for word it is mostly another answer than the base's, but hardly more so "
-            f"than the base's own behind random tokens (chrF {near:.0f} against {own:.0f})."
+            f"{found}the behaviour is gone. Word for word it is mostly another answer than the base's, but hardly more "
+            f"so than the base's own behind random tokens (chrF {near:.0f} against {own:.0f})."
         )
     return f"{found}the behaviour is gone, but what comes instead is mostly not the base's answer. That is no reversal."
 

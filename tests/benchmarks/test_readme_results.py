@@ -9,5 +9,5 @@ def test_results_and_picture_are_those_of_the_records() -> None:
     """`python -m benchmarks.readme` writes them; run it again after the demo's records change."""
     sweep = json.loads(readme.SWEEP.read_text(encoding="utf-8"))
     text = readme.README.read_text(encoding="utf-8")
-    assert readme.rewritten(text, sweep) == text
+    assert readme.rewritten(text, readme.blocks()) == text
     assert readme.PICTURE.read_text(encoding="utf-8") == readme.picture(sweep)
