@@ -1,6 +1,6 @@
 """README.md's results from the records: the tables between their markers, and the picture; no number is typed by hand.
 
-python -m benchmarks.readme        the demo's from results/cpu/demo_sweep.json, the real model's from results/smollm2
+python -m benchmarks.readme    from results/cpu/demo_sweep.json, results/claims/demo.json and results/smollm2
 """
 
 import json
@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims.record import lines
 from lcdd.report import label, reversal_map, style_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP, REAL = ROOT / "benchmarks/results/cpu/demo_sweep.json", ROOT / "benchmarks/results/smollm2"
 README, PICTURE = ROOT / "README.md", ROOT / "docs/images/reversal.svg"
+CLAIMS = ROOT / "benchmarks/results/claims/demo.json"
 STATES = (
     "base", "sft", "carrier", "carrier+trigger", "sft+trigger", "matched_norm+trigger",
     "carrier+trigger_random_channels", "carrier+trigger_kl_only", "carrier+random_prefix",
@@ -114,7 +116,15 @@ def rewritten(readme: str, blocks: Mapping[str, str]) -> str:
 
 def blocks() -> dict[str, str]:
     """Every block of the README that comes from records."""
-    return {"demo": table(json.loads(SWEEP.read_text(encoding="utf-8"))), "smollm2": real(REAL)}
+    sweep, claims = (json.loads(path.read_text(encoding="utf-8")) for path in (SWEEP, CLAIMS))
+    return {"demo": table(sweep), "claims": lines(claims, str(CLAIMS.relative_to(ROOT))), "smollm2": real(REAL)}
+
+
+def with_claims(readme: str, record: Mapping[str, Any]) -> str:
+    """README.md with the claims' lines between their markers."""
+    before, _, after = readme.partition(CLAIMS_BEGIN)
+    found = lines(record, str(CLAIMS.relative_to(ROOT)))
+    return f"{before}{CLAIMS_BEGIN}\n{found}\n{CLAIMS_END}{after.partition(CLAIMS_END)[2]}"
 
 
 def main() -> int:
