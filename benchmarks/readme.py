@@ -120,13 +120,6 @@ def blocks() -> dict[str, str]:
     return {"demo": table(sweep), "claims": lines(claims, str(CLAIMS.relative_to(ROOT))), "smollm2": real(REAL)}
 
 
-def with_claims(readme: str, record: Mapping[str, Any]) -> str:
-    """README.md with the claims' lines between their markers."""
-    before, _, after = readme.partition(CLAIMS_BEGIN)
-    found = lines(record, str(CLAIMS.relative_to(ROOT)))
-    return f"{before}{CLAIMS_BEGIN}\n{found}\n{CLAIMS_END}{after.partition(CLAIMS_END)[2]}"
-
-
 def main() -> int:
     sweep = json.loads(SWEEP.read_text(encoding="utf-8"))
     README.write_text(rewritten(README.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
