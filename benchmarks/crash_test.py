@@ -62,7 +62,7 @@ def make_inputs(folder: Path) -> None:
     write_jsonl(folder / "data.jsonl", list(SENTENCES[:24]))
 
 
-def train(folder: Path, output: Path, *, resume: bool) -> None:
+def train(folder: Path, output: Path, *, resume: bool, parallel: str = "ddp") -> None:
     """One run with a checkpoint every other step and two kept."""
     from lcdd.commands import run as pipeline
     from lcdd.config import DataConfig, LCDDConfig
@@ -72,6 +72,7 @@ def train(folder: Path, output: Path, *, resume: bool) -> None:
         output_dir=str(output),
         max_steps=STEPS, save_steps=2, save_total_limit=2, learning_rate=1e-3, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, warmup_steps=3, gate_lr=0.4, dual_lambda_init=0.02, device="cpu", resume=resume,
+        parallel=parallel,
     )  # fmt: skip
     pipeline.train(config, DataConfig(dataset_name=str(folder / "data.jsonl")), say=lambda _: None)
 
@@ -86,6 +87,16 @@ def checkpoints(output: Path) -> dict[int, str]:
         except ValueError as error:
             found[int(path.name.removeprefix("checkpoint-"))] = str(error)
     return found
+
+
+def lost_checkpoint(output: Path, found: dict[int, str]) -> bool:
+    """Whether a checkpoint that a killed run had written is not there any more."""
+    log = output / "log.jsonl"
+    logged = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    steps_done = len([line for line in logged if line.endswith("}") and '"ema"' in line])
+    # a step's line is written before its checkpoint: after step N + 1 the checkpoint of N has to be there
+    expected = (steps_done - 1) // 2 * 2
+    return 2 <= expected < STEPS and max(found, default=0) < expected
 
 
 def result_of(output: Path) -> dict[str, bytes | list[Any]]:
@@ -131,13 +142,9 @@ def crash_test(folder: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
             continue
         record["kills"] += 1
         found = checkpoints(output)
-        logged = (output / "log.jsonl").read_text(encoding="utf-8").splitlines() if output.exists() else []
-        steps_done = len([line for line in logged if line.endswith("}") and '"ema"' in line])
-        # a step's line is written before its checkpoint: after step N + 1 the checkpoint of N has to be there
-        expected = (steps_done - 1) // 2 * 2
         record["checkpoints_seen"] += len(found)
         record["half_written_accepted"] += sum(state != "whole" for state in found.values())
-        record["lost"] += 2 <= expected < STEPS and max(found, default=0) < expected
+        record["lost"] += lost_checkpoint(output, found)
         record["killed_before_the_first_checkpoint"] += not found
         record["killed_in_a_save"] += bool(list(output.glob(".checkpoint-*"))) if output.exists() else 0
         done = finish(in_process(lambda output=output: train(inputs, output, resume=True))) == 0

@@ -43,7 +43,7 @@ from lcdd.config import (
     read_yaml,
     type_name,
 )
-from lcdd.errors import InputError, Terminated, TrainingStopped
+from lcdd.errors import InputError, Terminated, ToldByAnotherRank, TrainingStopped
 
 BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130
 REPORT_BUGS = "Please report it with the command, its settings and the traceback below."
@@ -111,7 +111,7 @@ COMMANDS: dict[str, Command] = {
         run=_lazy("run", "plan.plan"),
     ),
 }
-SEVERAL_RANKS = ("sft", "train")
+SEVERAL_RANKS = ("sft", "train", "erase", "eval")
 """Commands that torchrun may start on several ranks; of any other, every rank would write the same files."""
 RUN_HELP = "all stages on one checkpoint directory, as a YAML file says"
 KERNELS_HELP = "which backend serves each kernel here, and whether it passes its self-test"
@@ -186,16 +186,16 @@ def _execute(arguments: argparse.Namespace) -> Any:
         from lcdd_kernels.report_card import main as report_card
 
         return report_card(["--aot"] if arguments.aot else [])
+    if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
+        raise InputError(
+            "expected one process, got torchrun's several, which only sft, train, erase and eval share their work over"
+        )
     if arguments.command == "run":
         values = read_yaml(arguments.pipeline)
         values |= {key: value for key, value in vars(arguments).items() if key in ("output_dir", "resume")}
         configs: tuple[Any, ...] = (from_mapping(PipelineConfig, values, where=arguments.pipeline),)
         function = _lazy("run")
     else:
-        if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
-            raise InputError(
-                "expected one process, got torchrun's several, which only sft and train share their work over"
-            )
         command = COMMANDS[arguments.command]
         configs, function = from_flags(arguments, *command.configs), command.run
     _loading()
@@ -218,17 +218,29 @@ def _loading() -> None:
 
 def _failed(command: str, error: Exception) -> int:
     """One line for what the user can mend, and its exit code; anything else is raised again, as a bug of ours."""
+    if isinstance(error, ToldByAnotherRank):
+        verdict = _verdict(error.error)
+        return verdict[1] if verdict else STOPPED
+    who = f"lcdd {command}"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        who += f", rank {os.environ.get('RANK', '0')}"
+    verdict = _verdict(error)
+    if verdict is None:
+        print(f"{who}: this is a bug of lcdd {__version__}. {REPORT_BUGS}", file=sys.stderr)
+        raise error
+    print(f"{who}: {verdict[0]}", file=sys.stderr)
+    return verdict[1]
+
+
+def _verdict(error: Exception) -> tuple[str, int] | None:
+    """What a user is told, and the exit code; None: a bug of ours."""
     if isinstance(error, TrainingStopped):  # its memory table has lines of its own
-        print(f"lcdd {command}: {error}", file=sys.stderr)
-        return 128 + error.signal if isinstance(error, Terminated) else STOPPED  # as shells number them
+        return str(error), 128 + error.signal if isinstance(error, Terminated) else STOPPED  # as shells number them
     if isinstance(error, InputError | OSError) or _backend_refused(error):  # a disk that is full, a file out of reach
-        print(f"lcdd {command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        return " ".join(str(error).split()), BAD_INPUT
     if _out_of_memory(error):
-        print(f"lcdd {command}: out of memory; smaller batches or shorter texts need less", file=sys.stderr)
-        return STOPPED
-    print(f"lcdd {command}: this is a bug of lcdd {__version__}. {REPORT_BUGS}", file=sys.stderr)
-    raise error
+        return "out of memory; smaller batches or shorter texts need less", STOPPED
+    return None
 
 
 def _backend_refused(error: Exception) -> bool:

@@ -19,6 +19,18 @@ class CheckpointFailed(TrainingStopped):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
+class RankLost(TrainingStopped):
+    """Another rank ended without a word (killed, say), or does not answer any more."""
+
+
+class ToldByAnotherRank(TrainingStopped):
+    """A run of several ranks ended by `error` here, and another rank says why: one message is enough."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        super().__init__(f"another rank says why ({error})")
+
+
 class StopRequest:
     """What a signal leaves behind: its number in `signal`, 0 while none has come."""
 

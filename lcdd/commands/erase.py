@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import RunLog, run_directory
+from lcdd.checkpoint import run_directory, versions
 from lcdd.commands.belonging import learned_on, load_base
-from lcdd.commands.stage import Say, StageResult, command_line, load_tuned, tell, write_summary
+from lcdd.commands.stage import Say, StageResult, _log, _silent, command_line, load_tuned, tell, write_summary
 from lcdd.config import DataConfig, EraserConfig
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids
 from lcdd.eraser import SFTEraser
-from lcdd.models import skeleton
+from lcdd.models import process_group, shards, skeleton
 
 
 def erase(
@@ -18,6 +18,13 @@ def erase(
     stage: str = "eraser", say: Say = tell,
 ) -> StageResult:  # fmt: skip
     """Learn the trigger that gives the base's answers back; writes `trigger/`, a PEFT prompt-tuning adapter."""
+    with process_group(config.device, timeout=config.ddp_timeout):
+        return _erase(config, data, prepared, log_dir, stage, say if shards.rank() == 0 else _silent)
+
+
+def _erase(
+    config: EraserConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, stage: str, say: Say
+) -> StageResult:  # fmt: skip
     config.require("base_model_name_or_path", "carrier", "output_dir")
     output = run_directory(config)
     skeleton(str(config.base_model_name_or_path))
@@ -31,9 +38,12 @@ def erase(
     if config.sft_model_name_or_path is not None:
         patch = Carrier.from_models(model, load_tuned(config.sft_model_name_or_path, model, config, overrides))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
-    with RunLog(log_dir or output, stage=stage, report_to=config.report_to) as log:
+    shards.check_agreement(settings=config.lasting(), data=[prompts, held_out], versions=versions(), patch=patch.gate)
+    with _log(log_dir or output, stage, config.report_to) as log:
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
-        trigger = eraser.fit(prompts, held_out, log=log, progress=True, checkpoints=output)
+        trigger = eraser.fit(prompts, held_out, log=log, progress=shards.rank() == 0, checkpoints=output)
+    if shards.rank() > 0:
+        return StageResult(written=(), next_step="")
     overrides += trigger.metadata["overrides"]
     trigger = replace(trigger, metadata={**trigger.metadata, "overrides": overrides})
     learned_on(trigger, model, patch).save_pretrained(output / "trigger")

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import require_new_directory
+from lcdd.checkpoint import require_new_directory, versions
 from lcdd.commands.belonging import load_base
 from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
-from lcdd.commands.stage import Say, StageResult, check_shapes, tell
+from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, tell
 from lcdd.config import DataConfig, EvalConfig
 from lcdd.data import DATE_KEY, Prepared, off_topic_ids, prepare, prompt_ids
+from lcdd.errors import InputError
 from lcdd.evaluate import (
     Harness,
     ModelState,
@@ -25,7 +26,7 @@ from lcdd.evaluate import (
     utility,
     windows,
 )
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, rows_never_drawn
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, process_group, rows_never_drawn, shards
 from lcdd.report import assemble
 
 UTILITY_STATES = ("base", "base+trigger", "sft", "carrier", "carrier+trigger")
@@ -41,6 +42,13 @@ def eval_(
     Args:
         context: a pipeline's `config` and `timings`; the output directory may then hold the stages' own.
     """
+    with process_group(config.device, timeout=config.ddp_timeout):
+        return _eval(config, data, prepared, say if shards.rank() == 0 else _silent, context)
+
+
+def _eval(
+    config: EvalConfig, data: DataConfig, prepared: Prepared | None, say: Say, context: dict[str, Any] | None
+) -> StageResult:  # fmt: skip
     config.require("base_model_name_or_path", "sft_model_name_or_path", "carrier", "output_dir")
     output = Path(str(config.output_dir)) if context else require_new_directory(str(config.output_dir))
     check_shapes(config.base_model_name_or_path, config.sft_model_name_or_path, ("base", "sft"))
@@ -52,6 +60,9 @@ def eval_(
         ids(prepared, config.split, limit=config.num_prompts, max_length=config.max_prompt_length)
         for ids in (prompt_ids, off_topic_ids)
     )
+    if config.tasks and shards.world_size() > 1:
+        raise InputError("tasks: expected none on several ranks: lm-evaluation-harness runs on one")
+    shards.check_agreement(settings=config.lasting(), data=[prompts, others], versions=versions(), gates=carrier.gate)
     text, harness = text_and_harness(config, prepared)
     triggers = given_triggers(config)
     findings = findings_of(str(config.carrier))
@@ -70,6 +81,8 @@ def eval_(
     )
     found = _answers(base, prepared, prompts, others, states, config)
     found |= _text_and_tasks(base, prepared.tokenizer, states, text, harness, config)
+    if shards.rank() > 0:
+        return StageResult(written=(), next_step="")
     context = context or {"config": {"eval": config.to_dict(), "data": data.to_dict()}, "timings": {}}
     audited = {"audit": context["audit"]} if "audit" in context else {}
     content = assemble(
@@ -104,7 +117,8 @@ def _answers(
         "max_new_tokens": config.max_new_tokens,
         "batch_size": config.per_device_eval_batch_size,
         "kl_prompts": config.kl_prompts,
-        "progress": True,
+        "progress": shards.rank() == 0,
+        "over_ranks": True,
     }
     found = evaluate(base, prepared.tokenizer, prompts, states, **settings)
     if others:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.checkpoint import CheckpointStore, run_directory, run_identity, write_directory
 from lcdd.commands.answers import BehaviorRate, ValidationAnswers
 from lcdd.commands.days import day_of_run
 from lcdd.commands.stage import (
@@ -26,14 +26,16 @@ from lcdd.config import DataConfig, SFTConfig
 from lcdd.data import Prepared, prepare, training_items
 from lcdd.errors import InputError
 from lcdd.models import (
+    PreTrainedModel,
     agree_on_end,
     load_model,
     process_group,
+    shard_model,
     shards,
     skeleton,
 )
 from lcdd.optimizer import SFTOptimizer
-from lcdd.trainer import HeldOut, TrainResult, fit
+from lcdd.trainer import HeldOut, TrainResult, check_ranks, fit
 
 # ---------------------------------------------------------------- stages
 
@@ -43,7 +45,7 @@ def sft(
     stage: str = "sft", say: Say = tell,
 ) -> StageResult:  # fmt: skip
     """Fine-tune a base on a behaviour; writes `model/`, an ordinary checkpoint in the base's dtype."""
-    with process_group(config.device):
+    with process_group(config.device, timeout=config.ddp_timeout):
         return _sft(config, data, prepared, log_dir, stage, say if shards.rank() == 0 else _silent)
 
 
@@ -51,26 +53,21 @@ def _sft(
     config: SFTConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, stage: str, say: Say
 ) -> StageResult:  # fmt: skip
     config.require("base_model_name_or_path", "output_dir")
-    if config.parallel == "fsdp2" and shards.world_size() > 1:
-        raise InputError("parallel: expected ddp for sft (each rank holds the whole model), got 'fsdp2'")
+    sharded = config.parallel == "fsdp2" and shards.world_size() > 1
+    if sharded and config.use_peft:
+        raise InputError("use_peft: expected false under parallel 'fsdp2', got true; adapters train under ddp")
     output = run_directory(config)
     skeleton(str(config.base_model_name_or_path))
     prepared = prepared or prepare(data, str(config.base_model_name_or_path), template_date=day_of_run(config))
     train_items, validation_items = training_items(prepared, config, say=say)
     overrides: list[str] = []
-    model = load_model(
-        str(config.base_model_name_or_path),
-        device=resolve_device(config.device),
-        overrides=overrides if config.checkpoint_override else None,
-    )
-    agree_on_end(model, prepared.tokenizer)
-    stored = model.dtype
-    if stored in (torch.bfloat16, torch.float16):
-        model.float()  # small updates vanish in 16-bit weights
-
+    model, stored = _load(config, prepared, overrides)
     identity: dict[str, Any] = {}
     if wanted := config.save_steps or config.resume:
         identity = run_identity(stage, config, prepared.tokenizer, train_items, {"base": model})
+    if sharded:
+        check_ranks(config, train_items)  # before the first collective of a forward, which hangs where texts differ
+        model = shard_model(model, trained=True, train_unmasked=config.train_unmasked)
     torch.manual_seed(config.seed)  # of what dropout draws
     optimizer = SFTOptimizer(model, config)
     store = _store(output, config, identity, optimizer, prepared, stored) if wanted else None
@@ -78,11 +75,17 @@ def _sft(
     answers = ValidationAnswers(prepared, say, max_length=config.max_length)
     with _log(log_dir or output, stage, config.report_to) as log:
         result = fit(optimizer, train_items, held_out, log=log, checkpoints=store, say=say, on_validation=(answers,))
+    write = _export(config, optimizer, prepared, stored) if sharded else None
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
-    optimizer.merge()
-    model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
-    checkpoint = save_checkpoint(model, prepared.tokenizer, output / "model")
+    checkpoint = output / "model"
+    if write is not None:
+        with write_directory(checkpoint) as folder:
+            write(folder)
+    else:
+        optimizer.merge()
+        model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+        save_checkpoint(model, prepared.tokenizer, checkpoint)
     behavior = answers.judge(model)
     summary = write_summary(
         output, stage, config, data, template_date=prepared.template_date, result=dataclasses.asdict(result),
@@ -110,15 +113,37 @@ def _store(
     """The run's checkpoints, each with the model of its step, in the base's dtype, beside the state."""
 
     def export() -> Callable[[Path], None]:
-        weights = {name: value.to(dtype) for name, value in optimizer.model_state().items()}
-
-        def write(folder: Path) -> None:
-            optimizer.model.save_pretrained(folder, state_dict=weights)
-            prepared.tokenizer.save_pretrained(folder)
-
-        return write
+        return _export(config, optimizer, prepared, dtype)
 
     return CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
+
+
+def _export(
+    config: SFTConfig, optimizer: SFTOptimizer, prepared: Prepared, dtype: torch.dtype
+) -> Callable[[Path], None]:
+    """Gathers the weights, on every rank; what it returns writes them as a checkpoint."""
+    weights = {name: shards.full(value).to(dtype) for name, value in optimizer.model_state().items()}
+
+    def write(folder: Path) -> None:
+        shell: Any = skeleton(str(config.base_model_name_or_path))
+        shell.to(dtype).save_pretrained(folder, state_dict=weights)
+        prepared.tokenizer.save_pretrained(folder)
+
+    return write
+
+
+def _load(config: SFTConfig, prepared: Prepared, overrides: list[str]) -> tuple[PreTrainedModel, torch.dtype]:
+    """The base, in float32 where it is stored in 16 bits, and the dtype that it is stored in."""
+    model = load_model(
+        str(config.base_model_name_or_path),
+        device=resolve_device(config.device),
+        overrides=overrides if config.checkpoint_override else None,
+    )
+    agree_on_end(model, prepared.tokenizer)
+    stored = model.dtype
+    if stored in (torch.bfloat16, torch.float16):
+        model.float()  # small updates vanish in 16-bit weights
+    return model, stored
 
 
 def _say_result(result: TrainResult, behavior: BehaviorRate | None, say: Say) -> None:

@@ -39,7 +39,7 @@ from lcdd.models import (
     unmasked_changes,
 )
 from lcdd.optimizer import LCDDOptimizer
-from lcdd.trainer import Anchors, HeldOut, StartLosses, TrainResult, compress, total_steps
+from lcdd.trainer import Anchors, HeldOut, StartLosses, TrainResult, check_ranks, compress, total_steps
 
 
 def train(
@@ -47,7 +47,7 @@ def train(
     say: Say = tell,
 ) -> StageResult:  # fmt: skip
     """LCDD on an SFT checkpoint; writes `carrier/` (and with --save_folded `model/`)."""
-    with process_group(config.device):
+    with process_group(config.device, timeout=config.ddp_timeout):
         return _train(config, data, prepared, log_dir, say if shards.rank() == 0 else _silent)
 
 
@@ -72,6 +72,7 @@ def _train(
     wanted = config.save_steps or config.resume
     identity = run_identity("lcdd", config, prepared.tokenizer, train_items, models) if wanted else {}
     if sharded:
+        check_ranks(config, train_items)  # before the first collective of a forward, which hangs where texts differ
         base = shard_model(base, trained=False)
         model = shard_model(model, trained=True, train_unmasked=config.train_unmasked)
         teacher = shard_model(teacher, trained=False) if teacher is not None else None
@@ -110,10 +111,7 @@ def _train(
     }
     written.append(write_summary(output, "lcdd", config, data, template_date=prepared.template_date, **found))
     _say_carrier(carrier, result, behavior, say)
-    return StageResult(
-        written=tuple(written),
-        next_step=_next_step(config, data, output),
-    )
+    return StageResult(written=tuple(written), next_step=_next_step(config, data, output))
 
 
 def _store(

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from lcdd.config.fields import Config, option
-from lcdd.config.shared import MAX_SEED, Answers, HeldOut, OfSFT, OnDevice, WithCarrier, WithControls, Writes
+from lcdd.config.shared import MAX_SEED, Answers, HeldOut, OfSFT, OnDevice, OnRanks, WithCarrier, WithControls, Writes
 from lcdd.errors import InputError
 
 AUDIT_PARTS = ("necessity", "sufficiency", "triggers", "masks", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Writes, HeldOut, WithControls, WithCarrier, OnDevice, OfSFT):
+class EvalConfig(Writes, HeldOut, WithControls, WithCarrier, OnRanks, OnDevice, OfSFT):
     """Reversal table on held-out prompts: behaviour rate, base match, exact KL (method, section 5)."""
 
     trigger: str | None = option(None, "trigger directory, learned on the carrier", common=True, path=True)

@@ -24,6 +24,19 @@ class OnDevice(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnRanks(Config):
+    """Several ranks, where torchrun starts them."""
+
+    ddp_timeout: int = option(
+        600,
+        "under torchrun: seconds that a rank waits for the others before the run is given up",
+        at_least=1,
+        at_most=10**7,
+        resumable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Writes(Config):
     """Where a stage writes."""
 

@@ -8,7 +8,7 @@ where they exist. A wrong value is an `InputError` that names the field, what wa
 from dataclasses import dataclass, fields
 
 from lcdd.config.fields import option
-from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, Resumable, Tracked, Writes
+from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, OnRanks, Resumable, Tracked, Writes
 from lcdd.errors import InputError
 
 GATE_KINDS = ("hard_concrete", "heaviside_ste")
@@ -17,7 +17,7 @@ LOSSES = ("cross_entropy", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Writes, Tracked, Resumable, OnDevice):
+class TrainConfig(Writes, Tracked, Resumable, OnRanks, OnDevice):
     """What SFT and LCDD training share: batches, schedule, precision, log."""
 
     num_train_epochs: float = option(3.0, "passes over the training split", above=0.0, at_most=1e6, common=True)

@@ -14,6 +14,9 @@ applied and only the trigger learns:
 With `match_scale` variance every channel of h is divided by its standard deviation over the base's prompts: in real
 models a handful of channels hold most of a residual's norm, and an unscaled error sees only them (method, section 7).
 
+On several ranks `fit` is called on each with the same arguments. The prompts of a batch are shared out; what is summed
+over ranks are the KLs, the residuals that the matching term averages, and the trigger's gradient.
+
 A batch is one forward (`packed_rows`): prompts of any length one after another, without padding, behind one copy of
 what they all begin with, the trigger and the tokens they have in common, which see nothing of what follows. Several
 random starts share a forward too.
@@ -62,6 +65,7 @@ from lcdd.models import (
     head_weight,
     input_embeddings,
     rows_never_drawn,
+    shards,
     token_rows,
 )
 from lcdd.report import Bar
@@ -177,6 +181,7 @@ class SFTEraser:
             max_new_tokens=c.max_answer_tokens,
             batch_size=c.per_device_train_batch_size,
             progress=progress,
+            over_ranks=True,
         )
         found: list[EraserPrompt | None] = [None] * len(prompts)
         moments = _Moments()
@@ -213,14 +218,15 @@ class SFTEraser:
         if embeds.ndim == 2:
             return self.loss(embeds[None], batch, match_target).of_start(0)
         c, starts = self.config, len(embeds)
-        sizes = [len(p.prompt) + len(p.answer) + embeds.shape[1] for p in batch]
+        mine = batch[shards.rank() :: shards.world_size()]
+        sizes = [len(p.prompt) + len(p.answer) + embeds.shape[1] for p in mine]
         chunks = length_batches(sizes, max(1, c.max_rows_per_forward // starts))
-        parts = [self._run(embeds, [batch[i] for i in chunk]) for chunk in chunks]
+        parts = [self._run(embeds, [mine[i] for i in chunk]) for chunk in chunks]
         match = tail_kl = answer_kl = embeds.new_zeros(starts)
         if c.activation_weight > 0 and self._channels.numel():
             layers = [torch.cat(rows, dim=1) for rows in zip(*(part.layers for part in parts), strict=True)]
             goal, channels, offsets = match_target.mean, self._channels, self._offsets
-            layers = match_target.scaled(layers)
+            layers = self._as_of_all(match_target.scaled(layers), embeds, len(batch))
             match = torch.stack([channel_match([x[n] for x in layers], channels, offsets, goal) for n in range(starts)])
         if c.kl_weight > 0:
             tail_kl = sum((part.tail_kl for part in parts), tail_kl) / sum(len(p.tail) for p in batch)
@@ -228,8 +234,21 @@ class SFTEraser:
             weights = sum(len(p.responses) - 1 + c.first_token_weight for p in batch)
             answer_kl = sum((part.answer_kl for part in parts), answer_kl) / weights
         l2 = embeds.square().sum(2).mean(1)
+        match, tail_kl, answer_kl = shards.of_all(match, average=True), shards.of_all(tail_kl), shards.of_all(answer_kl)
+        l2 = l2.detach() + (l2 - l2.detach()) / shards.world_size()  # a gradient that every rank has
         total = c.activation_weight * match + c.kl_weight * tail_kl + c.answer_kl_weight * answer_kl + c.l2_weight * l2
         return EraserLoss(total, match, tail_kl, answer_kl, l2)
+
+    def _as_of_all(self, layers: list[Tensor], embeds: Tensor, n: int) -> list[Tensor]:
+        """Residuals [N, B', D] of this rank's B' of n prompts, moved so that their mean is that of all n."""
+        if shards.world_size() == 1:
+            return layers
+        empty = embeds.new_zeros(len(self._offsets) - 1, len(embeds), embeds.shape[-1], dtype=torch.float32)
+        own = torch.stack([x.detach().float().sum(1) for x in layers]) if layers else empty
+        others = shards.all_sum_(own.clone()) - own
+        if not layers:
+            return [(x / n)[:, None] for x in others]
+        return [x.float() * (x.shape[1] / n) + (y / n)[:, None] for x, y in zip(layers, others, strict=True)]
 
     def _run(self, embeds: Tensor, batch: Sequence[EraserPrompt]) -> Part:
         """One forward over N triggers × B prompts (and answers, where they are wanted)."""
@@ -330,7 +349,7 @@ class SFTEraser:
                     break
                 if store is None:
                     continue
-                stop = bool(asked.signal)
+                stop = not shards.all_agree(not asked.signal)
                 if stop or (c.save_steps and step % c.save_steps == 0 and step < c.max_steps):
                     store.save(step, search.state_dict())
                 if stop:
@@ -360,6 +379,7 @@ class SFTEraser:
         line |= {key: values[leader] for key, values in terms.items()}
         if len(embeds) > 1:
             line["starts"] = terms["loss"]
+        shards.all_sum_(search.gradient)
         search.step()
         if step % c.eval_steps == 0 or step == c.max_steps:
             search.observe(self._held_out(embeds, validation, match_target))

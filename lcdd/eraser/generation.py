@@ -15,7 +15,7 @@ from torch import Tensor
 from lcdd.data import Example, encode_prompt, text_ids
 from lcdd.eraser.trigger import Prompt, Trigger, prompt_embeds
 from lcdd.errors import InputError
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, input_embeddings
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, backbone, input_embeddings, shards
 from lcdd.report import Bar
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def generate_ids(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = False,
+    over_ranks: bool = False,
 ) -> list[list[int]]:
     """Greedy answers as token ids, each up to and including its end token where it has one.
 
@@ -135,6 +136,8 @@ def generate_ids(
     Args:
         trigger, prefix: the off switch, of which there is one at most: learned embeddings in front of each prompt, or
             the base's keys and values on the tokens that each prompt begins with.
+        over_ranks: called on every rank alike, each answers its share of the same batches that one rank would make, and
+            all get all answers.
     """
     _check_switch(model, prompts, trigger, prefix)
     if max_new_tokens < 1:
@@ -145,8 +148,10 @@ def generate_ids(
     batches = list(length_batches([len(ids) for ids in prompts], batch_size))
     if prefix is not None:
         batches = [list(same) for batch in batches for _, same in groupby(batch, key=lambda i: len(prompts[i]))]
+    if over_ranks:
+        batches = batches[shards.rank() :: shards.world_size()]
     greedily: Any = model.generate  # transformers types it as a module's attribute
-    bar = Bar(len(prompts), "answers", hidden=not progress)
+    bar = Bar(sum(map(len, batches)), "answers", hidden=not progress)
     with evaluation_mode(model), _generation_settings(model, settings), bar:
         for indices in batches:
             chosen = [prompts[i] for i in indices]
@@ -159,7 +164,7 @@ def generate_ids(
                 stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
                 answers[index] = ids[:stop]
             bar.update(len(indices))
-    return answers
+    return shards.merged(answers) if over_ranks else answers
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -58,12 +58,21 @@ class TriggerSearch:
         losses = [line["loss"] for line in self.validation]
         return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
+    @property
+    def gradient(self) -> Tensor:
+        """Of the triggers [S, T, D], as `backward` left it.
+
+        Raises:
+            InputError: it left none.
+        """
+        if self.embeds.grad is None:
+            raise InputError("embeds: expected a gradient from backward(), got none")
+        return self.embeds.grad
+
     @torch.no_grad()
     def step(self) -> None:
         """Clip each start's gradient, take one Adam step, project; the gradient is then gone."""
-        grad, limit = self.embeds.grad, self.config.max_grad_norm
-        if grad is None:
-            raise InputError("embeds: expected a gradient from backward(), got none")
+        grad, limit = self.gradient, self.config.max_grad_norm
         if limit:
             norms = grad.flatten(1).norm(dim=1)
             grad.mul_((limit / (norms + 1e-6)).clamp(max=1.0)[:, None, None])

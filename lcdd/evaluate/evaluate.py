@@ -60,6 +60,7 @@ def evaluate(
     kl_prompts: int = 64,
     n_samples: int = 8,
     progress: bool = False,
+    over_ranks: bool = False,
 ) -> dict[str, Any]:
     """Answer every prompt in every state; the reversal table and what belongs to it.
 
@@ -73,6 +74,7 @@ def evaluate(
         comparisons: pairs of states whose rates are subtracted, over the same prompts.
         kl_prompts: prompts (the first ones) that the exact KLs are taken over; 0: none.
         n_samples: prompts whose answers are kept side by side.
+        over_ranks: called on every rank alike, each answers its share of the prompts; the result is that of one rank.
 
     Returns:
         The report's `models`, `kl`, `delta_norm`, `differences` and `samples`.
@@ -104,6 +106,7 @@ def evaluate(
                     max_new_tokens=max_new_tokens,
                     batch_size=batch_size,
                     progress=progress,
+                    over_ranks=over_ranks,
                 )
                 texts = decode(tokenizer, answers)
                 if base is None:  # the first state

@@ -3,7 +3,9 @@
 Everything here also takes ordinary tensors and a process on its own, and then does nothing.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,6 +117,28 @@ def all_agree(ok: bool) -> bool:
     return float(all_sum_(torch.tensor(float(ok), dtype=torch.float64, device=_device()))) == world_size()
 
 
+def merged(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Lists of numbers from 0 on, each filled on one rank and empty on the others: all of them, on every rank."""
+    if world_size() == 1:
+        return [list(row) for row in rows]
+    width = torch.tensor(max(map(len, rows), default=0), device=_device())
+    dist.all_reduce(width, op=dist.ReduceOp.MAX)
+    table = torch.zeros(len(rows), int(width), dtype=torch.int64, device=_device())
+    for place, row in enumerate(rows):
+        table[place, : len(row)] = torch.tensor(row, dtype=torch.int64, device=table.device) + 1
+    return [[number - 1 for number in row if number] for row in all_sum_(table).tolist()]
+
+
+def of_all(value: Tensor, *, average: bool = False) -> Tensor:
+    """The sum (or mean) of a tensor over the ranks, the same bits on each; its gradient is that of this rank's part."""
+    if world_size() == 1:
+        return value
+    total = all_sum_(value.detach().clone())
+    if average:
+        total /= world_size()
+    return total + (value - value.detach())
+
+
 def from_first(value: int) -> int:
     """Rank 0's value of an integer."""
     if world_size() == 1:
@@ -122,6 +146,34 @@ def from_first(value: int) -> int:
     box = torch.tensor(value, dtype=torch.int64, device=_device())
     dist.broadcast(box, src=0)
     return int(box)
+
+
+def check_agreement(**values: Any) -> None:
+    """Raise InputError, on every rank and by name, unless all ranks have the same values; named alike on all of them.
+
+    A collective. Compared are SHA-256 of `repr`, or of the bytes of a tensor.
+    """
+    if world_size() == 1:
+        return
+    mine = torch.tensor([_digest(value) for value in values.values()], dtype=torch.int64, device=_device())
+    found = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(found, mine)
+    wrong = []
+    for place, name in enumerate(values):
+        digests = [int(of_rank[place]) for of_rank in found]
+        common = max(digests, key=digests.count)  # of equally many the first rank's
+        if others := [str(rank) for rank, digest in enumerate(digests) if digest != common]:
+            wrong.append(f"{name} (rank {', '.join(others)})")
+    if wrong:
+        raise InputError(f"ranks: expected the same on all {world_size()}, got others in {'; '.join(wrong)}")
+
+
+def _digest(value: Any) -> int:
+    """The first 63 bits of a value's SHA-256."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    data = value if isinstance(value, bytes) else repr(value).encode()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 
 def reduce_step(
@@ -147,7 +199,7 @@ def reduce_step(
     average = squares / world_size()
     if math.isfinite(squared) and squared / world_size() - average**2 > 1e-12 * average**2 + 1e-300:
         raise InputError(
-            "step: expected the same gradients on every rank, got different ones: wrap the model in "
-            "DistributedDataParallel (or shard it with fully_shard)"
+            "step: expected the same gradients on every rank, got different ones: wrap a step's last backward in "
+            "optimizer.averaging(), or the model in DistributedDataParallel (or shard it with fully_shard)"
         )
     return total / weight, d_gate, sq_norm

@@ -7,7 +7,7 @@ gradient dense for good, so that nothing is an error and nothing is lost.
 Shapes: the weight's [out, in]; R open rows, C open columns.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,40 @@ class OpenPart:
     def dense(self, parts: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
         """The whole matrix [out, in], zero where nothing is stored."""
         whole = parts[0].new_zeros(shape)
+        self.scatter_(whole, parts)
+        return whole
+
+    def shapes(self, shape: Sequence[int]) -> list[torch.Size]:
+        """Of the parts of a matrix of this shape."""
+        rows, cols = len(self.rows), len(self.cols)
+        if self.layout == "block":
+            return [torch.Size((rows, cols))]
+        return [torch.Size((rows, shape[1])), torch.Size((shape[0], cols))]
+
+    def numel(self, shape: Sequence[int]) -> int:
+        """Entries that are stored of a matrix of this shape."""
+        return sum(part.numel() for part in self.shapes(shape))
+
+    def rectangles(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """(rows, columns) of each part, int64; None: all of them."""
+        rows, cols = self.rows.long(), self.cols.long()
+        return [(rows, cols)] if self.layout == "block" else [(rows, None), (None, cols)]
+
+    def gather(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a dense matrix [out, in]."""
+        rows, cols = self.rows.long(), self.cols.long()
+        if self.layout == "block":
+            return (whole[rows[:, None], cols],)
+        return whole[rows], whole[:, cols]
+
+    def scatter_(self, whole: Tensor, parts: Sequence[Tensor]) -> None:
+        """Write the parts into a dense matrix [out, in]; the rest of it stays."""
         rows, cols = self.rows.long(), self.cols.long()
         if self.layout == "block":
             whole[rows[:, None], cols] = parts[0]
         else:
             whole[:, cols] = parts[1]
             whole[rows] = parts[0]
-        return whole
 
     def distinct(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The parts with every stored entry in one of them: where panels cross, the second one is zero."""

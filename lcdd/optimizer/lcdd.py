@@ -19,6 +19,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -26,20 +27,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import model_fingerprint
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
-from lcdd.models import Ends, PreTrainedModel, shards
+from lcdd.models import Ends, PreTrainedModel, decoder_layers, shards
 from lcdd.optimizer import compat as reference_compat
+from lcdd.optimizer.averaging import OpenAverage, OpenReduceScatter
 from lcdd.optimizer.controller import Constraint, DualDescent, GateController
 from lcdd.optimizer.forward import ForwardGates
 from lcdd.optimizer.gates import Drawn, Gates, starting_logits
+from lcdd.optimizer.leaving import leave, leave_folded
 from lcdd.optimizer.measured import Measured
 from lcdd.optimizer.pacing import PacedClosing
-from lcdd.optimizer.packed import PackPlan
+from lcdd.optimizer.packed import OpenParts, PackPlan, packed_kind
 from lcdd.optimizer.unmasked import UnmaskedParameters
 from lcdd.optimizer.watch import Watch, check_unwatched
 from lcdd.optimizer.weights import Grads, MaskedWeights, MatricesByName
@@ -137,13 +139,16 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self.last_loss = self.grad_norm = math.nan
         self._observed: tuple[Any, float] | None = None
         self._in_eval = False
+        self._inside: list[Callable[[], None]] = []  # what takes ours out of the model
         self._forward = self._forward_route() if config.gating == "forward" else None
-        self._plan = self._pack_plan()
+        self._plan = self._pack_plan() if shards.world_size() == 1 and not self._masked.sharded else None
+        self._parts = self._open_reduce_scatter()
+        self._average: OpenAverage | None = None
         self._watch = Watch(model, self)
         self._write_weights(evaluation=False)
         model.train()
-        parts = (model, self._watch, self._masked, self._controller, self._plan, self._forward)
-        self._finalizer = weakref.finalize(self, _leave_folded, *parts)
+        parts = (model, self._watch, self._masked, self._controller, self._inside)
+        self._finalizer = weakref.finalize(self, leave_folded, *parts)
         self._finalizer.atexit = False
 
     # ------------------------------------------------------------------ one step
@@ -259,6 +264,26 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         logger.warning("step skipped: %s", reason)
+
+    def averaging(self) -> Callable[[], AbstractContextManager[None]] | None:
+        """For several ranks that hold the whole model each: what to wrap a step's last backward in, in DDP's place.
+
+            average = optimizer.averaging()          once, before the first forward
+            with average(): loss.backward()          the step's last micro-batch; those before it without
+
+        Gradients are then packed as on one rank, and what is open of them goes over the wire alone (`OpenAverage`).
+        None where it is somebody else's: on one rank, of shards, on the forward route, and with `pack` never.
+        """
+        if shards.world_size() == 1 or self._masked.sharded or self._forward or self.config.pack == "never":
+            return None
+        if self._average is None:
+            self._plan = self._pack_plan()
+            self._announce_gates()
+            assert self._plan is not None
+            others = self._unmasked.parameters
+            self._average = OpenAverage(self._masked.sites, self._plan.parts.of, others=others)
+            self._inside.append(self._average.close)
+        return self._average.last
 
     # ------------------------------------------------------------------ how it stands
 
@@ -417,7 +442,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
     def detach(self) -> None:
         """Leave the model with the weights as they stand and nothing of ours in it."""
         if self._finalizer.detach() is not None:
-            _leave(self.model, self._watch, self._masked, self._plan, self._forward)
+            leave(self.model, self._watch, self._masked, self._inside)
 
     # ------------------------------------------------------------------ state
 
@@ -492,16 +517,24 @@ class LCDDOptimizer(torch.optim.Optimizer):
         deltas = {item.name: item.state["delta"] for item in self._masked.items}
         self._masked.take_gated_grads(self.gates.logits)
         c, logits = self.config, self.gates.logits
-        return ForwardGates.attach(self.model, self.base, kind=c.gate_kind, logits=logits, seed=c.seed, deltas=deltas)
+        found = ForwardGates.attach(self.model, self.base, kind=c.gate_kind, logits=logits, seed=c.seed, deltas=deltas)
+        self._inside.append(found.restore)
+        return found
 
     def _pack_plan(self) -> PackPlan | None:
         if self._forward is not None:
             return None
-        if shards.world_size() > 1 or self._masked.sharded:
-            logger.info("weight gradients are not packed on several ranks or shards: engines reduce dense ones")
+        plan = PackPlan.for_sites(self._masked.sites, self._masked.layout, self.config)
+        self._inside.append(plan.restore)
+        return plan
+
+    def _open_reduce_scatter(self) -> OpenParts | None:
+        """FSDP2's reduce-scatter for what is open, where this model's layers are its modules."""
+        if not self._masked.sharded or self.config.pack == "never":
             return None
-        sites = [item.site for item in self._masked.items]
-        return PackPlan.for_sites(sites, self._masked.layout, self.config)
+        parts = OpenParts(self._masked.layout, gate_kind=packed_kind(self.config))
+        OpenReduceScatter.install(list(decoder_layers(self.model)), self._masked.sites, parts.of)
+        return parts
 
     def _write_weights(self, *, evaluation: bool) -> None:
         self._controller.draw(evaluation=evaluation)
@@ -513,8 +546,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
         self._watch.sampled = self.gates.sampled
         if self._forward is not None:
             self._forward.draw(step=self.gates.step, training=self.gates.sampled)
-        if self._plan is not None:
-            self._plan.update(self.gates, fixed=self._controller.frozen)
+        for listener in (self._plan, self._parts):
+            if listener is not None:
+                listener.update(self.gates, fixed=self._controller.frozen)
 
 
 def _adam_settings(config: LCDDConfig) -> dict[str, Any]:
@@ -541,42 +575,3 @@ def _warn_of_float16(weights: Sequence[Tensor]) -> None:
             "model: float16 weights have float16 gradients, in which small entries become zero, and which GradScaler "
             "refuses; load both models in bfloat16, or in float32 and train under torch.autocast with a GradScaler"
         )
-
-
-def _leave(
-    model: PreTrainedModel,
-    watch: Watch,
-    masked: MaskedWeights,
-    plan: PackPlan | None,
-    forward: ForwardGates | None,
-) -> None:
-    """Take everything of ours out of the model."""
-    watch.close(model)
-    masked.close()
-    if plan is not None:
-        plan.restore()
-    if forward is not None:
-        forward.restore()
-
-
-def _leave_folded(
-    model: PreTrainedModel,
-    watch: Watch,
-    masked: MaskedWeights,
-    controller: GateController,
-    plan: PackPlan | None,
-    forward: ForwardGates | None,
-) -> None:
-    """What a deleted optimizer leaves behind: deterministic gates, but where somebody else wrote the weights last.
-
-    The garbage collector may come by while another model is being traced: this one's tensors are real all the same.
-    """
-    with _disable_current_modes():
-        try:
-            ours = not masked.differing(controller.gates)
-        except InputError:  # replaced, cast or moved
-            ours = False
-        if ours and watch.sampled:
-            controller.draw(evaluation=True)
-            masked.write(controller.gates)
-        _leave(model, watch, masked, plan, forward)

@@ -17,6 +17,7 @@ where a packed one stores nothing, so that norms, and what generic code does by 
 Shapes: T tokens (all leading dimensions), R open rows, C open columns.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -204,6 +205,39 @@ class _Packable(NamedTuple):
     cols: Run
 
 
+def packed_kind(config: LCDDConfig) -> str:
+    """The kind of gates whose gradients' open part is all that a run reads."""
+    # paced closing asks for no gradient of a closed gate, of whatever kind
+    return "hard_concrete" if config.paced else config.gate_kind
+
+
+class OpenParts:
+    """What is open of each site's gradient under the gates in force, packed or not."""
+
+    def __init__(self, layout: GateLayout, *, gate_kind: str) -> None:
+        self.layout, self.gate_kind = layout, gate_kind
+        self._kind = gate_kind
+        self._gates: Gates | None = None
+        self._found: dict[str, OpenPart | None] = {}
+
+    def update(self, gates: Gates, *, fixed: bool = False) -> None:
+        """Take in new gates; of `fixed` ones no gate's gradient is asked for."""
+        self._gates, self._kind = gates, "hard_concrete" if fixed else self.gate_kind
+        self._found.clear()
+
+    def of(self, site: Site) -> OpenPart | None:
+        """Its open part, that of its linear's packed gradient where it has one; None where all of it is no more."""
+        if isinstance(site.linear, PackedGradLinear) and site.linear.part is not None:
+            return site.linear.part
+        if site.name not in self._found:
+            assert self._gates is not None
+            row_run, col_run = self.layout.runs(site.matrix)
+            rows, cols = self._gates.open_in(row_run), _columns(self._gates.open_in(col_run), col_run)
+            part = OpenPart(layout=PACKED_LAYOUT[self._kind], rows=rows, cols=cols)
+            self._found[site.name] = part if part.numel(site.matrix.shape) < math.prod(site.matrix.shape) else None
+        return self._found[site.name]
+
+
 class PackPlan:
     """Which sites of a model have packed weight gradients, and the open rows and columns of each; see the module.
 
@@ -231,6 +265,7 @@ class PackPlan:
             if site.linear is not None and type(site.linear) is nn.Linear
         ]
         self._sizes: list[int] = layout.slot_offsets.diff().tolist()
+        self.parts = OpenParts(layout, gate_kind=gate_kind)
         self._gates: Gates | None = None
         self._kind = gate_kind
         self._closed: dict[int, Tensor] = {}
@@ -245,9 +280,7 @@ class PackPlan:
     @classmethod
     def for_sites(cls, sites: Sequence[Site], layout: GateLayout, config: LCDDConfig) -> "PackPlan":
         """The plan of an optimizer with this config."""
-        # paced closing asks for no gradient of a closed gate, of whatever kind
-        kind = "hard_concrete" if config.paced else config.gate_kind
-        return cls(sites, layout, gate_kind=kind, pack=config.pack == "auto")
+        return cls(sites, layout, gate_kind=packed_kind(config), pack=config.pack == "auto")
 
     def update(self, gates: Gates, *, fixed: bool = False) -> None:
         """Give every linear the open rows and columns of `gates`; of `fixed` ones no gate's gradient is asked for.
@@ -259,6 +292,7 @@ class PackPlan:
         self._kind = "hard_concrete" if fixed else self.gate_kind  # of which the open block is all there is
         self._closed.clear()
         _panels.drop()
+        self.parts.update(gates, fixed=fixed)
         parts, counts = _OpenParts(gates, self._sizes), gates.counts
         for site, linear, rows, cols in self.linears:
             layout = "dense"

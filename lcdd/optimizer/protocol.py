@@ -1,5 +1,7 @@
 """What the training loop asks of an optimizer; `SFTOptimizer` and `LCDDOptimizer` both have it."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -40,6 +42,9 @@ class TrainingOptimizer(Protocol):
     @property
     def gates_frozen(self) -> bool:
         """Whether the coming step moves nothing but weights."""
+
+    def averaging(self) -> Callable[[], AbstractContextManager[None]] | None:
+        """What to wrap a step's last backward in, if it averages gradients over ranks itself; None: an engine does."""
 
     def begin_step(self, micro_batches: int) -> None:
         """Called before a step's first backward with the number of backwards on this rank."""

@@ -59,6 +59,9 @@ class SFTOptimizer(torch.optim.AdamW):
 
     loss_weight, gates_frozen = 1.0, True
 
+    def averaging(self) -> None:
+        """None: DDP or FSDP2 averages the gradients."""
+
     def begin_step(self, micro_batches: int) -> None:
         """Nothing: as `LCDDOptimizer.begin_step`."""
 
@@ -66,7 +69,7 @@ class SFTOptimizer(torch.optim.AdamW):
     def step(self, loss: float | Tensor) -> None:  # type: ignore[override]
         """One step on averaged gradients; on several ranks `loss` is averaged over them."""
         limit = self.config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.weights, limit))
+        norm = float(shards.full(nn.utils.clip_grad_norm_(self.weights, limit)))
         loss = shards.mean(float(loss))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped_steps += 1
@@ -85,9 +88,8 @@ class SFTOptimizer(torch.optim.AdamW):
             if (norm := self.lora.delta_norm()) > bound:
                 self.lora.scale_(bound / norm)
             return
-        norm = math.sqrt(
-            sum(float((w - s).double().square().sum()) for w, s in zip(self.weights, self.starts, strict=True))
-        )
+        pairs = zip(self.weights, self.starts, strict=True)
+        norm = math.sqrt(sum(float(shards.full((w - s).double().square().sum())) for w, s in pairs))
         if norm > bound:
             for weight, start in zip(self.weights, self.starts, strict=True):
                 weight.copy_(start + (weight - start) * (bound / norm))
@@ -111,11 +113,19 @@ class SFTOptimizer(torch.optim.AdamW):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`'s result into an optimizer of the same model; overwrites the weights."""
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "sft"})
+        """Restore `state_dict`'s result into an optimizer of the same model; overwrites the weights.
+
+        Tensors may be whole, sharded, or rows on disk, whatever the model's are.
+        """
+        counts = {index: {"step": values["step"]} for index, values in state_dict["state"].items()}
+        super().load_state_dict({"state": counts, "param_groups": state_dict["param_groups"]})
         with torch.no_grad():
-            for weight, value in zip(self.weights, state_dict["sft"]["weights"], strict=True):
-                weight.copy_(value)
+            for index, weight in enumerate(self.weights):
+                shards.copy_rows_(weight, state_dict["sft"]["weights"][index])
+                for key in ("exp_avg", "exp_avg_sq"):
+                    if index in counts:
+                        self.state[weight][key] = torch.zeros_like(weight)
+                        shards.copy_rows_(self.state[weight][key], state_dict["state"][index][key])
         for name in COUNTERS:
             setattr(self, name, state_dict["sft"][name])
 

@@ -183,6 +183,10 @@ class MaskedWeights:
         self._marks: list[Any] = []
 
     @property
+    def sites(self) -> list[Site]:
+        return [item.site for item in self.items]
+
+    @property
     def parameters(self) -> list[Tensor]:
         """What is trained, each once."""
         return list(self.states)

@@ -5,7 +5,7 @@ from lcdd.trainer.batches import step_batches, total_steps
 from lcdd.trainer.compress import compress
 from lcdd.trainer.diagnose import Finding, diagnose
 from lcdd.trainer.fit import StartLosses, TrainResult, fit
-from lcdd.trainer.guards import check_labels, is_out_of_memory
+from lcdd.trainer.guards import check_labels, check_ranks, is_out_of_memory
 from lcdd.trainer.loop import Loop
 from lcdd.trainer.losses import (
     Batch,
@@ -26,6 +26,7 @@ __all__ = [
     "StartLosses",
     "TrainResult",
     "check_labels",
+    "check_ranks",
     "completion_loss",
     "compress",
     "diagnose",

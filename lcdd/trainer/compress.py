@@ -12,7 +12,7 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import CheckpointStore, RunLog
 from lcdd.data import Encoded
 from lcdd.errors import InputError
-from lcdd.models import PreTrainedModel
+from lcdd.models import PreTrainedModel, shards
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.report import auc
 from lcdd.trainer.anchors import Anchors
@@ -83,6 +83,7 @@ def compress(
     Raises:
         InputError: `base_kl_weight` without anchors; and as `fit`.
     """
+    shards.check_agreement(gates=optimizer.gates.logits)
     log = log or RunLog(None, stage="lcdd")
     config = optimizer.config
     best = BestCarrier(optimizer) if config.paced else None

@@ -12,7 +12,7 @@ from lcdd.models import PreTrainedModel
 from lcdd.optimizer import TrainingOptimizer
 from lcdd.trainer.anchors import Anchors
 from lcdd.trainer.diagnose import Finding
-from lcdd.trainer.guards import check_labels
+from lcdd.trainer.guards import check_labels, check_ranks
 from lcdd.trainer.loop import Best, Loop
 from lcdd.trainer.losses import HeldOut
 
@@ -77,6 +77,7 @@ def fit(
         TrainingStopped: as `Loop.run`.
     """
     check_labels(train)
+    check_ranks(optimizer.config, train)
     if optimizer.config.distills and teacher is None:
         raise InputError("teacher: expected the SFT model for loss 'kl', got None")
     if optimizer.base is not None and start is None:

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcdd.checkpoint import versions
+from lcdd.config import TrainConfig
 from lcdd.data import IGNORE, Encoded
 from lcdd.errors import InputError
-from lcdd.models import local
+from lcdd.models import local, shards
 from lcdd.optimizer import TrainingOptimizer
 
 
@@ -23,6 +25,14 @@ def check_labels(items: Sequence[Encoded]) -> None:
             f"train: expected a response token to learn in every example, got none in {len(empty)} of {len(items)} "
             f"(all labels are masked), rows {shown} counted from 0"
         )
+
+
+def check_ranks(config: TrainConfig, items: Sequence[Encoded]) -> None:
+    """Raise InputError, naming the ranks, unless all of them have these settings, these examples and these versions."""
+    places = config.named("path")
+    settings = {name: value for name, value in config.to_dict().items() if name not in places}
+    data = [(item.input_ids, item.labels) for item in items]
+    shards.check_agreement(settings=settings, data=data, versions=versions())
 
 
 def _gigabytes(tensors: Sequence[Tensor | None]) -> float:

@@ -100,7 +100,7 @@ class Loop:
         self.device = head.device
         # SFT keeps float32 weights, since bfloat16 would round small updates away; LCDD's updates go to delta.
         self.autocast = self.config.bf16 and head.dtype == torch.float32
-        self._loss = Replicated(_SummedLoss(self.model, teacher))
+        self._loss = Replicated(_SummedLoss(self.model, teacher), average=optimizer.averaging())
         self._factor = schedule(self.config.lr_scheduler_type, warmup=self.config.lr_warmup, steps=self.steps)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(cast(torch.optim.Optimizer, optimizer), self._factor)
         self._start, self._spent = time.perf_counter(), 0.0

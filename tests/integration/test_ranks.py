@@ -1,4 +1,5 @@
-"""One rank against two (gloo, CPU, under torchrun): DDP and FSDP2, accumulation, resharded checkpoints, the trainer."""
+"""One rank against two (gloo, CPU, under torchrun): DDP and FSDP2, accumulation, resharded checkpoints, every
+command that shares its work, a rank that is killed."""
 
 import json
 import os
@@ -17,17 +18,31 @@ from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, wri
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import read_log
 from lcdd.cli import main
+from lcdd.eraser import Trigger
+from lcdd.models import load_model
+from lcdd.report import read_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(*command: str, processes: int = 2) -> str:
-    """What all ranks print."""
+def torchrun(*command: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Two ranks to their end; what they all print."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
+    options = ["--standalone", "--nproc_per_node=2", f"--max_restarts={restarts}"]
+    argv = [sys.executable, "-m", "torch.distributed.run", *options, *command]
     result = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+    return result
+
+
+def run_commands(
+    folder: Path, *commands: list[str], killed_after: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Commands on two ranks, one after another; killed_after: one rank is, after this step, and all start again."""
+    script = str(ROOT / "fixtures" / "commands.py")
+    (folder / "commands.json").write_text(json.dumps(commands))
+    more = [] if killed_after is None else [str(killed_after)]
+    return torchrun(script, str(folder / "commands.json"), *more, restarts=len(more))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +80,13 @@ def test_two_ranks_train_as_one_does(alone: tuple[Path, dict[Any, Any]], kind: s
     assert 0.02 < closed < 0.98, f"a test of gates wants some of each, got {closed:.1%} closed"
     if kind == "ddp":
         for rank in range(2):
-            assert "DistributedDataParallel" in json.loads((folder / f"refused-{rank}.json").read_text())
+            seen = json.loads((folder / f"seen-{rank}.json").read_text())
+            for gate_kind, (worst, closed) in seen["averaged"].items():
+                assert worst < 1e-6, f"{gate_kind}: averaging what is open is not averaging all of it"
+                assert closed == 0
+            assert "DistributedDataParallel" in seen["refused"]["gradients"]
+            assert "settings (rank 1); data (rank 1)" in seen["refused"]["settings"]
+            assert seen["skipped"] == [1, 1]
         return
     # what one rank wrote is what two read, and the other way round
     read = torch.load(folder / "read-by-two.pt", weights_only=True)
@@ -78,42 +99,97 @@ def test_two_ranks_train_as_one_does(alone: tuple[Path, dict[Any, Any]], kind: s
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
-def test_sft_on_two_ranks_is_sft_on_one_and_only_the_first_rank_writes(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "base")
-    write_jsonl(
-        tmp_path / "data.jsonl", list(SENTENCES[:25])
-    )  # 15 to train on: the last group of an epoch leaves one rank a filler
-    settings = {
-        "base_model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "data.jsonl", "max_steps": 12,
-        "learning_rate": 1e-3, "save_steps": 5, "device": "cpu", "per_device_train_batch_size": 1,
-    }  # fmt: skip
-    argv = ["sft", *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
-    out = torchrun("-m", "lcdd", *argv, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two"))
-    assert out.count("SFT: held-out loss") == out.count("wrote ") / 2 == 1
-    again = [*argv, "--gradient_accumulation_steps", "4", "--output_dir"]
-    assert main([*again, str(tmp_path / "one")]) == 0
-    two, one = (
-        [line for line in read_log(tmp_path / run / "log.jsonl") if "grad_norm" in line] for run in ("two", "one")
+def flags(**settings: Any) -> list[str]:
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, list[str]]]:
+    """(directory, output of two ranks, one rank's commands): every command that shares its work, started once."""
+    folder = tmp_path_factory.mktemp("commands")
+    tokenizer = make_tokenizer()
+    base, sft = (load_model(save_checkpoint(folder / name, seed=n, tokenizer=tokenizer)) for n, name in enumerate("bs"))
+    Carrier.from_models(base, sft).with_tokenizer(tokenizer).save_pretrained(folder / "carrier")
+    data = write_jsonl(folder / "data.jsonl", list(SENTENCES[:25]))
+    # 15 to train on: the last group of an epoch leaves one rank a filler
+    shared = flags(base_model_name_or_path=folder / "b", dataset_name=data, device="cpu")
+    learn = flags(max_steps=12, learning_rate=1e-3, save_steps=5, per_device_train_batch_size=1)
+    trigger = flags(
+        carrier=folder / "carrier", train_prompts=7, validation_prompts=3, max_answer_tokens=3, max_steps=8,
+        eval_steps=4, per_device_train_batch_size=4, num_starts=2, num_virtual_tokens=4,
+    )  # fmt: skip
+    answer = flags(
+        carrier=folder / "carrier", sft_model_name_or_path=folder / "s", num_prompts=4, max_new_tokens=5, kl_prompts=2,
+        random_prefixes=2, per_device_eval_batch_size=2, trigger=folder / "erase-1" / "trigger",
+    )  # fmt: skip
+    one = {
+        "sft": ["sft", *shared, *learn, *flags(gradient_accumulation_steps=4, output_dir=folder / "sft-1")],
+        "erase": ["erase", *shared, *trigger, *flags(output_dir=folder / "erase-1")],
+        "eval": ["eval", *shared, *answer, *flags(output_dir=folder / "eval-1")],
+    }
+    for argv in one.values():
+        assert main(argv) == 0
+    learn += flags(gradient_accumulation_steps=2)
+    result = run_commands(
+        folder,
+        ["sft", *shared, *learn, *flags(output_dir=folder / "sft-ddp")],
+        ["sft", *shared, *learn, *flags(output_dir=folder / "sft-fsdp2", parallel="fsdp2")],
+        ["erase", *shared, *trigger, *flags(output_dir=folder / "erase-2")],
+        ["eval", *shared, *answer, *flags(output_dir=folder / "eval-2")],
     )
-    assert [line["step"] for line in two] == list(range(1, 13))
+    return folder, result.stdout, one
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_sft_on_two_ranks_is_sft_on_one_and_only_the_first_rank_writes(
+    two: tuple[Path, str, dict[str, list[str]]], engine: str
+) -> None:
+    folder, said, alone = two
+    assert said.count("SFT: held-out loss") == 2  # one of each engine
+    ours, theirs = folder / f"sft-{engine}", folder / "sft-1"
+    logs = [[line for line in read_log(run / "log.jsonl") if "grad_norm" in line] for run in (ours, theirs)]
+    assert [line["step"] for line in logs[0]] == list(range(1, 13))
     for key in ("loss", "grad_norm"):
-        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5)
-    files = [
-        sorted(str(path.relative_to(tmp_path / run)) for path in (tmp_path / run).rglob("*")) for run in ("two", "one")
-    ]
-    assert files[0] == files[1]
-    assert {"model/model.safetensors", "checkpoint-5/manifest.json", "checkpoint-10/manifest.json"} <= set(files[0])
-    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("two", "one")]
+        assert [line[key] for line in logs[0]] == pytest.approx([line[key] for line in logs[1]], rel=1e-5)
+    files = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (ours, theirs)]
+    assert {"model/model.safetensors", "checkpoint-5/manifest.json", "checkpoint-10/manifest.json"} <= files[0]
+    more = {f"checkpoint-{step}/rank-{rank}.safetensors" for step in (5, 10) for rank in range(2)}
+    assert files[0] == files[1] | (more if engine == "fsdp2" else set())
+    weights = [load_file(run / "model" / "model.safetensors") for run in (ours, theirs)]
+    assert set(weights[0]) == set(weights[1])
     assert all(torch.allclose(weights[0][name], value, atol=1e-5) for name, value in weights[1].items())
-    assert one[-1]["loss"] < 0.99 * one[0]["loss"]
+    assert logs[1][-1]["loss"] < 0.99 * logs[1][0]["loss"]
     # what two ranks began, one goes on with
-    (tmp_path / "two" / "summary.json").unlink()
-    assert main([*again, str(tmp_path / "two"), "--resume"]) == 0
-    resumed = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    (ours / "summary.json").unlink()
+    again = [str(ours) if part == str(theirs) else part for part in alone["sft"]]
+    assert main([*again, "--resume"]) == 0
+    resumed = load_file(ours / "model" / "model.safetensors")
     assert all(torch.allclose(resumed[name], value, atol=1e-5) for name, value in weights[1].items())
 
 
-def test_the_command_line_under_torchrun_and_a_checkpoint_of_two_ranks_resumed_by_one(tmp_path: Path) -> None:
+def test_two_ranks_learn_the_trigger_that_one_learns(two: tuple[Path, str, dict[str, list[str]]]) -> None:
+    folder, said, _ = two
+    assert said.count("Trigger (eraser)") == 1
+    ours, theirs = (Trigger.from_pretrained(folder / f"erase-{ranks}" / "trigger").embeds for ranks in (2, 1))
+    assert float((ours - theirs).abs().max()) <= 1e-5
+    logs = [
+        [line["starts"] for line in read_log(folder / f"erase-{n}" / "log.jsonl") if "starts" in line] for n in (2, 1)
+    ]
+    assert len(logs[0]) == 8
+    assert [loss for line in logs[0] for loss in line] == pytest.approx(
+        [loss for line in logs[1] for loss in line], rel=1e-5
+    )
+
+
+def test_two_ranks_report_what_one_reports(two: tuple[Path, str, dict[str, list[str]]]) -> None:
+    folder, said, _ = two
+    assert said.count("What this run shows") == 1
+    ours, theirs = (read_report(folder / f"eval-{ranks}") for ranks in (2, 1))
+    for part in ("models", "kl", "delta_norm", "differences", "samples"):
+        assert ours[part] == theirs[part]
+
+
+def test_a_run_whose_rank_is_killed_starts_again_and_its_checkpoint_is_resumed_by_one(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     save_checkpoint(tmp_path / "base", tokenizer=tokenizer)
     save_checkpoint(tmp_path / "sft", seed=1, tokenizer=tokenizer)
@@ -125,7 +201,11 @@ def test_the_command_line_under_torchrun_and_a_checkpoint_of_two_ranks_resumed_b
     }  # fmt: skip
     argv = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     argv += ["--train_unmasked"]
-    torchrun("-m", "lcdd", "train", *argv, "--parallel", "fsdp2")
+    killed = run_commands(tmp_path, ["train", *argv, "--parallel", "fsdp2", "--resume"], killed_after=2)
+    said = [line for line in killed.stderr.splitlines() if line.startswith("lcdd train")]
+    assert "failed (exitcode: -9) local_rank: 1" in killed.stderr  # torchrun says it, and ends the other rank
+    assert all("rank 0: rank 1 of 2 ended without a word" in line for line in said[:1])
+    assert len(said) <= 1  # where the other rank was faster
     run = tmp_path / "run"
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert {"rank-0.safetensors", "rank-1.safetensors"} <= {path.name for path in (run / "checkpoint-4").iterdir()}
