@@ -39,6 +39,7 @@ from lcdd.models import (
     GateLayout,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    check_engine,
     check_same_architecture,
     full,
     layout_of,
@@ -319,6 +320,7 @@ class Carrier:
         if model in _PATCHED:
             same = "this patch" if _PATCHED[model].carrier is self else "another patch"
             raise InputError(f"model: expected a base without a patch, got one with {same} applied; revert it first")
+        check_engine("model", model)
         if check:
             self.check_base(model)
         blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from lcdd.carrier import Carrier
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError, TrainingStopped
-from lcdd.models import PreTrainedModel, load_model
+from lcdd.models import PreTrainedModel, check_parallelism, load_model
 from lcdd.optimizer import LCDDOptimizer
 
 logger = logging.get_logger(__name__)
@@ -128,6 +128,7 @@ class LCDDTrainer(Trainer):
                     "LCDDTrainer: expected the whole model on every rank (accelerate launch, torchrun), got FSDP, "
                     "DeepSpeed or several GPUs in one process; to shard a model, use lcdd train --parallel fsdp2"
                 )
+            check_parallelism("LCDDTrainer: parallelism_config", self.accelerator.parallelism_config)
             unwrapped: Any = self.accelerator.unwrap_model(self.model)
             self.base = self.base.to(unwrapped.device)  # type: ignore[arg-type]
             self.lcdd = LCDDOptimizer.attach(

@@ -12,6 +12,7 @@ from lcdd.models.costs import (
     masked_parameters,
     refresh_bytes,
 )
+from lcdd.models.engines import check_engine, check_parallelism
 from lcdd.models.foreign import in_words, take_from_base_, unmasked_changes
 from lcdd.models.head import Head, head_of
 from lcdd.models.layout import GROUPS, GateLayout, Matrix, Run, Weave, base_group
@@ -80,6 +81,8 @@ __all__ = [
     "backbone",
     "base_group",
     "can_share_prefix",
+    "check_engine",
+    "check_parallelism",
     "check_rows",
     "check_same_architecture",
     "common_prefix",

@@ -27,6 +27,7 @@ from lcdd.models import (
     GateLayout,
     PreTrainedModel,
     Site,
+    check_engine,
     check_same_architecture,
     local,
     shards,
@@ -159,8 +160,9 @@ class MaskedWeights:
         Raises:
             InputError: they differ in architecture, sharding, dtype or device, or share a weight.
         """
-        shards.reshard(model)
-        shards.reshard(base)
+        for name, given in (("model", model), ("base", base)):
+            check_engine(name, given)
+            shards.reshard(given)
         check_same_architecture(base, model)
         self.model, self.config, self.gated_grads = model, config, config.gating == "forward"
         self.layout, sites = structure_of(model)
