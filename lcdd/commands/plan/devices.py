@@ -73,9 +73,10 @@ def measured_cpu(dtype: str) -> Device:
 
 
 def _fastest(run: Callable[[], object], budget: float = 0.2) -> float:
-    best, end = float("inf"), time.perf_counter() + budget
+    """Seconds of the fastest run within the budget, and of at least one after the first."""
     run()
-    while time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + budget
+    while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)
