@@ -30,6 +30,7 @@ from lcdd.config import (
     DemoConfig,
     EraserConfig,
     EvalConfig,
+    ExportConfig,
     GenerateConfig,
     LCDDConfig,
     PipelineConfig,
@@ -95,6 +96,11 @@ COMMANDS: dict[str, Command] = {
         run=_lazy("audit"),
     ),
     "report": Command(help="render report.html again from report.json", configs=(ReportConfig,), run=_lazy("report")),
+    "export": Command(
+        help="a carrier in a format that others load: a delta by parameter name, or a PEFT adapter",
+        configs=(ExportConfig,),
+        run=_lazy("export"),
+    ),
     "generate": Command(
         help="answer prompts, with a carrier applied and a trigger prepended if given",
         configs=(GenerateConfig,),

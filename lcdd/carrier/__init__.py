@@ -1,4 +1,4 @@
-"""The carrier as a patch: apply, revert, fold, ablate."""
+"""The carrier as a patch: apply, revert, fold, ablate, export."""
 
 from lcdd.carrier.ablate import (
     only_channels,
@@ -10,6 +10,7 @@ from lcdd.carrier.ablate import (
 )
 from lcdd.carrier.carrier import MANIFEST, WEIGHTS, Carrier
 from lcdd.carrier.compose import compose, overlap
+from lcdd.carrier.export import export_adapter, export_delta
 from lcdd.carrier.patching import open_block
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "WEIGHTS",
     "Carrier",
     "compose",
+    "export_adapter",
+    "export_delta",
     "only_channels",
     "open_block",
     "overlap",

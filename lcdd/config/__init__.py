@@ -2,7 +2,7 @@
 
 from lcdd.config.data import BEHAVIOR_NAMES, DataConfig
 from lcdd.config.eraser import CHANNEL_KINDS, EraserConfig
-from lcdd.config.evaluation import AuditConfig, ChatConfig, EvalConfig, GenerateConfig, ReportConfig
+from lcdd.config.evaluation import AuditConfig, ChatConfig, EvalConfig, ExportConfig, GenerateConfig, ReportConfig
 from lcdd.config.fields import (
     Config,
     add_flags,
@@ -30,6 +30,7 @@ __all__ = [
     "DemoConfig",
     "EraserConfig",
     "EvalConfig",
+    "ExportConfig",
     "GenerateConfig",
     "LCDDConfig",
     "PipelineConfig",

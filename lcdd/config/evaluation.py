@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 
 from lcdd.config.fields import Config, option
-from lcdd.config.shared import MAX_SEED, Answers, HeldOut, OfSFT, OnDevice, OnRanks, WithCarrier, WithControls, Writes
+from lcdd.config.shared import (
+    MAX_SEED,
+    Answers,
+    HeldOut,
+    OfBase,
+    OfSFT,
+    OnDevice,
+    OnRanks,
+    WithCarrier,
+    WithControls,
+    Writes,
+)
 from lcdd.errors import InputError
 
 AUDIT_PARTS = ("necessity", "sufficiency", "triggers", "masks", "dense")
@@ -60,6 +71,20 @@ class ChatConfig(Answers):
     """Base, carrier and carrier with trigger side by side, on prompts that are typed or piped in, one a line."""
 
     carrier: str | None = option(None, "the carrier: a directory or a hub name", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Writes, OfBase, OnDevice):
+    """A carrier in a format that others load."""
+
+    carrier: str | None = option(None, "the carrier: a directory or a hub name", required=True)
+    format: str = option(
+        "delta",
+        "delta: safetensors by parameter name, to be added to the base's; peft: a LoRA adapter that is the open blocks "
+        "exactly (needs `pip install lcdd[peft]`)",
+        choices=("delta", "peft"),
+        common=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

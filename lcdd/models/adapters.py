@@ -81,7 +81,7 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
         InputError: PEFT is not installed; the adapter's kind cannot be merged, its weights are not all there or of
             another model, or the merged model does not compute what the adapter does.
     """
-    peft = _peft(f"to merge the adapter {name!r}")
+    peft = needed_peft(f"to merge the adapter {name!r}")
     if not (adapter.folder / WEIGHTS).is_file() and not _fetched(name):
         raise InputError(f"model: expected {WEIGHTS} in the adapter {name!r}, found none; no other format is read")
     if adapter.settings.get("layer_replication"):
@@ -131,7 +131,8 @@ def _fetched(name: str) -> bool:
     return cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False) is not None
 
 
-def _peft(purpose: str) -> Any:
+def needed_peft(purpose: str) -> Any:
+    """The package PEFT; InputError, with what it is needed for, where it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -158,7 +159,7 @@ class LoRALayers:
     def __init__(
         self, model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int
     ) -> None:
-        peft = _peft("for --use_peft")
+        peft = needed_peft("for --use_peft")
         names = _chosen(model, targets)
         config = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM",
