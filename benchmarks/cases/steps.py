@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Place
 from benchmarks.cases.shapes import fine_tune, make_model, sizes_of, tiny_sizes, title
-from benchmarks.costs import step_flops, tensor_bytes
+from benchmarks.costs import Architecture, step_flops, tensor_bytes
 from benchmarks.harness import Case, Check, Cost, Lane, Sample, Workload, relative_error
 from fixtures.gates import gate_logits
 from fixtures.unfused import DeltaMask, Settings, UnfusedLCDD
 from lcdd.config import LCDDConfig
-from lcdd.models import PreTrainedModel, shape_of, sites_of
+from lcdd.models import PreTrainedModel, sites_of, skeleton_of
 from lcdd.optimizer import LCDDOptimizer
 from lcdd_kernels.reference.gates import GateSpec, gate_noise_ref
 
@@ -160,7 +160,8 @@ def _workload(step: Step, make: Callable[[], Any], *, share: float) -> Workload:
     model = runner.model
     state = [*model.parameters(), *model.buffers(), *getattr(runner, "deltas", [])]
     tokens = step.tokens * step.micro
-    flops = step_flops(shape_of(model.config), tokens, sequence=step.tokens, weight_grads=share)
+    architecture = Architecture.of(skeleton_of(model.config))
+    flops = step_flops(architecture, tokens, sequence=step.tokens, weight_grads=share).total
     return Workload(
         run=lambda: runner.step(current[0]), fresh=fresh, cost=Cost(flops=flops), tokens=tokens, weights=state
     )

@@ -10,9 +10,7 @@ from lcdd.config.shared import MAX_SEED, OfBase, Writes
 from lcdd.config.training import GATE_KINDS, LCDDConfig, SFTConfig
 from lcdd.errors import InputError
 
-PLAN_MODELS = ("qwen3-0.6b", "llama-3-8b", "mistral-7b", "vicuna-7b", "llama-3-70b")
-PLAN_DEVICES = ("h200", "h100", "a100-80gb", "l40s", "rtx-4090", "cpu")
-PLAN_DTYPES = ("float32", "bfloat16")
+PLAN_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +18,14 @@ class PlanConfig(Config):
     """Predicted memory and step time of plain fine-tuning, unfused masking and lcdd, by formula; nothing is trained."""
 
     model_name_or_path: str | None = option(
-        None, "checkpoint directory, or the sizes of " + ", ".join(PLAN_MODELS), required=True
+        None,
+        "a checkpoint directory or a hub name, of which the config alone is read; a config.json; or a name that plan "
+        "has the sizes of, such as llama-3-8b",
+        required=True,
     )
-    device: str = option("h200", "figures of data sheets; cpu: measured here, in a second", choices=PLAN_DEVICES)
+    device: str = option(
+        "h200", "a GPU by any of its names, such as a100, rtx4090 or mi300x, by its data sheet; cpu: measured here"
+    )
     num_gpus: int = option(1, "GPUs that share weights and optimizer state (FSDP2)", at_least=1)
     per_device_train_batch_size: int = option(8, "sequences in a micro-batch, on each GPU", at_least=1)
     max_length: int = option(512, "tokens of each sequence; all are taken to be this long", at_least=1)

@@ -3,14 +3,16 @@
 from transformers.cache_utils import Cache
 
 from lcdd.models.adapters import LoRALayers, find_adapter
+from lcdd.models.architecture import Architecture, Layer, Masked
 from lcdd.models.costs import (
-    Architecture,
     Parametrization,
     adamw_bytes,
     grad_stats_bytes,
-    layer_parameters,
-    masked_parameters,
+    layer_activations,
+    loss_bytes,
     refresh_bytes,
+    stack_activations,
+    step_flops,
 )
 from lcdd.models.engines import check_engine, check_parallelism
 from lcdd.models.foreign import in_words, take_from_base_, unmasked_changes
@@ -23,7 +25,6 @@ from lcdd.models.loading import (
     hub_commit,
     load_model,
     load_model_type,
-    load_settings,
     load_tokenizer,
     new_model,
     save_model,
@@ -65,7 +66,9 @@ __all__ = [
     "Ends",
     "GateLayout",
     "Head",
+    "Layer",
     "LoRALayers",
+    "Masked",
     "Matrix",
     "ModelShape",
     "PackedRows",
@@ -97,14 +100,13 @@ __all__ = [
     "hub_commit",
     "in_words",
     "input_embeddings",
-    "layer_parameters",
+    "layer_activations",
     "layout_of",
     "load_model",
     "load_model_type",
-    "load_settings",
     "load_tokenizer",
     "local",
-    "masked_parameters",
+    "loss_bytes",
     "new_model",
     "packed_attention_in",
     "packs",
@@ -119,6 +121,8 @@ __all__ = [
     "sites_of",
     "skeleton",
     "skeleton_of",
+    "stack_activations",
+    "step_flops",
     "structure_of",
     "take_from_base_",
     "token_rows",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -201,12 +201,14 @@ def skeleton(path: str | Path) -> PreTrainedModel:
         return skeleton_of(config)
 
 
-def skeleton_of(config: PretrainedConfig) -> PreTrainedModel:
-    """A config's model on the meta device.
+def skeleton_of(config: PretrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
+    """A config's model on the meta device; a config, or the entries of a config.json (`model_type` and sizes).
 
     Raises:
         InputError: it is no causal language model's, or its layers cannot be masked.
     """
+    if isinstance(config, Mapping):
+        config = cast(PretrainedConfig, AutoConfig.for_model(**config))
     check_config(config)
     try:
         with torch.device("meta"):
@@ -217,11 +219,6 @@ def skeleton_of(config: PretrainedConfig) -> PreTrainedModel:
         raise InputError(f"model: expected a causal language model's config, got {config.model_type!r}") from error
     structure_of(model)
     return model
-
-
-def load_settings(path: str | Path) -> dict[str, Any]:
-    """Entries of the config.json at `path`, the architecture's defaults filled in."""
-    return _config(path).to_dict()
 
 
 def load_model_type(path: str | Path) -> str:
@@ -360,8 +357,9 @@ def _refuse_quantised(path: str | Path, settings: Any) -> None:
 
 def _written_settings(path: str | Path) -> Mapping[str, Any]:
     """The entries of a local config.json as they are written there, as far as it can be read."""
+    file = Path(path)
     try:
-        content = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        content = json.loads((file if file.is_file() else file / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

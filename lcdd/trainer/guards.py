@@ -1,7 +1,6 @@
 """What is said before or after a run that cannot go on: rows without labels, no memory."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from lcdd.checkpoint import versions
 from lcdd.config import TrainConfig
 from lcdd.data import IGNORE, Encoded
 from lcdd.errors import InputError
-from lcdd.models import local, shards
+from lcdd.models import Architecture, local, shards, stack_activations
 from lcdd.optimizer import TrainingOptimizer
 
 
@@ -52,9 +51,11 @@ def memory_table(optimizer: TrainingOptimizer, *, tokens: int) -> str:
             if isinstance(value, Tensor) and value.ndim:
                 states.setdefault(name, []).append(value)
     trained = [p for p in parameters if p.requires_grad]
-    config: Any = model.config
-    # a decoder layer saves about 34 values a token and unit of width for the backward pass, in the weights' dtype
-    activations = 34 * tokens * config.hidden_size * config.num_hidden_layers * parameters[0].element_size() / 1e9
+    checkpointing = optimizer.config.gradient_checkpointing
+    item = 2 if optimizer.config.bf16 else parameters[0].element_size()  # autocast's, where weights are float32
+    activations = stack_activations(
+        Architecture.of(model), tokens, tokens, item=item, checkpointing=checkpointing
+    ) / 1e9  # fmt: skip
     rows = {
         "model": _gigabytes(parameters),
         "base": _gigabytes(list(base.parameters())) if base is not None else 0.0,

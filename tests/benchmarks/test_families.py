@@ -4,10 +4,12 @@ computes or trains something else turns its row red."""
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.families import FAMILIES, REFUSED, Family, passed, try_family, why_refused
+from fixtures.activations import kept_by_autograd, trainable
 from lcdd.carrier import Carrier
-from lcdd.models import head
+from lcdd.models import Architecture, head, layer_activations
 
 ONE_OF_EACH = {which.sites: which for which in FAMILIES}
 ALSO = ("mistral", "cohere2", "bloom", "opt", "mixtral")
@@ -24,6 +26,21 @@ ALSO = ("mistral", "cohere2", "bloom", "opt", "mixtral")
 def test_a_family_of_every_kind_passes(which: Family) -> None:
     row = try_family(which)
     assert passed(row), row
+
+
+@pytest.mark.parametrize(
+    "which",
+    [which for which in ONE_OF_EACH.values() if which.model_type != "bloom"],
+    ids=lambda which: which.model_type,
+)  # BLOOM's masks are built in eager mode
+def test_predicted_activations_of_every_kind_of_block(which: Family) -> None:
+    """From structure alone: what activation functions, caps and masks of small models keep beside it, or less."""
+    model = which.model()
+    trainable(model)
+    model.eval()  # without dropout
+    saved, _ = kept_by_autograd(model, torch.randint(3, 61, (2, 20)))
+    found = layer_activations(Architecture.of(model).layers[-1], 40, item=4)
+    assert 0.55 < found / saved[1] < 1.35
 
 
 def test_there_are_enough_families_and_every_refusal_has_its_reason() -> None:

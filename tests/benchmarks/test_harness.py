@@ -358,16 +358,11 @@ def test_every_goal_is_about_a_case_that_is_run():
 
 
 def test_scaled_models_keep_their_proportions():
-    from benchmarks.costs import masked_parameters
-    from lcdd.models import ModelShape
+    from lcdd.models import Architecture, skeleton_of
 
     def share(sizes):
-        shape = ModelShape(
-            n_layers=sizes["num_hidden_layers"], d_model=sizes["hidden_size"], n_heads=sizes["num_attention_heads"],
-            n_kv_heads=sizes["num_key_value_heads"], head_dim=sizes["head_dim"], d_ff=sizes["intermediate_size"],
-            vocab_size=sizes["vocab_size"],
-        )  # fmt: skip
-        return shape.vocab_size * shape.d_model / masked_parameters(shape), masked_parameters(shape)
+        model = Architecture.of(skeleton_of(sizes))
+        return model.vocab_size * model.width / model.masked_parameters, model.masked_parameters
 
     whole, n = share(shapes.sizes_of("qwen3-0.6b"))
     small, _ = share(shapes.sizes_of("qwen3-0.6b", layers=4, divide=2))

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fixtures.activations import kept_by_autograd, trainable
 from lcdd.cli import main
-from lcdd.commands.plan.devices import LAYER_LAUNCHES
-from lcdd.commands.plan.plan import MODELS, predict
+from lcdd.commands.plan.architectures import PUBLISHED, read_architecture
+from lcdd.commands.plan.devices import DEVICES, LAYER_LAUNCHES, find_device
+from lcdd.commands.plan.fits import longest_sequence, what_fits
+from lcdd.commands.plan.predict import predict
 from lcdd.config import LCDDConfig, PlanConfig
+from lcdd.errors import InputError
 from lcdd.models import (
     Architecture,
+    Layer,
     Parametrization,
     backbone,
     costs,
-    decoder_layers,
     head_weight,
     new_model,
-    shape_of,
     sites_of,
 )
 
@@ -42,7 +46,18 @@ PARAMETERS = {
     "mistral-7b": 7_248_023_552,
     "vicuna-7b": 6_738_415_616,
     "llama-3-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "smollm2-135m": 134_515_008,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "gemma-2-9b": 9_241_705_984,
+    "phi-4": 14_659_507_200,
 }
+LAYER: dict[str, Any] = {
+    "masked": (), "parameters": 0, "width": 8, "queries": 8, "keys": 8, "values": 8, "heads": 1, "feed_forwards": (),
+    "norms": (), "head_norms": (), "norm_first": True,
+}  # fmt: skip
 TINY = {
     "hidden_size": 80, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 5,
     "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 259, "tie_word_embeddings": False,
@@ -55,30 +70,17 @@ def plan_config(**changes: Any) -> PlanConfig:
     )
 
 
-def architecture(model: Any) -> Architecture:
-    return Architecture.from_settings(shape_of(model.config), model.config.to_dict())
-
-
 def checkpoint_layers(model: Any) -> None:
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
 
 
-def trainable(model: Any) -> list[Tensor]:
-    """The masked weights; everything else is frozen."""
-    model.train().requires_grad_(False)
-    weights = [site.weight for site in sites_of(model)]
-    for weight in weights:
-        weight.requires_grad_(True)
-    return weights
-
-
 # ---------------------------------------------------------------- formulas
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_parameter_counts_are_exact(name: str) -> None:
-    assert costs.total_parameters(MODELS[name]) == PARAMETERS[name]
+    assert read_architecture(name).parameters == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("settings", [
@@ -90,9 +92,9 @@ def test_parameter_counts_are_exact(name: str) -> None:
 ])  # fmt: skip
 def test_parameters_of_any_architecture(settings: dict[str, Any]) -> None:
     model = new_model(TINY | settings, seed=0)
-    assert costs.total_parameters(architecture(model)) == sum(p.numel() for p in model.parameters())
-    masked = sum(site.weight.numel() for site in sites_of(model))
-    assert costs.masked_parameters(shape_of(model.config)) == masked
+    found = Architecture.of(model)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.masked_parameters == found.active_parameters == sum(site.weight.numel() for site in sites_of(model))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -104,32 +106,18 @@ def test_saved_activations_byte_for_byte(model_type: str, dtype: torch.dtype, ch
     trainable(model)
     if checkpointing:
         checkpoint_layers(model)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-    where, saved = [-1], dict.fromkeys([-1, *range(len(decoder_layers(model)) + 1)], 0)
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and storage.data_ptr() not in kept:
-            kept[storage.data_ptr()] = tensor  # alive, so that no address comes twice
-            saved[where[0]] += storage.nbytes()
-        return tensor
-
-    for number, layer in enumerate([*decoder_layers(model), backbone(model).norm]):
-        layer.register_forward_pre_hook(lambda *_args, number=number: where.__setitem__(0, number))
     batch, length = 2, 37
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = backbone(model)(input_ids=torch.randint(259, (batch, length)), use_cache=False).last_hidden_state
-    sizes, item = architecture(model), dtype.itemsize
+    saved, hidden = kept_by_autograd(model, torch.randint(259, (batch, length)))
+    sizes, item = Architecture.of(model), dtype.itemsize
     stack = costs.stack_activations(sizes, batch * length, length, item=item, checkpointing=checkpointing)
     *layers, norm = [saved[number] for number in sorted(saved) if number >= 0]
     if checkpointing:
         assert saved[-1] + sum(layers) in (stack, stack - 2 * item * length * 16)  # rotary tables are arguments
     else:
         assert saved[-1] == 0
-        assert layers[1:] == [costs.layer_activations(sizes, batch * length, item=item)] * 2
+        assert layers[1:] == [costs.layer_activations(sizes.layers[0], batch * length, item=item)] * 2
         assert sum(layers) == stack
-    assert norm + hidden.numel() * item == costs.final_norm_activations(sizes.shape, batch * length, item=item)
+    assert norm + hidden.numel() * item == costs.final_norm_activations(sizes, batch * length, item=item)
 
 
 def test_published_parametrization_moves_what_the_issue_counts() -> None:
@@ -267,6 +255,111 @@ def test_checkpoint_directory_on_this_cpu(tmp_path: Path, capsys: pytest.Capture
     assert "measured here and now" in text
 
 
+@pytest.mark.parametrize(("typed", "key"), [
+    ("rtx4090", "rtx-4090"), ("RTX 4090", "rtx-4090"), ("4090", "rtx-4090"), ("a100", "a100-80gb"), ("b200", "b200"),
+    ("A100-40GB", "a100-40gb"), ("a100_40g", "a100-40gb"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("t4", "t4"),
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("Tesla T4", "t4"), ("mi300x", "mi300x"),
+    ("AMD Instinct MI300X", "mi300x"), ("a6000", "rtx-a6000"), ("h100sxm", "h100"), *((key, key) for key in DEVICES),
+])  # fmt: skip
+def test_devices_by_the_names_that_people_type(typed: str, key: str) -> None:
+    assert find_device(typed) is DEVICES[key]
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("h10", "did you mean"), ("rtx4900", "did you mean"), ("tpu", "known are"), ("a100-60gb", "80 GB or 40 GB"),
+    ("t4-80gb", "T4 with 16 GB"), ("", "known are"),
+])  # fmt: skip
+def test_devices_that_are_not_known(name: str, said: str) -> None:
+    with pytest.raises(InputError, match=f"device: expected .*{said}"):
+        find_device(name)
+
+
+def test_a_dtype_that_the_device_does_not_multiply() -> None:
+    with pytest.raises(
+        InputError, match=r"dtype: expected one that T4 multiplies matrices of \(float16, float32\), got"
+    ):
+        predict(plan_config(device="t4"))
+    assert predict(plan_config(device="t4", dtype="float16")).ratio("plain") == 1.0
+
+
+# ---------------------------------------------------------------- what would fit
+
+
+def flags_of(text: str) -> list[str]:
+    return text.partition("does not fit; this does: ")[2].splitlines()[0].split()
+
+
+def test_what_is_advised_fits_and_nothing_larger_does(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--model_name_or_path", "llama-3.2-1b", "--device", "rtx4090", "--max_length", "2048"]
+    assert main(asked) == 0
+    flags = flags_of(capsys.readouterr().out)
+    assert main([*asked, *flags]) == 0
+    assert "What was asked for fits." in capsys.readouterr().out
+    case = predict(plan_config(model_name_or_path="llama-3.2-1b", device="rtx4090", max_length=2048)).case
+    usable = case.device.usable
+    for fit in what_fits(case):
+        settings = {name: getattr(fit, name) for name in ("num_gpus", "gradient_checkpointing", "moment_dtype")}
+        peaks = []
+        for batch in (fit.largest_batch, fit.largest_batch + 1):
+            config = replace(case.config, per_device_train_batch_size=batch, gradient_accumulation_steps=2, **settings)
+            peaks.append(predict(config, model=case.model).memory["lcdd"].peak)
+        assert peaks[0] <= usable < peaks[1], fit
+
+
+def test_what_fits_keeps_the_sequences_of_a_step_and_prefers_what_was_asked() -> None:
+    case = predict(plan_config(per_device_train_batch_size=8, gradient_accumulation_steps=4)).case
+    fits = what_fits(case)
+    assert len(fits) == 4
+    assert [fit.num_gpus for fit in fits] == sorted(fit.num_gpus for fit in fits)
+    for fit in fits:
+        sequences = fit.num_gpus * fit.per_device_train_batch_size * fit.gradient_accumulation_steps
+        assert 32 <= sequences < 32 + fit.num_gpus * fit.gradient_accumulation_steps
+    frugal = predict(plan_config(gradient_checkpointing=True, moment_dtype="bfloat16")).case
+    assert len(what_fits(frugal)) == 1
+
+
+def test_a_sequence_that_no_number_of_devices_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--model_name_or_path", "llama-3.2-1b", "--device", "t4", "--dtype", "float16"]
+    assert main([*asked, "--max_length", "4000000"]) == 0
+    text = capsys.readouterr().out
+    assert "Not even one sequence fits, on whatever number of devices" in text
+    longest = int(text.partition("a sequence of ")[2].split()[0]) if "a sequence of " in text else 0
+    case = predict(
+        plan_config(model_name_or_path="llama-3.2-1b", device="t4", dtype="float16", max_length=4000000)
+    ).case
+    assert longest == longest_sequence(case)
+
+
+def test_experts_are_all_held_and_a_few_are_computed() -> None:
+    dense, experts = (predict(plan_config(model_name_or_path=name)) for name in ("qwen3-8b", "qwen3-30b-a3b"))
+    assert experts.memory["lcdd"].parts["weights"] > 3 * dense.memory["lcdd"].parts["weights"]
+    assert experts.case.model.active_parameters < 3e9 < 29e9 < experts.case.model.masked_parameters
+    assert experts.seconds["plain"]["backward dW"] < dense.seconds["plain"]["backward dW"] / 2
+
+
+def test_windows_spare_attention() -> None:
+    whole, windowed = (Layer(**LAYER, window=window) for window in (None, 128))
+    assert whole.keys_seen(4096) == 2048
+    assert windowed.keys_seen(4096) == pytest.approx(sum(min(i, 128) for i in range(4096)) / 4096, abs=1)
+    assert windowed.keys_seen(64) == 32
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_a_config_file_and_a_directory_are_read_alike(tmp_path: Path) -> None:
+    new_model(TINY | {"model_type": "llama"}, seed=0).config.save_pretrained(tmp_path)
+    assert read_architecture(str(tmp_path)) == read_architecture(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("llama-3-80b", "did you mean llama-3-8b"), ("Qwen3-0.6", "did you mean qwen3-0.6b"), ("nothing", "sizes of:"),
+])  # fmt: skip
+def test_models_that_are_not_known(name: str, said: str) -> None:
+    with pytest.raises(InputError, match=f"model_name_or_path: expected .*{said}"):
+        read_architecture(name)
+
+
 @pytest.mark.parametrize(
     "flags", [["--model_name_or_path", "no/such/model"], ["--density", "1.5"], ["--device", "tpu"]]
 )
@@ -300,7 +393,7 @@ def test_predicted_peak_memory_is_within_a_tenth_of_measured() -> None:
     done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
-    model = architecture(new_model(BIG, seed=0))
+    model = Architecture.of(new_model(BIG, seed=0))
     found = {}
     for case, (provider, changes) in CASES.items():
         config = plan_config(**COMMON | {"bandwidth": 1.0, "flops": 1.0} | changes)

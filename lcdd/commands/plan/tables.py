@@ -41,7 +41,7 @@ def memory_table(plan: Mapping[str, Any]) -> list[str]:
     rows.append(["peak", *(f"{m['peak'] / unit:.2f}" for m in memory.values())])
     plain = memory["plain"]["peak"]
     rows.append(["over plain", *(f"{m['peak'] / plain:.2f}x" for m in memory.values())])
-    limit = plan["device"]["memory"] * GB
+    limit = plan["device"]["usable"] * plan["device"]["memory"] * GB
     rows.append([
         f"fits {plan['device']['memory']:.0f} GB", *("yes" if m["peak"] <= limit else "no" for m in memory.values())
     ])  # fmt: skip
@@ -49,6 +49,39 @@ def memory_table(plan: Mapping[str, Any]) -> list[str]:
     fullest = "; ".join(f"{key} at {m['moment']}" for key, m in memory.items())
     others = ", ".join(f"{key} {value / unit:.2f}" for key, value in plan["alternatives"].items())
     return ["Peak memory, predicted", *lines, f"Fullest: {fullest}.", f"By choice, {name}: {others}."]
+
+
+def fits_table(plan: Mapping[str, Any]) -> list[str]:
+    """What would fit, for lcdd: a row for each choice, and the flags of the first where what was asked for does not."""
+    c, device, fits = plan["config"], plan["device"], plan["fits"]
+    title = (
+        f"What fits, for lcdd: {device['usable']:.0%} of {device['memory']:g} GB are taken to be there for tensors; a "
+        f"sequence has {c['max_length']} tokens"
+    )
+    if not fits:
+        longest = plan["longest_sequence"]
+        advice = f"a sequence of {longest} tokens does" if longest else "nor does a shorter one"
+        return [title, f"Not even one sequence fits, on whatever number of devices; with every saving on, {advice}."]
+    rows = [
+        [
+            f"{'' if fit['gradient_checkpointing'] else 'no '}checkpointing, {fit['moment_dtype']} moments",
+            *(str(fit[key]) for key in ("num_gpus", "largest_batch")),
+            f"{fit['peak'] / GIB:.2f}",
+            f"{fit['tokens_per_second']:,.0f}",
+        ]
+        for fit in fits
+    ]  # fmt: skip
+    head = ["", "devices", "largest batch", "GiB as run", "tokens/s"]
+    limit = device["usable"] * device["memory"] * GB
+    if plan["memory"]["lcdd"]["peak"] <= limit:
+        return [title, *_table(head, rows), "What was asked for fits."]
+    return [title, *_table(head, rows), f"What was asked for does not fit; this does: {_flags(c, fits[0])}"]
+
+
+def _flags(config: Mapping[str, Any], fit: Mapping[str, Any]) -> str:
+    """The settings of a fit that differ from a plan's, as flags."""
+    changed = [(key, fit[key]) for key in fit if key in config and fit[key] != config[key]]
+    return " ".join(f"--{key}" if value is True else f"--{key} {value}" for key, value in changed)
 
 
 def time_table(plan: Mapping[str, Any]) -> list[str]:
@@ -105,4 +138,6 @@ def render(plan: Mapping[str, Any]) -> str:
         f"{', activations checkpointed' if c['gradient_checkpointing'] else ''}.",
         source + f" {1e6 * device['launch_seconds']:.0f} us assumed to start an operation.",
     ]
-    return "\n".join([*head, "", *memory_table(plan), "", *time_table(plan), "", *eraser_table(plan)])
+    return "\n".join(
+        [*head, "", *memory_table(plan), "", *fits_table(plan), "", *time_table(plan), "", *eraser_table(plan)]
+    )
