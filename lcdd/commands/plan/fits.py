@@ -88,6 +88,10 @@ def _fit(case: Case) -> Fit | None:
     return None
 
 
+def _largest_batch(case: Case) -> int:
+    return _largest(lambda batch: _fits(_changed(case, per_device_train_batch_size=batch)), LARGEST_BATCH)
+
+
 def _numbers_of_gpus(case: Case) -> Iterator[int]:
     """Those asked for, twice as many, and so on; one CPU is all there is."""
     gpus = case.config.num_gpus
