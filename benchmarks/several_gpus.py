@@ -1,6 +1,6 @@
 """The tables of docs/several-gpus.md, between their markers, from the records that they say.
 
-    python -m benchmarks.several_gpus      rewrites the page; no number is typed by hand
+python -m benchmarks.several_gpus      rewrites the page; no number is typed by hand
 """
 
 import json
