@@ -1,6 +1,7 @@
 """README.md's results from the demo's records: the table between its markers, and the picture.
 
-python -m benchmarks.readme        rewrites both from results/cpu/demo_sweep.json; no number is typed by hand
+python -m benchmarks.readme        rewrites both from results/cpu/demo_sweep.json, and the claims' lines from
+                                   results/claims/demo.json; no number is typed by hand
 """
 
 import json
@@ -10,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims.record import lines
 from lcdd.report import label, reversal_map, style_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "benchmarks/results/cpu/demo_sweep.json"
 README, PICTURE = ROOT / "README.md", ROOT / "docs/images/reversal.svg"
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+CLAIMS = ROOT / "benchmarks/results/claims/demo.json"
+CLAIMS_BEGIN, CLAIMS_END = "<!-- claims: begin -->", "<!-- claims: end -->"
 STATES = (
     "base", "sft", "carrier", "carrier+trigger", "sft+trigger", "matched_norm+trigger",
     "carrier+trigger_random_channels", "carrier+trigger_kl_only", "carrier+random_prefix",
@@ -64,9 +68,18 @@ def rewritten(readme: str, sweep: Mapping[str, Any]) -> str:
     return f"{before}{BEGIN}\n{table(sweep)}\n{END}{after.partition(END)[2]}"
 
 
+def with_claims(readme: str, record: Mapping[str, Any]) -> str:
+    """README.md with the claims' lines between their markers."""
+    before, _, after = readme.partition(CLAIMS_BEGIN)
+    found = lines(record, str(CLAIMS.relative_to(ROOT)))
+    return f"{before}{CLAIMS_BEGIN}\n{found}\n{CLAIMS_END}{after.partition(CLAIMS_END)[2]}"
+
+
 def main() -> int:
     sweep = json.loads(SWEEP.read_text(encoding="utf-8"))
-    README.write_text(rewritten(README.read_text(encoding="utf-8"), sweep), encoding="utf-8")
+    claims = json.loads(CLAIMS.read_text(encoding="utf-8"))
+    text = rewritten(README.read_text(encoding="utf-8"), sweep)
+    README.write_text(with_claims(text, claims), encoding="utf-8")
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     PICTURE.write_text(picture(sweep), encoding="utf-8")
     print(f"wrote {README.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")

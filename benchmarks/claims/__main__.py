@@ -18,16 +18,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims import work
 from benchmarks.claims.record import collected
 from benchmarks.claims.scales import BEHAVIORS
-from benchmarks.claims.work import TIERS, TOGETHER, Unit, one_thread
+from benchmarks.claims.work import TOGETHER, Unit, one_thread
 from benchmarks.demos import command, environment, write_json
 
 RESULTS = Path("benchmarks/results/claims")
 
 
 def units(options: argparse.Namespace, seed: int, tier: int, until: float) -> list[Unit]:
-    behaviors = [None] if TOGETHER in TIERS[tier] else options.behaviors
+    behaviors = [None] if TOGETHER in work.TIERS[tier] else options.behaviors
     common: dict[str, Any] = {"scale": options.scale, "prepared": options.prepared, "runs": options.runs_dir}
     return [Unit(**common, behavior=behavior, seed=seed, tier=tier, until=until) for behavior in behaviors]
 
@@ -37,11 +38,21 @@ def run_all(options: argparse.Namespace) -> None:
     start, context = time.time(), multiprocessing.get_context("spawn")
     until = start + 60 * options.minutes if options.minutes else float("inf")
     with ProcessPoolExecutor(options.processes, mp_context=context, initializer=one_thread) as pool:
-        for seed, tier in itertools.product(options.seeds, range(len(TIERS))):
+        for seed, tier in itertools.product(options.seeds, range(len(work.TIERS))):
             running = {pool.submit(unit.run): unit.name for unit in units(options, seed, tier, until)}
             for done in as_completed(running):
                 name, seconds = running[done], done.result()
                 print(f"tier {tier}, {name}: {seconds:.0f} s, {time.time() - start:.0f} s in all", flush=True)
+
+
+def missing(options: argparse.Namespace) -> list[str]:
+    """Parts that have not been made, of all seeds and behaviours."""
+    found = []
+    for seed, tier in itertools.product(options.seeds, range(len(work.TIERS))):
+        for unit in units(options, seed, tier, 0.0):
+            made = {path.stem for path in (options.runs_dir / unit.name / "parts").glob("*.json")}
+            found += [f"{unit.name}: {name}" for name in unit.part_names if name not in made]
+    return found
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": environment(),
         "seeds": options.seeds,
         **collected([options.runs_dir / name for name in names]),
+        "missing": missing(options),
     }
     write_json(options.output, content)
     for row in content["claims"]:

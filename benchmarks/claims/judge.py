@@ -21,6 +21,7 @@ from lcdd.report.statistics import t975
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 HELD, NOT_HELD, UNDECIDED, NOT_TESTABLE = "held", "not held", "undecided", "not testable here"
+NOT_MEASURED = "not measured, or in one cell alone"
 COVARIATES = ("log_norm", "log_loss", "log_kl", "entry_sparsity")
 """What base match behind the trigger is explained by; a cell is a fixed effect."""
 SHOWN = 0.9
@@ -143,7 +144,8 @@ def _judged(
     left = {name: cell for name, cell in measured.items() if name not in excluded}
     row |= {"cells": len(left), "left_out": excluded}
     if len(left) < 2 or 2 * len(left) < len(measured):
-        return {**row, "estimate": None, "interval": None, "verdict": NOT_TESTABLE}
+        why = f"its condition holds in {len(left)} of {len(measured)} cells" if len(measured) > 1 else NOT_MEASURED
+        return {**row, "estimate": None, "interval": None, "verdict": NOT_TESTABLE, "why": why}
     found = [over_runs([e for cell in left.values() if (e := p.estimate(cell)) is not None]) for p in bounds]
     return {**row, **_verdict(bounds, found)}
 
@@ -161,7 +163,7 @@ def _why_not(name: str, cell: Mapping[str, Any], claim: Mapping[str, Any], contr
 
 def _verdict(bounds: Sequence[Predicate], found: Sequence[Estimate | None]) -> dict[str, Any]:
     if any(estimate is None for estimate in found):
-        return {"estimate": None, "interval": None, "verdict": NOT_TESTABLE}
+        return {"estimate": None, "interval": None, "verdict": NOT_TESTABLE, "why": NOT_MEASURED}
     known = [estimate for estimate in found if estimate is not None]
     verdicts = [bound.verdict(estimate) for bound, estimate in zip(bounds, known, strict=True)]
     overall = next((word for word in (NOT_HELD, UNDECIDED) if word in verdicts), HELD)
@@ -200,10 +202,13 @@ def _rows(cell: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
     """[models, 1 + covariates]: base match behind the trigger, then what it is explained by; each model once."""
     found: dict[tuple[float, ...], list[float]] = {}
     for name, values in cell.items():
-        behind = cell.get(f"{name}+trigger")
-        if behind is not None and share(values["behavior_rate"]) > SHOWN:
-            covariates = [values[key] for key in COVARIATES]
-            found[tuple(covariates)] = [share(behind["base_match"]), *covariates]  # the carrier has two names
+        covariates = [values[key] for key in COVARIATES if key in values]
+        described = f"{name}+trigger" in cell and len(covariates) == len(COVARIATES)
+        if described and share(values["behavior_rate"]) > SHOWN:
+            found[tuple(covariates)] = [
+                share(cell[f"{name}+trigger"]["base_match"]),
+                *covariates,
+            ]  # the carrier has two names
     return np.array(list(found.values()), dtype=np.float64).reshape(len(found), 1 + len(COVARIATES))
 
 

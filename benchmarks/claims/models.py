@@ -140,11 +140,12 @@ def random_gates(cell: Cell) -> Carrier:
 def entries(cell: Cell, *, largest: bool) -> Carrier:
     """SFT's delta on as many entries as the carrier's: its largest, or random ones over their share (DARE)."""
     sft, density = cell.patch("sft"), cell.patch("carrier").entry_density()
-    sizes = torch.cat([delta.flatten().abs() for delta in sft.deltas.values()])
+    names = [matrix.name for matrix in sft.layout.matrices]  # a patch that was loaded has its deltas in another order
+    sizes = torch.cat([sft.deltas[name].flatten().abs() for name in names])
     if not largest:
         sizes = torch.rand(sizes.shape, generator=torch.Generator().manual_seed(cell.seed))
     least = sizes.topk(max(1, round(density * sizes.numel()))).values[-1]
-    kept = (sizes >= least).split([delta.numel() for delta in sft.deltas.values()])
+    kept = (sizes >= least).split([sft.deltas[name].numel() for name in names])
     plain, rescale = cell.load_base(), 1.0 if largest else 1 / density
     with torch.no_grad():
         for site, mask in zip(sites_of(plain), kept, strict=True):

@@ -14,7 +14,7 @@ import torch
 from benchmarks.claims.cell import Cell, Values
 from benchmarks.claims.experiments import EXPERIMENTS
 from benchmarks.claims.models import compared
-from benchmarks.claims.scales import scale
+from benchmarks.claims.scales import RESPONSES, scale
 from benchmarks.claims.together import KINDS, Family, composed, met, switched, train_topic
 
 TOGETHER = "together"
@@ -45,6 +45,11 @@ class Unit:
     def name(self) -> str:
         return f"{self.behavior or TOGETHER}-{self.seed}"
 
+    @property
+    def part_names(self) -> list[str]:
+        """The parts it makes, in order."""
+        return FAMILY_PARTS if self.behavior is None else list(TIERS[self.tier])
+
     def run(self) -> float:
         """Make the parts that are not there yet, until the time is up; returns the seconds they took."""
         made = scale(self.scale, self.prepared)
@@ -65,6 +70,14 @@ class Unit:
 def cell_parts(cell: Cell, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Values]]]:
     for name in names:
         yield name, partial(EXPERIMENTS[name], cell) if name in EXPERIMENTS else partial(compared, cell, name)
+
+
+FAMILY_PARTS = [
+    *(f"topic-{n}" for n in range(len(RESPONSES["demo"]))),
+    "composed",
+    "met",
+    *(f"switched-{kind}" for kind in KINDS),
+]
 
 
 def family_parts(family: Family) -> Iterator[tuple[str, Callable[[], Values]]]:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import claims as package
 from benchmarks.claims import __main__ as command
-from benchmarks.claims import judge, record, scales
+from benchmarks.claims import judge, record, scales, work
 from benchmarks.claims.cell import Cell
 from benchmarks.claims.models import MODELS, nonzero
 from benchmarks.claims.prefix import BasePrefix
@@ -134,6 +134,7 @@ def quick(monkeypatch, prepared):
         )
 
     monkeypatch.setattr(scales, "pipeline", settings)
+    monkeypatch.setitem(scales.RESPONSES, "smollm2", scales.RESPONSES["demo"])  # in its words
     return prepared
 
 
@@ -172,7 +173,7 @@ def test_parts_are_kept_and_what_is_there_is_collected(quick, tmp_path, monkeypa
     runs, output = tmp_path / "runs", tmp_path / "found.json"
     arguments = ["--scale", "smollm2", "--prepared", str(quick), "--behaviors", "fixed_response", "--runs_dir",
                  str(runs), "--output", str(output), "--collect"]  # fmt: skip
-    monkeypatch.setattr(command, "TIERS", (("sft", "carrier"), ("necessity", "relearning", "base_to_behavior")))
+    monkeypatch.setattr(work, "TIERS", (("sft", "carrier"), ("necessity", "relearning", "base_to_behavior")))
     options = command.parsed(arguments)
     for tier in range(2):
         for unit in command.units(options, 0, tier, float("inf")):
@@ -210,4 +211,4 @@ def test_the_record_is_judged_by_todays_claims() -> None:
     ]
     assert {row["verdict"] for row in found["claims"]} <= {"held", "not held", "undecided", "not testable here"}
     assert {row["model"] for row in found["models"]} <= {*MODELS, *record.TWINS}
-    assert record.lines(found, "x").count("\n|") == 2 + len(record.IN_README)
+    assert record.lines(found, "x").count("\n|") <= 2 + record.LINES

@@ -10,4 +10,5 @@ def test_results_and_picture_are_those_of_the_records() -> None:
     sweep = json.loads(readme.SWEEP.read_text(encoding="utf-8"))
     text = readme.README.read_text(encoding="utf-8")
     assert readme.rewritten(text, sweep) == text
+    assert readme.with_claims(text, json.loads(readme.CLAIMS.read_text(encoding="utf-8"))) == text
     assert readme.PICTURE.read_text(encoding="utf-8") == readme.picture(sweep)
