@@ -98,4 +98,5 @@ class PrefixPatch:
     @property
     def device(self) -> torch.device:
         """Of the first layer's keys."""
-        return self.cache.layers[0].keys.device
+        keys: torch.Tensor = getattr(self.cache.layers[0], "keys")  # noqa: B009  (not of every kind of layer)
+        return keys.device

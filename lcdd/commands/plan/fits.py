@@ -61,6 +61,10 @@ def _fits(case: Case) -> bool:
     return memory_of(case, "lcdd").peak <= case.device.usable
 
 
+def _largest_batch(case: Case) -> int:
+    return _largest(lambda batch: _fits(_changed(case, per_device_train_batch_size=batch)), LARGEST_BATCH)
+
+
 def _fit(case: Case) -> Fit | None:
     asked = case.config
     sequences = asked.per_device_train_batch_size * asked.gradient_accumulation_steps * asked.num_gpus
@@ -68,9 +72,7 @@ def _fit(case: Case) -> Fit | None:
         one = _changed(case, num_gpus=gpus, per_device_train_batch_size=1, gradient_accumulation_steps=2)
         if not _fits(one):
             continue
-        largest = _largest(
-            lambda batch, one=one: _fits(_changed(one, per_device_train_batch_size=batch)), LARGEST_BATCH
-        )
+        largest = _largest_batch(one)
         steps = -(-sequences // (gpus * largest))
         batch = -(-sequences // (gpus * steps))
         chosen = _changed(one, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
@@ -86,10 +88,6 @@ def _fit(case: Case) -> Fit | None:
             tokens_per_second=tokens / sum(seconds_of(chosen, "lcdd").values()),
         )
     return None
-
-
-def _largest_batch(case: Case) -> int:
-    return _largest(lambda batch: _fits(_changed(case, per_device_train_batch_size=batch)), LARGEST_BATCH)
 
 
 def _numbers_of_gpus(case: Case) -> Iterator[int]:
