@@ -50,7 +50,10 @@ def find_adapter(path: str | Path) -> Adapter | None:
     Raises:
         InputError: it cannot be read, names no base, or lies beside a whole model's weights.
     """
-    file = find_adapter_config_file(str(path))
+    try:
+        file = find_adapter_config_file(str(path))
+    except (OSError, ValueError):  # a file, or nothing that the hub could have: whoever reads its config says so
+        file = None
     if file is None:
         return None
     where = f"{str(path)!r}: {SETTINGS}"

@@ -207,7 +207,7 @@ def test_torchrun_is_for_training(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sft_command, "sft", lambda *_: StageResult(written=(), next_step=""))
     assert cli.main(["sft", *REQUIRED]) == 0
     assert cli.main(["report", "--output_dir", "o"]) == 2
-    assert capsys.readouterr().err.startswith("lcdd report: expected one process")
+    assert capsys.readouterr().err.startswith("lcdd report, rank 0: expected one process")
 
 
 def test_out_of_memory_is_one_line(monkeypatch, capsys) -> None:
