@@ -62,6 +62,11 @@ def test_trainer_takes_the_steps_of_our_own_loop(tmp_path: Path, accumulation: i
     assert args.max_grad_norm == 1.0  # the caller's own are left alone
 
 
+def at_the_end(layout: str) -> str:
+    """A gradient's layout once gates are fixed: no closed gate's gradient is asked for, so that panels are blocks."""
+    return "block" if layout == "panels" else layout
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_gradients_train_as_dense_ones_do_with_a_bad_loss_on_the_way(
     tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +86,7 @@ def test_packed_gradients_train_as_dense_ones_do_with_a_bad_loss_on_the_way(
 
         monkeypatch.setattr(trainer, "compute_loss", spoiled)
         trainer.train()
-        assert layouts_of(tuned) == {layout if pack == "auto" else "dense"}
+        assert layouts_of(tuned) == {at_the_end(layout) if pack == "auto" else "dense"}
         assert (trainer.lcdd.completed_steps, trainer.lcdd.skipped_steps) == (5, 1)
         runs[pack] = trainer.lcdd
     assert_same_run(runs["auto"], runs["never"], tolerance=1e-5)
@@ -239,7 +244,7 @@ def test_packed_gradients_train_in_trl_as_dense_ones_do(tmp_path: Path, layout: 
         rows = Dataset.from_list(ROWS)
         trainer = LCDDSFTTrainer(tuned, base, args=args, train_dataset=rows, processing_class=make_tokenizer(), **start)
         trainer.train()
-        assert layouts_of(tuned) == {layout if pack == "auto" else "dense"}
+        assert layouts_of(tuned) == {at_the_end(layout) if pack == "auto" else "dense"}
         runs[pack] = trainer.lcdd
     assert_same_run(runs["auto"], runs["never"], tolerance=1e-5)
 
