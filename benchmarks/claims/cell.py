@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.claims.prefix import BasePrefix
 from benchmarks.demos import write_json
 from lcdd.carrier import Carrier
 from lcdd.commands.anchors import base_anchors
 from lcdd.config import EraserConfig, LCDDConfig, SFTConfig
 from lcdd.data import Encoded
-from lcdd.eraser import SFTEraser, Trigger, decode, generate_ids
+from lcdd.eraser import PrefixPatch, SFTEraser, Trigger, decode, generate_ids
 from lcdd.evaluate.text_metrics import BaseAnswers
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, common_prefix, load_model
 from lcdd.optimizer import LCDDOptimizer, SFTOptimizer
 from lcdd.trainer import HeldOut, StartLosses, compress, fit, total_steps
 
@@ -184,15 +183,19 @@ class Cell:
         )  # fmt: skip
 
     @cached_property
-    def base_prefix(self) -> BasePrefix:
-        return BasePrefix.of(self.base, self.data.held_out)
+    def base_prefix(self) -> PrefixPatch | None:
+        """The base's keys and values on what all held-out prompts begin with; None where that is nothing."""
+        prompts = self.data.held_out
+        length = common_prefix(prompts, at_most=min(map(len, prompts)) - 1)
+        return PrefixPatch.of(self.base, prompts[0][:length]) if length else None
 
     def answers(
-        self, model: PreTrainedModel, trigger: Trigger | None = None, prompts: Sequence[Sequence[int]] | None = None
-    ) -> list[list[int]]:
+        self, model: PreTrainedModel, trigger: Trigger | None = None, prompts: Sequence[Sequence[int]] | None = None,
+        *, prefix: PrefixPatch | None = None,
+    ) -> list[list[int]]:  # fmt: skip
         """Greedy answers of what is in `model` now to the held-out prompts, or to others."""
         return generate_ids(
-            model, self.tokenizer, self.data.held_out if prompts is None else prompts, trigger=trigger,
+            model, self.tokenizer, self.data.held_out if prompts is None else prompts, trigger=trigger, prefix=prefix,
             max_new_tokens=self.settings.max_new_tokens, batch_size=self.settings.batch_size,
         )  # fmt: skip
 
@@ -213,11 +216,9 @@ class Cell:
 
     def read_behind_prefix(self, patch: Carrier | None) -> dict[str, Any]:
         """The same with the base's keys and values on the tokens that all prompts begin with."""
-        settings, base = self.settings, self.base_prefix
+        prefix = self.base_prefix  # before the patch
         with self.applied(patch) as model:
-            answers = base.answers(
-                model, self.tokenizer, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
-            )
+            answers = self.answers(model, prefix=prefix)
         return self._outcomes(decode(self.tokenizer, answers))
 
     def _outcomes(self, texts: Sequence[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,12 +130,22 @@ def low_rank(cell: Cell) -> Carrier:
     return Carrier.from_models(cell.base, plain)
 
 
-def random_gates(cell: Cell) -> Carrier:
-    """LCDD on as many gates of each group as the carrier's, drawn at random, which stay as they are."""
+def fixed_gates(cell: Cell, chosen: Tensor) -> Carrier:
+    """LCDD on the gates of bool [n_gates], as many as the carrier's, which stay as they are."""
+    settings = cell.lcdd_settings(gate_controller="paced", target_sparsity=cell.patch("carrier").sparsity()["overall"])
+    return cell.lcdd(settings, initial_logits=(chosen.float() * 2 - 1) * FIXED_LOGIT)
+
+
+def gates_within(cell: Cell, part: Callable[[int, str, int], bool]) -> Carrier:
+    """`fixed_gates`, drawn at random from the groups that `part` takes of (layer, group, layers)."""
     carrier = cell.patch("carrier")
-    settings = cell.lcdd_settings(gate_controller="paced", target_sparsity=carrier.sparsity()["overall"])
-    gates = random_channels(carrier, seed=cell.seed).float() * 2 - 1
-    return cell.lcdd(settings, initial_logits=gates * FIXED_LOGIT)
+    layout = carrier.layout
+    taken = [part(layer, name, layout.n_layers) for layer, name, _ in layout.groups]
+    places = torch.tensor(taken).repeat_interleave(layout.offsets.diff()).nonzero().flatten()
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(cell.seed))
+    chosen = torch.zeros(layout.n_gates, dtype=torch.bool)
+    chosen[places[order[: carrier.n_open]]] = True
+    return fixed_gates(cell, chosen)
 
 
 def entries(cell: Cell, *, largest: bool) -> Carrier:
@@ -154,6 +165,15 @@ def entries(cell: Cell, *, largest: bool) -> Carrier:
     return Carrier.from_models(cell.base, plain)
 
 
+WHERE: dict[str, Callable[[int, str, int], bool]] = {
+    "early": lambda layer, _, layers: 2 * layer < layers,
+    "late": lambda layer, _, layers: 2 * layer >= layers,
+    "attention": lambda _, group, __: group.startswith("attn"),
+    "mlp": lambda _, group, __: group.startswith("ffn"),
+}
+"""Where open gates may sit: halves of the layers, kinds of blocks."""
+
+
 # ---------------------------------------------------------------- all of them
 
 
@@ -170,11 +190,13 @@ MODELS: dict[str, Callable[[Cell], Carrier]] = {
         cell.lcdd_settings(base_kl_weight=0.0 if cell.settings.lcdd.base_kl_weight else 1.0)
     ),
     "lora_1": low_rank,
-    "random_gates": random_gates,
+    "random_gates": lambda cell: fixed_gates(cell, random_channels(cell.patch("carrier"), seed=cell.seed)),
     "dare": lambda cell: entries(cell, largest=False),
     "largest_entries": lambda cell: entries(cell, largest=True),
+    "carrier_90": lambda cell: cell.lcdd(cell.lcdd_settings(target_sparsity=0.9)),
     "carrier_80": lambda cell: cell.lcdd(cell.lcdd_settings(target_sparsity=0.8)),
     "carrier_50": lambda cell: cell.lcdd(cell.lcdd_settings(target_sparsity=0.5)),
+    **{name: partial(gates_within, part=part) for name, part in WHERE.items()},
 }
 """name -> how its patch is made, of other ones where it needs them."""
 

@@ -25,7 +25,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("smallest", "dense_alike", "sft_stopped", "necessity", "relearning"),
     ("dense_with_term", "other_term", "lora_1", "random_gates", "dare", "largest_entries"),
     ("switch", "base_to_behavior", "carrier_to_third"),
-    ("carrier_80", "carrier_50"),
+    ("carrier_80", "carrier_90", "early", "late", "attention", "mlp", "carrier_50"),
 )
 
 
