@@ -1,4 +1,4 @@
-"""README.md's results from the records: the tables between their markers, and the picture; no number is typed by hand.
+"""README.md's results from the records: the tables between their markers, and the pictures; no number is typed by hand.
 
 python -m benchmarks.readme    from results/cpu/demo_sweep.json, results/claims/demo.json and results/smollm2
 """
@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims import frontier
 from benchmarks.claims.record import lines
 from lcdd.report import label, reversal_map, style_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP, REAL = ROOT / "benchmarks/results/cpu/demo_sweep.json", ROOT / "benchmarks/results/smollm2"
-README, PICTURE = ROOT / "README.md", ROOT / "docs/images/reversal.svg"
+README, IMAGES = ROOT / "README.md", ROOT / "docs/images"
 CLAIMS = ROOT / "benchmarks/results/claims/demo.json"
 STATES = (
     "base", "sft", "carrier", "carrier+trigger", "sft+trigger", "matched_norm+trigger",
@@ -120,12 +121,18 @@ def blocks() -> dict[str, str]:
     return {"demo": table(sweep), "claims": lines(claims, str(CLAIMS.relative_to(ROOT))), "smollm2": real(REAL)}
 
 
+def pictures() -> dict[Path, str]:
+    """Every picture that comes from records."""
+    sweep, claims = (json.loads(path.read_text(encoding="utf-8")) for path in (SWEEP, CLAIMS))
+    return {IMAGES / "reversal.svg": picture(sweep), IMAGES / "frontier.svg": frontier.draw(frontier.dots(claims))}
+
+
 def main() -> int:
-    sweep = json.loads(SWEEP.read_text(encoding="utf-8"))
     README.write_text(rewritten(README.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    PICTURE.write_text(picture(sweep), encoding="utf-8")
-    print(f"wrote {README.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")
+    drawn = pictures()
+    for path, svg in drawn.items():
+        path.write_text(svg, encoding="utf-8")
+    print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (README, *drawn))}")
     return 0
 
 

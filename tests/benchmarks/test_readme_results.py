@@ -1,13 +1,11 @@
-"""The README's table and picture are those of the demo's records."""
-
-import json
+"""The README's tables and pictures are those of the records."""
 
 from benchmarks import readme
 
 
-def test_results_and_picture_are_those_of_the_records() -> None:
-    """`python -m benchmarks.readme` writes them; run it again after the demo's records change."""
-    sweep = json.loads(readme.SWEEP.read_text(encoding="utf-8"))
+def test_results_and_pictures_are_those_of_the_records() -> None:
+    """`python -m benchmarks.readme` writes them; run it again after records change."""
     text = readme.README.read_text(encoding="utf-8")
     assert readme.rewritten(text, readme.blocks()) == text
-    assert readme.PICTURE.read_text(encoding="utf-8") == readme.picture(sweep)
+    for path, svg in readme.pictures().items():
+        assert path.read_text(encoding="utf-8") == svg
