@@ -127,13 +127,21 @@ def packed_weight_grad(
     return results[0] if layout == "block" else (results[0], results[1])
 
 
+_SMALL_PRODUCT = 2**27
+"""Multiply-adds. For 16-bit operands of a shape that is new oneDNN writes code first, milliseconds long, and while gates
+close (and texts differ in length) every shape is new; a product below this is done sooner in float32."""
+
+
 def _product(a: Tensor, b: Tensor, shape: tuple[int, int], out: Tensor | None) -> Tensor:
     """aᵀb without the padding of the operands, contiguous, or added to `out`."""
     padded = (a.shape[1], b.shape[1]) != shape
+    dtype = a.dtype
+    if dtype.itemsize == 2 and a.device.type == "cpu" and a.numel() * b.shape[1] < _SMALL_PRODUCT:
+        a, b = a.float(), b.float()
     if out is None:
-        return torch.mm(a.t(), b)[: shape[0], : shape[1]].contiguous()
+        return torch.mm(a.t(), b)[: shape[0], : shape[1]].to(dtype).contiguous()
     if padded or out.dtype != a.dtype:
-        return out.add_(torch.mm(a.t(), b)[: shape[0], : shape[1]])
+        return out.add_(torch.mm(a.t(), b)[: shape[0], : shape[1]].to(dtype))
     return torch.addmm(out, a.t(), b, out=out)
 
 
