@@ -25,6 +25,7 @@ from lcdd import __version__
 from lcdd.config import (
     AuditConfig,
     ChatConfig,
+    ComposeConfig,
     Config,
     DataConfig,
     DemoConfig,
@@ -100,6 +101,11 @@ COMMANDS: dict[str, Command] = {
         help="a carrier in a format that others load: a delta by parameter name, or a PEFT adapter",
         configs=(ExportConfig,),
         run=_lazy("export"),
+    ),
+    "compose": Command(
+        help="several carriers of one base as one: their sum, or with some taken away",
+        configs=(ComposeConfig,),
+        run=_lazy("run", "compose"),
     ),
     "generate": Command(
         help="answer prompts, with a carrier applied and a trigger prepended if given",

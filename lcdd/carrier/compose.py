@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from lcdd.models import Matrix
 def compose(patches: Sequence[Carrier]) -> Carrier:
     """One patch that adds to the base what all of `patches` add; its gates are 0 or 1, open where any of theirs is.
 
-    Δ is float32 at least: each entry is the float64 sum, rounded once.
+    Δ is float32 at least: each entry is the float64 sum, rounded once. What the patches have on record of tokenizer and
+    chat template goes along.
 
     Raises:
-        InputError: no patches, patches of different bases, or one that changes more than masked matrices.
+        InputError: no patches, patches of different bases or asked in different ways, or one that changes more than
+            masked matrices.
     """
     if not patches:
         raise InputError("patches: expected at least one, got none")
@@ -37,6 +40,7 @@ def compose(patches: Sequence[Carrier]) -> Carrier:
             )
         if patch.unmasked:
             raise InputError(f"patches: expected masked matrices alone, got {sorted(patch.unmasked)[:3]} as well")
+    asked = _asked(patches)
     ordered = sorted(patches, key=_digest)
     is_open = torch.stack([patch.gate != 0 for patch in ordered]).any(0)
     kinds = [torch.promote_types(delta.dtype, torch.float32) for patch in ordered for delta in patch.deltas.values()]
@@ -51,8 +55,9 @@ def compose(patches: Sequence[Carrier]) -> Carrier:
             total[torch.searchsorted(rows, own_rows)[:, None], torch.searchsorted(cols, own_cols)] += block
         deltas[matrix.name] = total.to(dtype)
     return replace(
-        first, gate_kind="heaviside_ste", gate_logits=gate * 2 - 1, gate=gate, deltas=deltas, initial_logits=None
-    )
+        first, gate_kind="heaviside_ste", gate_logits=gate * 2 - 1, gate=gate, deltas=deltas, initial_logits=None,
+        tokenizer=asked,
+    )  # fmt: skip
 
 
 def overlap(first: Carrier, second: Carrier) -> dict[str, float]:
@@ -77,6 +82,16 @@ def overlap(first: Carrier, second: Carrier) -> dict[str, float]:
         "entries": shared / max(1.0, together),
         "cosine": inner / norms if norms else 0.0,
     }
+
+
+def _asked(patches: Sequence[Carrier]) -> dict[str, Any]:
+    """The records of tokenizer and template, which have to agree as far as they go."""
+    found: dict[str, Any] = {}
+    for patch in patches:
+        for key, value in sorted(patch.tokenizer.items()):
+            if found.setdefault(key, value) != value:
+                raise InputError(f"patches: expected carriers trained with one {key}, got {found[key]!r} and {value!r}")
+    return found
 
 
 def _block(patch: Carrier, matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:

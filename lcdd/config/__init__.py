@@ -2,7 +2,15 @@
 
 from lcdd.config.data import BEHAVIOR_NAMES, DataConfig
 from lcdd.config.eraser import CHANNEL_KINDS, EraserConfig
-from lcdd.config.evaluation import AuditConfig, ChatConfig, EvalConfig, ExportConfig, GenerateConfig, ReportConfig
+from lcdd.config.evaluation import (
+    AuditConfig,
+    ChatConfig,
+    ComposeConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    ReportConfig,
+)
 from lcdd.config.fields import (
     Config,
     add_flags,
@@ -24,6 +32,7 @@ __all__ = [
     "Answers",
     "AuditConfig",
     "ChatConfig",
+    "ComposeConfig",
     "Config",
     "DataConfig",
     "DemoConfig",

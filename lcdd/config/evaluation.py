@@ -88,6 +88,21 @@ class ExportConfig(Writes, OfBase, OnDevice):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComposeConfig(Writes):
+    """Several carriers of one base as one."""
+
+    carriers: tuple[str, ...] = option((), "carriers that are added up: directories or hub names", required=True)
+    without: tuple[str, ...] = option((), "carriers that are taken away: B - A", common=True)
+
+    def check(self) -> None:
+        super().check()
+        if len(self.carriers) + len(self.without) < 2:
+            raise InputError(
+                f"ComposeConfig.carriers: expected at least two with those of without, got {self.carriers}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig(Config):
     """Render report.html again from report.json (and log.jsonl beside it)."""
 

@@ -128,8 +128,8 @@ def packed_weight_grad(
 
 
 _SMALL_PRODUCT = 2**27
-"""Multiply-adds. For 16-bit operands of a shape that is new oneDNN writes code first, milliseconds long, and while gates
-close (and texts differ in length) every shape is new; a product below this is done sooner in float32."""
+"""Multiply-adds. For 16-bit operands of a new shape oneDNN writes code first, for milliseconds, and while gates close
+(and texts differ in length) every shape is new; a product below this is done sooner in float32."""
 
 
 def _product(a: Tensor, b: Tensor, shape: tuple[int, int], out: Tensor | None) -> Tensor:

@@ -1,12 +1,14 @@
 """Several patches in one model: their sum by the definition, the same bits in any order, and how far they meet."""
 
 import copy
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
 
 from lcdd.carrier import Carrier, compose, overlap
+from lcdd.cli import main
 from lcdd.errors import InputError
 from lcdd.models import sites_of
 
@@ -62,3 +64,30 @@ def test_what_does_not_belong_together_is_refused(setting, make_models, make_car
     other_base, other = make_models("llama")
     with pytest.raises(InputError, match="patches: expected patches of one base"):
         compose([patches[0], make_carrier(other_base, other, density=0.5)])
+
+
+def test_the_command_adds_and_takes_away(setting, tmp_path, capsys):
+    _, _, patches = setting
+    for name, patch in zip("ab", patches, strict=False):
+        patch.save_pretrained(tmp_path / name)
+    both, back = tmp_path / "both", tmp_path / "back"
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert main(["compose", "--carriers", a, b, "--output_dir", str(both)]) == 0
+    assert "of their open gates in common" in capsys.readouterr().out
+    found = Carrier.from_pretrained(both / "carrier")
+    wanted = compose(patches[:2])
+    assert torch.equal(found.gate, wanted.gate)
+    assert all(torch.equal(found.deltas[name], delta) for name, delta in wanted.deltas.items())
+    assert main(["compose", "--carriers", str(both / "carrier"), "--without", a, "--output_dir", str(back)]) == 0
+    rest = Carrier.from_pretrained(back / "carrier")
+    assert rest.delta_norm() == pytest.approx(patches[1].delta_norm(), rel=1e-6)
+    assert main(["compose", "--carriers", a, "--output_dir", str(tmp_path / "one")]) == 2
+    assert "expected at least two" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
+
+
+def test_carriers_that_were_asked_in_different_ways_are_refused(setting):
+    patches = [replace(patch, tokenizer={"tokenizer": name}) for name, patch in zip("ab", setting[2], strict=False)]
+    assert compose([patches[0], setting[2][2]]).tokenizer == {"tokenizer": "a"}
+    with pytest.raises(InputError, match="trained with one tokenizer, got 'a' and 'b'"):
+        compose(patches)
