@@ -34,12 +34,13 @@ def units(options: argparse.Namespace, seed: int, tier: int, until: float) -> li
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Tier after tier of one seed after the other, each of a tier's units in a process with one thread."""
+    """Tier after tier, each of a tier's units in a process with one thread."""
     start, context = time.time(), multiprocessing.get_context("spawn")
     until = start + 60 * options.minutes if options.minutes else float("inf")
     with ProcessPoolExecutor(options.processes, mp_context=context, initializer=one_thread) as pool:
-        for seed, tier in itertools.product(options.seeds, range(len(work.TIERS))):
-            running = {pool.submit(unit.run): unit.name for unit in units(options, seed, tier, until)}
+        for tier in range(len(work.TIERS)):
+            todo = [unit for seed in options.seeds for unit in units(options, seed, tier, until)]
+            running = {pool.submit(unit.run): unit.name for unit in todo}
             for done in as_completed(running):
                 name, seconds = running[done], done.result()
                 print(f"tier {tier}, {name}: {seconds:.0f} s, {time.time() - start:.0f} s in all", flush=True)
