@@ -201,16 +201,18 @@ class _Group:
         return flat if self.slots is None else flat.index_select(0, self.slots)
 
 
-def _pads(device: torch.device) -> bool:
-    """On a GPU attention waits for launches, on a CPU padding costs what tokens cost."""
-    return torch.device(device).type != "cpu"
+def _similar(device: torch.device) -> int:
+    """Tokens by which rows of a group may differ: on a GPU attention waits for launches, so any number; on a CPU
+    padding costs what tokens cost, and a call as much as some."""
+    return 16 if torch.device(device).type == "cpu" else 2**31
 
 
 def _groups(lengths: Sequence[int], *, starts: int, device: torch.device) -> list[_Group]:
-    """Rows of one length together; all rows together where padding is cheaper than launches."""
+    """Rows of similar length together; all rows together where padding is cheaper than launches."""
     found: dict[int, list[int]] = {}
+    similar = _similar(device)
     for row, length in enumerate(lengths):
-        found.setdefault(0 if _pads(device) else length, []).append(row)
+        found.setdefault(-(-length // similar), []).append(row)
     begins = [0, *itertools.accumulate(lengths)]
     groups = []
     for rows in found.values():

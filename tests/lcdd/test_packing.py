@@ -88,11 +88,11 @@ def test_loss_and_gradients_are_those_of_one_example_at_a_time(model: nn.Module,
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral"])
-@pytest.mark.parametrize("pads", [False, True], ids=["groups of a length", "one padded group"])
+@pytest.mark.parametrize("similar", [1, 16, 2**31], ids=["groups of a length", "similar lengths", "one padded group"])
 def test_other_architectures_windows_and_the_grouping_of_gpus(
-    kind: str, pads: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, similar: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_rows, "_pads", lambda _: pads)
+    monkeypatch.setattr(packed_rows, "_similar", lambda _: similar)
     model = make_model(kind, vocab_size=200)
     if kind == "mistral":
         model.config.sliding_window = 7
