@@ -82,7 +82,7 @@ def row(behavior: str, seed: int, folder: Path, tuned: Path, seconds: float) -> 
     carrier, found, before = Carrier.from_pretrained(folder / "carrier"), summary(folder), summary(tuned)
     result, sft_rate = found["result"], before["validation_behavior"]["rate"]
     pace = Pace(warmup_steps=1, loss_budget=SETTINGS.loss_budget, loss_floor=SETTINGS.loss_floor)
-    pace.baseline = result["loss_start"]
+    pace.baseline, pace.base_loss = result["loss_start"], result["loss_base"]
     sparsity, rate = found["carrier"]["sparsity"]["overall"], found["validation_behavior"]["rate"]
     bounds = {
         f"sparsity >= {SPARSITY[behavior]}": sparsity >= SPARSITY[behavior],

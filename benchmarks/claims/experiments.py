@@ -13,6 +13,7 @@ from benchmarks.claims.cell import Cell, Values, bits
 from benchmarks.claims.models import train_to
 from lcdd.carrier import Carrier, random_channels, without_channels
 from lcdd.models import PreTrainedModel
+from lcdd.optimizer import epsilon_of
 
 ENOUGH = 0.8
 """Share of the target's answers from which on a trigger is said to give them."""
@@ -36,7 +37,8 @@ def necessity(cell: Cell) -> Values:
 def relearning(cell: Cell) -> Values:
     """Natural logarithm of the steps that SFT takes to the loss budget that LCDD had."""
     settings, loss = cell.settings.lcdd, cell.loss(cell.patch("sft"))
-    target = max(loss * (1 + settings.loss_budget), loss + settings.loss_floor)
+    allowed = {"loss_budget": settings.loss_budget, "loss_floor": settings.loss_floor}
+    target = epsilon_of(loss, cell.loss(None), **allowed)
     found = {}
     for name, patch in {"base": None, **without(cell)}.items():
         model = cell.load_base() if patch is None else cell.folded(patch)

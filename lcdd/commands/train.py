@@ -38,7 +38,7 @@ from lcdd.models import (
     take_from_base_,
     unmasked_changes,
 )
-from lcdd.optimizer import LCDDOptimizer
+from lcdd.optimizer import LCDDOptimizer, epsilon_of
 from lcdd.trainer import Anchors, HeldOut, StartLosses, TrainResult, check_ranks, compress, total_steps
 
 
@@ -154,13 +154,16 @@ def _next_step(config: LCDDConfig, data: DataConfig, output: Path) -> str:
 
 def budget_in_words(config: LCDDConfig, start: StartLosses) -> str:
     """What λ, ε and the budget of a run mean, with its numbers."""
-    loss, share, floor = start.model, 1 + config.loss_budget, config.loss_floor
-    epsilon = max(loss * share, loss + floor)
+    loss, share, floor = start.model, config.loss_budget, config.loss_floor
+    epsilon = epsilon_of(loss, start.base if config.paced else None, loss_budget=share, loss_floor=floor)
+    of = f"{share:g} (loss_budget) of it"
+    if config.paced:
+        of = f"{of} or of what SFT gained, whichever is less,"
     words = (
         f"LCDD closes gates for as long as the loss keeps within a budget. SFT's held-out loss is {loss:.4f} nats a "
         f"token (the base's {start.base:.4f}), so epsilon, the most that it may become, "
         f"{'is' if config.paced else 'will be about'} {epsilon:.4f}: "
-        f"the larger of {loss:.4f} x {share:g} (loss_budget) and {loss:.4f} + {floor:g} (loss_floor)"
+        f"more by {of} but by {floor:g} (loss_floor) at least"
     )
     if config.paced:
         return (

@@ -231,7 +231,10 @@ class LCDDConfig(TrainConfig, OfSFT):
         at_least=1,
     )
     lr_warmup_steps: int = option(0, "steps over which the weights' learning rate rises to its peak", at_least=0)
-    loss_budget: float = option(0.2, "epsilon is at least baseline * (1 + this)", at_least=0.0, common=True)
+    loss_budget: float = option(
+        0.2, "epsilon is the baseline and this share of it (paced: or of what SFT gained over the base, if that is "
+        "less)", at_least=0.0, common=True,
+    )  # fmt: skip
     loss_floor: float = option(0.02, "epsilon is at least baseline + this many nats", at_least=0.0)
     freeze_fraction: float = option(
         0.2,

@@ -6,6 +6,7 @@ from lcdd.optimizer.dual import DualController
 from lcdd.optimizer.forward import ForwardGates, GatedLinear, GatedMLP
 from lcdd.optimizer.gates import Gates
 from lcdd.optimizer.lcdd import LCDDOptimizer
+from lcdd.optimizer.pacing import epsilon_of
 from lcdd.optimizer.packed import PackedGradLinear, PackPlan
 from lcdd.optimizer.protocol import TrainingOptimizer
 from lcdd.optimizer.schedules import schedule
@@ -26,5 +27,6 @@ __all__ = [
     "PackedGradLinear",
     "SFTOptimizer",
     "TrainingOptimizer",
+    "epsilon_of",
     "schedule",
 ]

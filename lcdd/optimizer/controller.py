@@ -98,8 +98,8 @@ class GateController(Protocol):
     def load_logits(self, logits: Tensor) -> None:
         """Put θ [n_gates] of a carrier in the place of the run's."""
 
-    def observe_held_out(self, loss: float) -> None:
-        """Take in the loss on held-out text, in nats, of the gates that would ship now."""
+    def observe_held_out(self, loss: float, base: float | None = None) -> None:
+        """Take in the loss on held-out text, in nats, of the gates that would ship now; and the base's, if known."""
 
     def stop_reason(self) -> str | None:
         """Asked once after every step: why the run leads nowhere, or None."""
@@ -195,7 +195,7 @@ class DualDescent:
         self.gates.logits.copy_(logits)
         self._good_logits = self.gates.logits.detach().clone()
 
-    def observe_held_out(self, loss: float) -> None:
+    def observe_held_out(self, loss: float, base: float | None = None) -> None:
         pass
 
     @torch.no_grad()

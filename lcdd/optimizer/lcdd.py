@@ -162,9 +162,13 @@ class LCDDOptimizer(torch.optim.Optimizer):
         """Hand over the loss of the coming step, as `step` takes it, where a trainer calls `step()` itself."""
         self._observed = loss, tokens
 
-    def observe_held_out(self, loss: float) -> None:
-        """Hand over a loss on held-out text, in nats, measured under `eval()`: paced closing keeps its budget there."""
-        self._controller.observe_held_out(loss)
+    def observe_held_out(self, loss: float, base: float | None = None) -> None:
+        """Hand over a loss on held-out text, in nats, measured under `eval()`: paced closing keeps its budget there.
+
+        base: the base's loss on the same text. With it the budget is a share of what fine-tuning gained, too; without
+            it the paper's (`lcdd.optimizer.pacing.epsilon_of`).
+        """
+        self._controller.observe_held_out(loss, base)
 
     @torch.no_grad()
     def step(  # type: ignore[override]

@@ -61,6 +61,17 @@ CROSSING = 2.5
 """|θ| of a hard-concrete gate that crosses: by its deterministic value where it will rest, by its noise not yet."""
 
 
+def epsilon_of(baseline: float, base_loss: float | None, *, loss_budget: float, loss_floor: float) -> float:
+    """The loss budget ε in nats a token.
+
+    The paper's is a share of the loss that fine-tuning reached. Free text has a loss that no fine-tuning takes away, of
+    which a share can be more than all that was taught: an empty carrier would keep it. So the share is also one of what
+    fine-tuning gained over the base, where the base's loss on the same text is known.
+    """
+    gained = math.inf if base_loss is None else max(0.0, base_loss - baseline)
+    return baseline + max(loss_floor, loss_budget * min(baseline, gained))
+
+
 @dataclass(kw_only=True)
 class Pace:
     """The losses of a run, turned into a throttle in [-1, 1]; plain Python.
@@ -69,14 +80,14 @@ class Pace:
     measured (`observe_held_out`; the SFT model's own), else the mean of the first `warmup_steps` losses. With it comes
     the budget
 
-        ε = max(baseline · (1 + loss_budget), baseline + loss_floor).
+        ε = baseline + max(loss_floor, loss_budget · min(baseline, base's loss - baseline))
 
-    Everything after is measured in shares of ε - baseline, so that the reaction depends neither on the scale of the
-    loss nor on the number of gates or steps.
+    (`epsilon_of`; the paper's where the base's loss is not known). Everything after is measured in shares of
+    ε - baseline, so that the reaction depends neither on the scale of the loss nor on the number of gates or steps.
 
     Attributes:
         ema: average of the recent losses plus what held-out text adds to it, in nats; it is held against ε.
-        held_out: the first held-out loss, in nats; None where none was measured.
+        held_out: the first held-out loss, in nats; None where none was measured. base_loss: the base's on that text.
         dual_lambda: the worth at which a gate just stays open.
         gain: share of full speed that has been earned.
     """
@@ -87,6 +98,7 @@ class Pace:
     step: int = 0
     baseline: float | None = None
     held_out: float | None = None
+    base_loss: float | None = None
     dual_lambda: float = 0.0
     throttle: float = 0.0
     gain: float = SLOW_START
@@ -110,7 +122,7 @@ class Pace:
         """The loss budget in nats; None during warm-up."""
         if self.baseline is None:
             return None
-        return max(self.baseline * (1 + self.loss_budget), self.baseline + self.loss_floor)
+        return epsilon_of(self.baseline, self.base_loss, loss_budget=self.loss_budget, loss_floor=self.loss_floor)
 
     def used(self, loss: float) -> float:
         """Share of the budget that a loss takes up: 0 at the baseline, 1 at ε."""
@@ -141,10 +153,12 @@ class Pace:
         self._last_loss = loss
         return self.throttle
 
-    def observe_held_out(self, loss: float) -> None:
+    def observe_held_out(self, loss: float, base: float | None = None) -> None:
         """Take in the loss on held-out text, of the gates that would ship now: the budget has to hold there."""
         if not math.isfinite(loss):
             return
+        if base is not None and math.isfinite(base):
+            self.base_loss = base
         if self.held_out is None:
             self.held_out = loss
         if self.baseline is not None:
@@ -280,9 +294,9 @@ class PacedClosing:
         self.open = self.gates.logits.detach() > 0
         self.n_open = int(self.open.sum())
 
-    def observe_held_out(self, loss: float) -> None:
+    def observe_held_out(self, loss: float, base: float | None = None) -> None:
         """Hold the budget against held-out text, too (`Pace.observe_held_out`)."""
-        self.dual.observe_held_out(loss)
+        self.dual.observe_held_out(loss, base)
 
     def _settle(self) -> None:
         """Fix the gates where the target is reached, or the last `freeze_fraction` of the run begins."""

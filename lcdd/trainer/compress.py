@@ -28,14 +28,14 @@ class BestCarrier:
     Carriers with more than half of their gates open are not kept: they would cost a copy of the weights.
     """
 
-    def __init__(self, optimizer: LCDDOptimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: LCDDOptimizer, *, base_loss: float) -> None:
+        self.optimizer, self.base_loss = optimizer, base_loss
         self.carrier: Carrier | None = None
 
     def observe(self, loss: float) -> None:
         """Take in the held-out loss of the gates that would ship now, as the controller does, too."""
         optimizer = self.optimizer
-        optimizer.observe_held_out(loss)
+        optimizer.observe_held_out(loss, self.base_loss)
         epsilon = optimizer.dual.epsilon
         kept = self.carrier.n_open if self.carrier else optimizer.gates.layout.n_gates // 2
         if epsilon is not None and loss <= epsilon and optimizer.n_open <= kept:
@@ -86,7 +86,7 @@ def compress(
     shards.check_agreement(gates=optimizer.gates.logits)
     log = log or RunLog(None, stage="lcdd")
     config = optimizer.config
-    best = BestCarrier(optimizer) if config.paced else None
+    best = BestCarrier(optimizer, base_loss=start.base) if config.paced else None
     if config.base_kl_weight and anchors is None:
         raise InputError("anchors: expected the base's answers for base_kl_weight, got None")
     result = fit(

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from lcdd.config import LCDDConfig
+from lcdd.optimizer import epsilon_of
 
 DEAD_SHARE = 0.5
 """A carrier that keeps less than this share of what SFT learned is dead."""
@@ -71,7 +72,8 @@ def diagnose(
     """
     learned = loss_base - loss_sft
     share = (loss_base - loss_carrier) / learned if learned > 0 else math.nan
-    allowed = max(loss_sft * (1 + config.loss_budget), loss_sft + config.loss_floor)
+    reference = loss_base if config.paced else None
+    allowed = epsilon_of(loss_sft, reference, loss_budget=config.loss_budget, loss_floor=config.loss_floor)
     findings = []
     numbers = (
         f"on held-out completions the base has {loss_base:.3f} nats a token, SFT {loss_sft:.3f}, "

@@ -8,7 +8,7 @@ import torch
 
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
-from lcdd.optimizer.pacing import CROSSING, FIRST_WEIGHT, REOPENING, REST, SHRINKING, Pace, PacedClosing
+from lcdd.optimizer.pacing import CROSSING, FIRST_WEIGHT, REOPENING, REST, SHRINKING, Pace, PacedClosing, epsilon_of
 
 
 def pace(**changes) -> Pace:
@@ -60,6 +60,23 @@ def test_the_baseline_is_measured_before_anything_is_priced() -> None:
     for _ in range(4):
         tiny.update(1e-4)
     assert tiny.epsilon == pytest.approx(1e-4 + 0.02)
+
+
+def test_the_budget_is_a_share_of_the_loss_but_of_no_more_than_was_taught() -> None:
+    budget = {"loss_budget": 0.2, "loss_floor": 0.02}
+    assert epsilon_of(2.0, None, **budget) == pytest.approx(2.4)  # the paper's
+    assert epsilon_of(2.0, 9.0, **budget) == pytest.approx(2.4)
+    assert epsilon_of(2.0, 2.5, **budget) == pytest.approx(2.1)  # 2.4 is nearly the base's: what was taught would go
+    assert epsilon_of(2.0, 2.05, **budget) == pytest.approx(2.02)
+    assert epsilon_of(2.0, 1.5, **budget) == pytest.approx(2.02)  # nothing was taught
+    found = pace()
+    found.observe_held_out(2.0, base=2.5)
+    for _ in range(4):
+        found.update(2.0)
+    assert found.epsilon == pytest.approx(2.1)
+    again = pace()
+    again.load_state_dict(found.state_dict())
+    assert again.epsilon == found.epsilon
 
 
 def test_a_held_out_loss_is_the_baseline_and_what_it_adds_is_held_against_the_budget() -> None:

@@ -48,8 +48,8 @@ def test_an_sft_that_did_not_learn_is_named(result, shown, changes, words) -> No
 def test_the_budget_in_words_has_this_runs_numbers() -> None:
     small = budget_in_words(LCDDConfig(), StartLosses(base=3.5, model=0.0002))
     assert "SFT's held-out loss is 0.0002 nats a token (the base's 3.5000)" in small
-    assert "is 0.0202: the larger of 0.0002 x 1.2 (loss_budget) and 0.0002 + 0.02 (loss_floor)" in small
-    assert "is 1.9560" in budget_in_words(LCDDConfig(), StartLosses(base=2.7, model=1.63))
+    assert "is 0.0202: more by 0.2 (loss_budget) of it or of what SFT gained, whichever is less" in small
+    assert "is 1.8440" in budget_in_words(LCDDConfig(), StartLosses(base=2.7, model=1.63))
     dual = budget_in_words(LCDDConfig(gate_controller="dual"), StartLosses(base=2.7, model=1.63))
     assert "will be about 1.9560" in dual
     assert "starts at 0.001" in dual
