@@ -15,12 +15,19 @@ from lcdd.models import Architecture, head, layer_activations
 
 ONE_OF_EACH = {which.sites: which for which in FAMILIES}
 ALSO = ("mistral", "cohere2", "bloom", "opt", "mixtral")
+OTHERS = [
+    Family(
+        "embeddings narrower than the layers", "opt", "", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    ),
+    Family("gate and up fused, beside experts", "granitemoeshared", "", {"shared_intermediate_size": 24}),
+]
 
 
 @pytest.mark.parametrize(
     "which",
     [
         *ONE_OF_EACH.values(),
+        *OTHERS,
         *(which for which in FAMILIES if which.model_type in ALSO and which not in ONE_OF_EACH.values()),
     ],
     ids=lambda which: which.model_type,

@@ -384,6 +384,8 @@ def test_a_model_that_is_not_what_it_seems_is_refused_with_what_differs(settings
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised ones \(gptq\)"),
         ("doge", {}, "expected a pattern for every matrix of a block, got none for self_attn.dt_proj.weight"),
         ("vit", {}, "expected a causal language model's config, got 'vit'"),
+        ("qwen2_vl", {}, "got 'qwen2_vl', whose language model 'qwen2_vl_text' has no class of its own"),
+        ("openai-gpt", {}, "one that generates from embeddings, got OpenAIGPTLMHeadModel"),
     ],
 )
 def test_what_cannot_be_masked_is_refused_from_the_config_with_the_reason(model_type, settings, message):
