@@ -182,8 +182,8 @@ def _taken_out(whole: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     head = whole.get_output_embeddings()
     setattr(alone, alone.base_model_prefix, decoder)
     alone.set_output_embeddings(head)
+    alone.config, alone.generation_config = decoder.config, whole.generation_config
     alone.config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight  # the outer config says it
-    alone.generation_config = whole.generation_config
     logger.warning("of %s, a %s, the language model alone is used and saved", path, whole.config.model_type)
     return alone.eval()
 
@@ -288,8 +288,8 @@ def skeleton_of(config: PretrainedConfig | Mapping[str, Any]) -> PreTrainedModel
 
 
 def load_model_type(path: str | Path) -> str:
-    """Name of the architecture of the model at `path`, read from its config alone."""
-    return str(_config(path).model_type)
+    """Name of the architecture of the language model at `path`, read from its config alone."""
+    return str(_config(path).get_text_config(decoder=True).model_type)
 
 
 def hub_commit(name: str) -> str:

@@ -57,8 +57,8 @@ def probe(model: PreTrainedModel) -> None:
 
 def check_generates(model: PreTrainedModel) -> None:
     """Raise InputError unless the model's own `generate` starts from embeddings, which triggers are."""
-    prepare: Any = model.prepare_inputs_for_generation
-    if "inputs_embeds" not in inspect.signature(prepare).parameters:
+    prepare: Any = getattr(model, "prepare_inputs_for_generation", None)
+    if prepare is None or "inputs_embeds" not in inspect.signature(prepare).parameters:
         raise InputError(f"model: expected one that generates from embeddings, got {type(model).__name__}")
 
 
