@@ -1,6 +1,8 @@
-"""README.md's results from the records: the tables between their markers, and the pictures; no number is typed by hand.
+"""Results in README.md and docs/models.md from the records: the tables between their markers, and the pictures.
 
-python -m benchmarks.readme    from results/cpu/demo_sweep.json, results/claims/demo.json and results/smollm2
+python -m benchmarks.readme    from results/cpu/{demo_sweep,families}.json, results/claims/demo.json, results/smollm2
+
+No number is typed by hand.
 """
 
 import json
@@ -12,11 +14,12 @@ from typing import Any
 
 from benchmarks.claims import frontier
 from benchmarks.claims.record import lines
+from benchmarks.families import record as families
 from lcdd.report import label, reversal_map, style_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP, REAL = ROOT / "benchmarks/results/cpu/demo_sweep.json", ROOT / "benchmarks/results/smollm2"
-README, IMAGES = ROOT / "README.md", ROOT / "docs/images"
+README, MODELS, IMAGES = ROOT / "README.md", ROOT / "docs/models.md", ROOT / "docs/images"
 CLAIMS = ROOT / "benchmarks/results/claims/demo.json"
 STATES = (
     "base", "sft", "carrier", "carrier+trigger", "sft+trigger", "matched_norm+trigger",
@@ -106,19 +109,34 @@ def real(directory: Path) -> str:
     return "\n".join((small_table(small), "", words, "", switched_table(reports)))
 
 
-def rewritten(readme: str, blocks: Mapping[str, str]) -> str:
-    """README.md with each block between its markers."""
+def rewritten(page: str, blocks: Mapping[str, str]) -> str:
+    """A page with each block between its markers.
+
+    Raises:
+        ValueError: it has no such markers.
+    """
     for name, block in blocks.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, _, after = readme.partition(begin)
-        readme = f"{before}{begin}\n{block}\n{end}{after.partition(end)[2]}"
-    return readme
+        if begin not in page or end not in page:
+            raise ValueError(f"expected a page with {begin} and {end}")
+        before, _, after = page.partition(begin)
+        page = f"{before}{begin}\n{block}\n{end}{after.partition(end)[2]}"
+    return page
 
 
-def blocks() -> dict[str, str]:
-    """Every block of the README that comes from records."""
+def blocks() -> dict[Path, dict[str, str]]:
+    """Every block of every page that comes from records."""
     sweep, claims = (json.loads(path.read_text(encoding="utf-8")) for path in (SWEEP, CLAIMS))
-    return {"demo": table(sweep), "claims": lines(claims, str(CLAIMS.relative_to(ROOT))), "smollm2": real(REAL)}
+    tried = families.read()
+    return {
+        README: {
+            "demo": table(sweep),
+            "claims": lines(claims, str(CLAIMS.relative_to(ROOT))),
+            "smollm2": real(REAL),
+            "families": families.short_table(tried),
+        },
+        MODELS: {"families": families.table(tried)},
+    }
 
 
 def pictures() -> dict[Path, str]:
@@ -128,11 +146,12 @@ def pictures() -> dict[Path, str]:
 
 
 def main() -> int:
-    README.write_text(rewritten(README.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    for page, parts in blocks().items():
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
     drawn = pictures()
     for path, svg in drawn.items():
         path.write_text(svg, encoding="utf-8")
-    print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (README, *drawn))}")
+    print("wrote", ", ".join(str(path.relative_to(ROOT)) for path in (README, MODELS, *drawn)))
     return 0
 
 

@@ -3,7 +3,7 @@
 The delta holds W_carrier − W_base of every parameter that differs, in a dtype in which base + delta, rounded to the
 weights' dtype, is the carrier bit for bit. The adapter is LoRA: on a block of n open rows and m open columns, A picks
 the columns and B holds them (or B places the rows and A holds them), so that B A is the block and nothing else, of rank
-min(n, m) and scale 1.
+min(n, m) and scale 1; r in its settings is the largest rank, by which servers set room aside.
 """
 
 from pathlib import Path
@@ -85,9 +85,10 @@ def export_adapter(carrier: Carrier, base: PreTrainedModel, directory: str | Pat
             ranks[site.name] = len(down)
     if not ranks:
         raise InputError("export: expected a carrier that changes a weight, got one without an open entry")
+    largest = max(ranks.values())
     config = peft.LoraConfig(
-        r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=ranks, target_modules=sorted(ranks), lora_dropout=0.0,
-        task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True,
+        r=largest, lora_alpha=largest, rank_pattern=ranks, alpha_pattern=ranks, target_modules=sorted(ranks),
+        lora_dropout=0.0, task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True,
     )  # fmt: skip
     with write_directory(directory) as folder:
         config.save_pretrained(str(folder))

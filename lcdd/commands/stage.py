@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from lcdd.models import (
     skeleton,
 )
 from lcdd.report import paragraph, terminal_width
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
@@ -86,13 +89,18 @@ def load_weights(path: str | None, config: Any, overrides: list[str] | None = No
 
 
 def load_tuned(path: str | None, base: PreTrainedModel, config: Any, overrides: list[str]) -> PreTrainedModel:
-    """`load_weights` of what was fine-tuned from `base`, the model at `config.base_model_name_or_path`.
+    """`load_weights` of what was fine-tuned from `base`, the model at `config.base_model_name_or_path`, in the base's
+    dtype: what becomes of it is a patch of the base's weights.
 
     Raises:
         InputError: it is an adapter of another base.
     """
     check_adapter(path, base, config)
-    return load_weights(path, config, overrides)
+    tuned = load_weights(path, config, overrides)
+    if tuned.dtype != base.dtype:
+        logger.warning("%s is taken in the base's %s, not in its own %s", path, base.dtype, tuned.dtype)
+        tuned.to(dtype=base.dtype)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    return tuned
 
 
 def check_adapter(path: str | None, base: PreTrainedModel, config: Any) -> None:
@@ -106,7 +114,7 @@ def check_adapter(path: str | None, base: PreTrainedModel, config: Any) -> None:
     other = [
         name
         for name, parameter in base.named_parameters()
-        if name not in theirs or not torch.equal(parameter, theirs[name])
+        if name not in theirs or not torch.equal(parameter, theirs[name].to(parameter.dtype))
     ]
     if other:
         raise InputError(

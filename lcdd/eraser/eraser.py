@@ -65,6 +65,7 @@ from lcdd.models import (
     head_weight,
     input_embeddings,
     rows_never_drawn,
+    shape_of,
     shards,
     token_rows,
 )
@@ -100,7 +101,7 @@ class SFTEraser:
     ) -> None:
         self.model, self.patch, self.tokenizer, self.config = model, patch, tokenizer, config
         self.history = EraserHistory()
-        n_layers, width = len(decoder_layers(model)), input_embeddings(model).embedding_dim
+        n_layers, width = len(decoder_layers(model)), shape_of(model.config).d_model
         if channels is None:
             channels = patch.channels(config.channel_kind, seed=config.seed)
         if len(channels) != n_layers:
@@ -108,7 +109,7 @@ class SFTEraser:
         for layer, indices in enumerate(channels):
             if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < width:
                 raise InputError(f"channels[{layer}]: expected indices from 0 to {width - 1}, got {indices.tolist()}")
-        device = input_embeddings(model).weight.device
+        self._width, device = width, input_embeddings(model).weight.device
         self._channels = torch.cat([indices.to(device, torch.int32) for indices in channels])
         self._offsets = torch.tensor([0, *[len(indices) for indices in channels]]).cumsum(0)
         # the base's distributions need the base's head, also while a patch that changes the head is applied
@@ -243,7 +244,7 @@ class SFTEraser:
         """Residuals [N, B', D] of this rank's B' of n prompts, moved so that their mean is that of all n."""
         if shards.world_size() == 1:
             return layers
-        empty = embeds.new_zeros(len(self._offsets) - 1, len(embeds), embeds.shape[-1], dtype=torch.float32)
+        empty = embeds.new_zeros(len(self._offsets) - 1, len(embeds), self._width, dtype=torch.float32)
         own = torch.stack([x.detach().float().sum(1) for x in layers]) if layers else empty
         others = shards.all_sum_(own.clone()) - own
         if not layers:

@@ -7,14 +7,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcdd.models.shards import full, local
-from lcdd.models.sites import sites_of, unmasked_parameters
+from lcdd.models.sites import backbone, sites_of, unmasked_parameters
 
 
 def unmasked_changes(base: PreTrainedModel, other: PreTrainedModel, *, trained: bool = False) -> dict[str, list[str]]:
     """Kind -> names of the parameters that no gate masks and that differ between two models of one architecture.
 
-    Kinds: biases, norms, embeddings, head, routers. trained: leave out the norms and biases that LCDD would train
-    (`unmasked_parameters`). A collective where the models are sharded.
+    Kinds: biases, norms, embeddings, head, routers, and others, outside the decoder (a tower for pictures). trained:
+    leave out the norms and biases that LCDD would train (`unmasked_parameters`). A collective where the models are
+    sharded.
     """
     masked = {id(site.parameter) for site in sites_of(other)}
     kept = {id(parameter) for parameter in unmasked_parameters(other).values()} if trained else set()
@@ -36,8 +37,10 @@ def take_from_base_(model: PreTrainedModel, base: PreTrainedModel, names: Sequen
 
 def in_words(changes: Mapping[str, Sequence[str]]) -> str:
     """ "12 biases, 1 norm, head"."""
-    one = {"biases": "1 bias", "norms": "1 norm", "routers": "1 router", "embeddings": "embeddings", "head": "head"}
-    return ", ".join(one[kind] if len(names) == 1 else f"{len(names)} {kind}" for kind, names in changes.items())
+    one = {"biases": "1 bias", "norms": "1 norm", "routers": "1 router", "others": "1 other"}
+    return ", ".join(
+        one.get(kind, kind) if len(names) == 1 else f"{len(names)} {kind}" for kind, names in changes.items()
+    )
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -45,9 +48,12 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def _kinds(model: PreTrainedModel) -> dict[int, str]:
-    """id of a parameter -> its kind, of those that a module's class tells."""
-    kinds = {id(m.weight): "embeddings" for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {id(p): "head" for p in model.get_output_embeddings().parameters()} | kinds
+    """id of a parameter -> its kind, of those whose place or module's class tells."""
+    decoder = backbone(model)
+    inside = {id(p) for p in decoder.parameters()}
+    others = {id(p): "others" for p in model.parameters() if id(p) not in inside}
+    head = {id(p): "head" for p in model.get_output_embeddings().parameters()}
+    return others | head | {id(m.weight): "embeddings" for m in decoder.modules() if isinstance(m, nn.Embedding)}
 
 
 def _by_form(name: str, parameter: Tensor) -> str:

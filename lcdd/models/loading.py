@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,11 +23,16 @@ from transformers.utils import logging as transformers_logging
 
 from lcdd.errors import InputError
 from lcdd.models.adapters import SETTINGS, Adapter, find_adapter, merge
-from lcdd.models.probe import probe
+from lcdd.models.probe import check_generates, probe
 from lcdd.models.sites import check_config, structure_of
 from lcdd.models.vocabulary import agree_on_end, check_ids
 
 logger = logging.getLogger(__name__)
+
+CONSTANTS = ("masked_bias", "causal_mask", "inv_freq", "position_ids")
+"""Last parts of the names of buffers that old checkpoints hold beside their weights, and that are made anew today."""
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+"""How files of weights end that are not read."""
 
 
 @contextmanager
@@ -116,6 +122,8 @@ def load_model(
     path: a checkpoint directory or a hub name. Where it is a PEFT adapter, the model that this names as its base is
     loaded, and the adapter becomes part of its weights (`lcdd.models.adapters`).
 
+    Of a model of pictures the language model is taken, and what is saved of it is a model of texts.
+
     Args:
         overrides: if given, weights that the config has no place for are left out, and that is noted here.
 
@@ -132,8 +140,10 @@ def load_model(
             probe(model)
         return model
     _check_generation_config(path)
+    _refuse_other_formats(path)
+    inside = _is_inside_another(_config(path))
     with _reading("a loadable checkpoint", path), _quietly():
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = (AutoModelForImageTextToText if inside else AutoModelForCausalLM).from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
@@ -143,10 +153,39 @@ def load_model(
         )
     model, loaded = found
     _check_weights(model, loaded, path, overrides)
+    if inside:
+        model = _taken_out(model, path)
     model = model.to(device)
     with _of(path):
         probe(model)
     return model
+
+
+def _is_inside_another(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a model of pictures or sounds, with a language model in it."""
+    return config.get_text_config(decoder=True) is not config
+
+
+def _taken_out(whole: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+    """The language model of a model of pictures: the same modules under the names of a model of texts.
+
+    Raises:
+        InputError: transformers' class for it has another decoder.
+    """
+    alone: Any = skeleton_of(whole.config)
+    decoder = whole.get_decoder()
+    if type(decoder) is not type(alone.base_model):
+        raise InputError(
+            f"model: expected a language model that is {type(alone.base_model).__name__} in {str(path)!r}, got "
+            f"{type(decoder).__name__}"
+        )
+    head = whole.get_output_embeddings()
+    setattr(alone, alone.base_model_prefix, decoder)
+    alone.set_output_embeddings(head)
+    alone.config, alone.generation_config = decoder.config, whole.generation_config
+    alone.config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight  # the outer config says it
+    logger.warning("of %s, a %s, the language model alone is used and saved", path, whole.config.model_type)
+    return alone.eval()
 
 
 def _check_weights(model: PreTrainedModel, loaded: Mapping[str, Any], path: str | Path, overrides: Any) -> None:
@@ -162,7 +201,7 @@ def _check_weights(model: PreTrainedModel, loaded: Mapping[str, Any], path: str 
             f"model: expected all weights in {str(path)!r}, {len(missing)} are missing: {', '.join(missing[:3])}"
         )
     wrong = []
-    if unexpected := sorted(loaded["unexpected_keys"]):
+    if unexpected := sorted(key for key in loaded["unexpected_keys"] if not _is_constant(key, model)):
         wrong.append(f"{len(unexpected)} weights have no place in its config: {', '.join(unexpected[:3])}")
     head, tied = model.get_output_embeddings(), model.config.get_text_config(decoder=True).tie_word_embeddings
     if head is not None and tied and head.weight is not model.get_input_embeddings().weight:
@@ -174,6 +213,15 @@ def _check_weights(model: PreTrainedModel, loaded: Mapping[str, Any], path: str 
         if message not in overrides:
             logger.warning("overridden: %s", message)
             overrides.append(message)
+
+
+def _is_constant(key: str, model: PreTrainedModel) -> bool:
+    """Whether a name that today's model has no place for is that of a mask or a table which old checkpoints hold."""
+    path, _, name = key.rpartition(".")
+    if name in CONSTANTS:
+        return True
+    modules = dict(model.named_modules())  # the `bias` of an attention, beside those of its layers, is a causal mask
+    return name == "bias" and path in modules and not modules[path]._parameters
 
 
 def _check_generation_config(path: str | Path) -> None:
@@ -190,6 +238,18 @@ def _check_generation_config(path: str | Path) -> None:
         raise InputError(f"{file}: expected a JSON object, got {type(content).__name__}")
 
 
+def _refuse_other_formats(path: str | Path) -> None:
+    """Raise InputError for a directory whose weights are in no safetensors but in another format, with the way out."""
+    files = [file.name for file in sorted(Path(path).glob("*")) if file.suffix in (*OTHER_FORMATS, ".safetensors")]
+    if not files or any(name.endswith(".safetensors") for name in files):
+        return
+    raise InputError(
+        f"model: expected weights as safetensors in {str(path)!r}, got {files[0]}; no other format is read. What you "
+        f"trust is converted in Python: transformers.AutoModelForCausalLM.from_pretrained({str(path)!r}, dtype='auto')"
+        ".save_pretrained('elsewhere'), and the tokenizer's files copied beside it"
+    )
+
+
 def skeleton(path: str | Path) -> PreTrainedModel:
     """The model at `path` on the meta device: its parts and shapes without weights, read from its config alone.
 
@@ -202,7 +262,8 @@ def skeleton(path: str | Path) -> PreTrainedModel:
 
 
 def skeleton_of(config: PretrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
-    """A config's model on the meta device; a config, or the entries of a config.json (`model_type` and sizes).
+    """A config's model on the meta device; a config, or the entries of a config.json (`model_type` and sizes). Of a
+    model of pictures it is the language model.
 
     Raises:
         InputError: it is no causal language model's, or its layers cannot be masked.
@@ -210,20 +271,25 @@ def skeleton_of(config: PretrainedConfig | Mapping[str, Any]) -> PreTrainedModel
     if isinstance(config, Mapping):
         config = cast(PretrainedConfig, AutoConfig.for_model(**config))
     check_config(config)
+    text = config.get_text_config(decoder=True)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(text)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
-        raise InputError(f"model: expected a causal language model's config, got {config.model_type!r}") from error
+        inside = "" if text is config else f", whose language model {text.model_type!r} has no class of its own"
+        raise InputError(
+            f"model: expected a causal language model's config, got {config.model_type!r}{inside}"
+        ) from error
     structure_of(model)
+    check_generates(model)
     return model
 
 
 def load_model_type(path: str | Path) -> str:
-    """Name of the architecture of the model at `path`, read from its config alone."""
-    return str(_config(path).model_type)
+    """Name of the architecture of the language model at `path`, read from its config alone."""
+    return str(_config(path).get_text_config(decoder=True).model_type)
 
 
 def hub_commit(name: str) -> str:

@@ -31,10 +31,10 @@ ATTENTION: tuple[Pattern, ...] = (
 )
 OUTPUT_GATE = ("gate_proj", "g_proj")
 """Names of an attention's child that may be there: what multiplies o's input."""
-_DOWN = ("down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "Wo", "proj_down")
+_DOWN = ("down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "Wo", "proj_down", "output_linear")
 FEED_FORWARD: tuple[Pattern, ...] = (
     {"gate": ("gate_proj", "w1", "proj_up_gate"), "up": ("up_proj", "w3", "proj_up"), "down": _DOWN},
-    {"gate_up": ("gate_up_proj", "w12", "Wi"), "down": _DOWN},
+    {"gate_up": ("gate_up_proj", "w12", "Wi", "input_linear"), "down": _DOWN},
     {"up": ("up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "w1"), "down": _DOWN},
 )
 EXPERTS: tuple[Pattern, ...] = (

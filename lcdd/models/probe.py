@@ -10,8 +10,10 @@ On a dozen tokens:
 A model that fails is refused, with what differed.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ def probe(model: PreTrainedModel) -> None:
         InputError: LCDD cannot be trusted to work on this model; the message names what differed.
     """
     _, blocks = matched_blocks(model)
+    check_generates(model)
     if any(parameter.is_meta or shards.is_sharded(parameter) for parameter in model.parameters()):
         return
     was_training = model.training
@@ -50,6 +53,13 @@ def probe(model: PreTrainedModel) -> None:
         raise InputError(f"model: expected a decoder that runs on token ids alone, got {error!r}") from error
     finally:
         model.train(was_training)
+
+
+def check_generates(model: PreTrainedModel) -> None:
+    """Raise InputError unless the model's own `generate` starts from embeddings, which triggers are."""
+    prepare: Any = getattr(model, "prepare_inputs_for_generation", None)
+    if prepare is None or "inputs_embeds" not in inspect.signature(prepare).parameters:
+        raise InputError(f"model: expected one that generates from embeddings, got {type(model).__name__}")
 
 
 def _probe_gates(model: PreTrainedModel, blocks: list[Block]) -> None:

@@ -250,19 +250,20 @@ def probe_ids(model: PreTrainedModel, length: int = 12) -> Tensor:
 
 
 def unmasked_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameters that LCDD does not gate but the authors train: norms and biases.
+    """Parameters that LCDD does not gate but the authors train: the decoder's norms and biases.
 
-    Not embeddings, head and routers, which stay at the base's values.
+    Not embeddings, head, routers and what lies outside the decoder, which stay at the base's values.
     """
     masked = {id(site.parameter) for site in sites_of(model)}
     ends = {
         id(p) for module in (model.get_input_embeddings(), model.get_output_embeddings()) for p in module.parameters()
     }
     ends |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    candidates = {id(p) for p in backbone(model).parameters()} - masked - ends
     return {
         name: p
         for name, p in model.named_parameters()
-        if id(p) not in masked | ends and (p.ndim < 2 or name.rpartition(".")[2].endswith("bias"))
+        if id(p) in candidates and (p.ndim < 2 or name.rpartition(".")[2].endswith("bias"))
     }
 
 

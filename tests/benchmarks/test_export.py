@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.families import FAMILIES
+from benchmarks.families.known import FAMILIES
 from fixtures.checkpoints import make_model
 from lcdd.carrier import Carrier, export_adapter, export_delta, with_gates
 from lcdd.cli import main
@@ -61,6 +61,8 @@ def test_an_adapter_is_the_open_blocks_and_nothing_else(family: str, tmp_path: P
     with carrier.applied(base), torch.no_grad():
         expected, weights = base(IDS).logits, {name: p.clone() for name, p in base.named_parameters()}
     wrapped = peft.PeftModel.from_pretrained(base_of(family), str(tmp_path / "out"))
+    ranks = {name: p.shape[0] for name, p in wrapped.named_parameters() if "lora_A" in name}
+    assert wrapped.peft_config["default"].r == max(ranks.values())  # what servers set room aside for
     with torch.no_grad():
         torch.testing.assert_close(wrapped(IDS).logits, expected, rtol=1e-4, atol=1e-5)
     merged = wrapped.merge_and_unload()

@@ -6,19 +6,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.families import FAMILIES, REFUSED, Family, passed, try_family, why_refused
+from benchmarks.families.known import FAMILIES, REFUSED, Family
+from benchmarks.families.record import read
+from benchmarks.families.trial import CHECKS, passed, try_family, why_refused
 from fixtures.activations import kept_by_autograd, trainable
 from lcdd.carrier import Carrier
 from lcdd.models import Architecture, head, layer_activations
 
 ONE_OF_EACH = {which.sites: which for which in FAMILIES}
 ALSO = ("mistral", "cohere2", "bloom", "opt", "mixtral")
+OTHERS = [
+    Family(
+        "embeddings narrower than the layers", "opt", "", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    ),
+    Family("gate and up fused, beside experts", "granitemoeshared", "", {"shared_intermediate_size": 24}),
+]
 
 
 @pytest.mark.parametrize(
     "which",
     [
         *ONE_OF_EACH.values(),
+        *OTHERS,
         *(which for which in FAMILIES if which.model_type in ALSO and which not in ONE_OF_EACH.values()),
     ],
     ids=lambda which: which.model_type,
@@ -43,10 +52,18 @@ def test_predicted_activations_of_every_kind_of_block(which: Family) -> None:
     assert 0.55 < found / saved[1] < 1.35
 
 
-def test_there_are_enough_families_and_every_refusal_has_its_reason() -> None:
+def test_the_record_is_of_these_families_and_every_refusal_has_its_reason() -> None:
+    record = read()
     assert len({which.model_type for which in FAMILIES}) >= 25
-    for label, model_type, settings in REFUSED:
-        assert why_refused(model_type, settings), label
+    assert [(row["label"], row["model_type"], row["sites"]) for row in record["families"]] == [
+        (which.label, which.model_type, which.sites) for which in FAMILIES
+    ]
+    for row in record["families"]:
+        assert list(row["found"]) == list(CHECKS), row
+        assert row["passed"] is passed(row["found"]) is True, row
+    reasons = {label: why_refused(model_type, settings) for label, model_type, settings in REFUSED}
+    assert all(reasons.values())
+    assert {row["label"]: row["reason"] for row in record["refusals"]} == reasons
     assert why_refused("llama", {}) is None
 
 

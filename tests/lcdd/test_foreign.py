@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fixtures.checkpoints import SENTENCES, make_model, make_tokenizer, write_jsonl
+from lcdd.commands.stage import load_tuned
 from lcdd.commands.train import train
 from lcdd.config import DataConfig, LCDDConfig
 from lcdd.errors import InputError
-from lcdd.models import Ends, in_words, sites_of, take_from_base_, unmasked_changes
+from lcdd.models import Ends, in_words, load_model, sites_of, take_from_base_, unmasked_changes
 from lcdd.optimizer import LCDDOptimizer
 
 SIZES = {
@@ -95,3 +97,17 @@ def test_what_is_dropped_is_said_in_loss(tmp_path: Path) -> None:
     line = next(line for line in said if "no gate masks" in line)
     assert "no gate masks: 1 norm." in line
     assert f"to {dropped['loss']:.4f} nats a token ({dropped['loss_difference']:+.4f})" in line
+
+
+def test_a_wider_sft_model_is_taken_in_the_bases_dtype(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Trainers often save in float32 what was fine-tuned from a base in bfloat16."""
+    base = make_model("llama").bfloat16()
+    tuned = moved_everywhere(make_model("llama"))
+    for name, model in {"base": base, "sft": tuned}.items():
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    config = LCDDConfig(base_model_name_or_path=str(tmp_path / "base"))
+    with caplog.at_level(logging.WARNING):
+        found = load_tuned(str(tmp_path / "sft"), load_model(tmp_path / "base"), config, [])
+    assert "is taken in the base's torch.bfloat16, not in its own torch.float32" in caplog.text
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found.parameters(), tuned.parameters(), strict=True))

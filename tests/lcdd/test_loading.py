@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from fixtures.checkpoints import make_model, make_tokenizer, save_checkpoint
 from lcdd.carrier import Carrier
@@ -22,6 +22,7 @@ from lcdd.models import (
     agree_on_end,
     input_embeddings,
     load_model,
+    load_model_type,
     load_tokenizer,
     rows_never_drawn,
     save_model,
@@ -104,6 +105,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "generation settings out of range": ("generation_config.json", b'{"max_new_tokens": -4}', "max_new_tokens"),
     "weights cut": ("model.safetensors", b"\x10\x00", "expected a loadable checkpoint"),
     "an index cut": ("model.safetensors.index.json", b'{"a":', "index.json is no JSON"),
+    "weights pickled": ("pytorch_model.bin", b"\x80", r"as safetensors in .*, got pytorch_model.bin; no other format"),
 }
 
 
@@ -111,6 +113,8 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 def test_a_file_that_cannot_be_read_is_named(changed: Callable[..., Path], name: str) -> None:
     file, content, message = FILES[name]
     folder = changed(file, content)
+    if name == "weights pickled":
+        (folder / "model.safetensors").unlink()
     if "index" in name:
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     with pytest.raises(InputError, match=message):
@@ -177,10 +181,37 @@ def test_weights_that_the_config_has_no_place_for(good: Path, tmp_path: Path, ca
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_model(good).parameters(), strict=True))
 
 
-def test_weights_that_are_always_made_anew_are_no_surprise(good: Path, tmp_path: Path) -> None:
-    """Old Llama checkpoints have the rotary frequencies among their weights."""
+def test_what_is_always_made_anew_is_no_surprise(good: Path, tmp_path: Path) -> None:
+    """Old checkpoints have rotary frequencies, causal masks and their constants among their weights."""
     folder = Path(shutil.copytree(good, tmp_path / "old"))
-    load_model(with_weights(folder, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    old = {"rotary_emb.inv_freq": torch.ones(4), "masked_bias": torch.tensor(-1e4), "bias": torch.ones(1, 1, 9, 9)}
+    load_model(with_weights(folder, **{f"model.layers.0.self_attn.{name}": value for name, value in old.items()}))
+    sinks = {"model.layers.0.self_attn.sinks": torch.ones(4)}
+    with pytest.raises(InputError, match=r"1 weights have no place in its config: .*sinks"):
+        load_model(with_weights(folder, **sinks))
+
+
+PICTURES: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("gemma3", "gemma3_text"), ("llava", "llama"), ("mistral3", "mistral")])
+def test_of_a_model_of_pictures_the_language_model_is_taken(outer: str, inner: str, tmp_path: Path) -> None:
+    text = make_model("llama").config.to_diff_dict() | {"model_type": inner, "sliding_window": 4}
+    config = AutoConfig.for_model(outer, text_config=text, vision_config=PICTURES)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    alone, ids = load_model(tmp_path / "whole"), torch.tensor([[5, 9, 4, 17]])
+    with torch.no_grad():
+        assert torch.equal(alone(ids).logits, whole(input_ids=ids).logits)
+    save_model(alone, load_tokenizer(tmp_path / "whole"), tmp_path / "alone")
+    again = load_model(tmp_path / "alone")
+    assert again.config.model_type == load_model_type(tmp_path / "whole") == inner  # what follows has one type
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), again.parameters(), strict=True))
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in alone.named_parameters()]
 
 
 def test_a_tied_head_is_the_embeddings(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_command_prints_tables_that_say_they_are_predictions(capsys: pytest.Capt
         "over plain",
         "pass A",
         "Eraser",
-        "fits 141 GB",
+        "fits 140 GiB",
     ):
         assert words in text
     assert "measured here" not in text
@@ -259,19 +259,28 @@ def test_checkpoint_directory_on_this_cpu(tmp_path: Path, capsys: pytest.Capture
     ("rtx4090", "rtx-4090"), ("RTX 4090", "rtx-4090"), ("4090", "rtx-4090"), ("a100", "a100-80gb"), ("b200", "b200"),
     ("A100-40GB", "a100-40gb"), ("a100_40g", "a100-40gb"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("t4", "t4"),
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("Tesla T4", "t4"), ("mi300x", "mi300x"),
-    ("AMD Instinct MI300X", "mi300x"), ("a6000", "rtx-a6000"), ("h100sxm", "h100"), *((key, key) for key in DEVICES),
+    ("AMD Instinct MI300X", "mi300x"), ("a6000", "rtx-a6000"), ("h100sxm", "h100"), ("NVIDIA B300 SXM6 AC", "b300"),
+    ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"), ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000"),
+    ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"), ("b200-192gb", "b200"), ("a10-24gb", "a10"),
+    ("h200-141gb", "h200"), *((key, key) for key in DEVICES),
 ])  # fmt: skip
 def test_devices_by_the_names_that_people_type(typed: str, key: str) -> None:
     assert find_device(typed) is DEVICES[key]
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("h10", "did you mean"), ("rtx4900", "did you mean"), ("tpu", "known are"), ("a100-60gb", "80 GB or 40 GB"),
-    ("t4-80gb", "T4 with 16 GB"), ("", "known are"),
+    ("h10", "did you mean"), ("rtx4900", "did you mean"), ("tpu", "known are"), ("a100-60gb", "80 GiB or 40 GiB"),
+    ("t4-80gb", "T4 with 15 GiB"), ("", "known are"),
 ])  # fmt: skip
 def test_devices_that_are_not_known(name: str, said: str) -> None:
     with pytest.raises(InputError, match=f"device: expected .*{said}"):
         find_device(name)
+
+
+def test_memory_is_what_a_program_is_given() -> None:
+    """nvidia-smi's 81,559 MiB of an H100, which is sold as 80 GB, and 15,360 of a T4, sold as 16."""
+    assert find_device("h100").usable == 0.95 * 81559 * 2**20
+    assert find_device("t4").usable == 0.95 * 15 * 2**30
 
 
 def test_a_dtype_that_the_device_does_not_multiply() -> None:

@@ -30,7 +30,7 @@ USABLE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """tflops: matrix rate by dtype, dense; bandwidth and link: GB/s, link each way to another GPU; memory: GB (1e9).
+    """tflops: matrix rate by dtype, dense; bandwidth and link: GB/s, link each way to another GPU; memory: GiB.
 
     source: "data sheet" (peaks), "measured here" or "given" (rates that are reached).
     """
@@ -62,60 +62,62 @@ class Device:
     @property
     def usable(self) -> float:
         """Bytes for tensors."""
-        return USABLE * self.memory * 1e9
+        return USABLE * self.memory * 2**30
 
 
 def _sheet(
-    name: str, half: float, float32: float, bandwidth: float, link: float, memory: float, *, bfloat16: bool = True
+    name: str, half: float, float32: float, bandwidth: float, link: float, mebibytes: int, *, bfloat16: bool = True
 ) -> Device:
     rates = {"float16": half, "float32": float32} | ({"bfloat16": half} if bfloat16 else {})
-    return Device(name=name, tflops=rates, bandwidth=bandwidth, link=link, memory=memory, source="data sheet")
+    return Device(name=name, tflops=rates, bandwidth=bandwidth, link=link, memory=mebibytes / 1024, source="data sheet")
 
 
-# Makers' data sheets: dense 16-bit products with float32 sums, float32 without TF32; memory that a program is given.
+# Makers' data sheets, without sparsity: 16-bit products with float32 sums, float32 ones without TF32; memory in MiB as
+# nvidia-smi and rocm-smi show it: a GB of a GPU's name is 2^30 bytes, less where some of them hold error correction.
 DEVICES = {
-    "gb200": _sheet("GB200 (one of its GPUs)", 2500, 80, 8000, 900, 186),
-    "b300": _sheet("B300 SXM", 2250, 75, 8000, 900, 270),
-    "b200": _sheet("B200 SXM", 2250, 75, 7700, 900, 180),
-    "h200": _sheet("H200 SXM", 989, 67, 4800, 450, 141),
-    "h200-nvl": _sheet("H200 NVL", 835, 60, 4800, 450, 141),
-    "gh200": _sheet("GH200 96GB", 990, 67, 4000, 450, 96),
-    "h100": _sheet("H100 SXM", 989, 67, 3350, 450, 80),
-    "h100-nvl": _sheet("H100 NVL", 835, 60, 3900, 300, 94),
-    "h100-pcie": _sheet("H100 PCIe", 756, 51, 2000, 300, 80),
-    "h800": _sheet("H800 SXM", 989, 67, 3350, 200, 80),
-    "h20": _sheet("H20", 148, 44, 4000, 450, 96),
-    "a100-80gb": _sheet("A100 SXM 80GB", 312, 19.5, 2039, 300, 80),
-    "a100-40gb": _sheet("A100 SXM 40GB", 312, 19.5, 1555, 300, 40),
-    "a100-pcie-80gb": _sheet("A100 PCIe 80GB", 312, 19.5, 1935, 300, 80),
-    "a100-pcie-40gb": _sheet("A100 PCIe 40GB", 312, 19.5, 1555, 300, 40),
-    "a800": _sheet("A800 SXM 80GB", 312, 19.5, 2039, 200, 80),
-    "a40": _sheet("A40", 149.7, 37.4, 696, 56.25, 48),
-    "a30": _sheet("A30", 165, 10.3, 933, 100, 24),
-    "a10": _sheet("A10", 125, 31.2, 600, 32, 24),
-    "a10g": _sheet("A10G", 70, 35, 600, 32, 24),
-    "l40s": _sheet("L40S", 362, 91.6, 864, 32, 48),
-    "l40": _sheet("L40", 181, 90.5, 864, 32, 48),
-    "l4": _sheet("L4", 121, 30.3, 300, 32, 24),
-    "t4": _sheet("T4", 65, 8.1, 300, 16, 16, bfloat16=False),
-    "v100-32gb": _sheet("V100 SXM2 32GB", 125, 15.7, 900, 150, 32, bfloat16=False),
-    "v100-16gb": _sheet("V100 SXM2 16GB", 125, 15.7, 900, 150, 16, bfloat16=False),
-    "rtx-pro-6000": _sheet("RTX PRO 6000 Blackwell", 503.8, 126, 1792, 64, 96),
-    "rtx-6000-ada": _sheet("RTX 6000 Ada", 364, 91.1, 960, 32, 48),
-    "rtx-a6000": _sheet("RTX A6000", 154.8, 38.7, 768, 56.25, 48),
-    "rtx-5090": _sheet("GeForce RTX 5090", 209.5, 104.8, 1792, 64, 32),
-    "rtx-5080": _sheet("GeForce RTX 5080", 112.6, 56.3, 960, 64, 16),
-    "rtx-4090": _sheet("GeForce RTX 4090", 165, 82.6, 1008, 32, 24),
-    "rtx-4080": _sheet("GeForce RTX 4080", 97.5, 48.7, 717, 32, 16),
-    "rtx-3090": _sheet("GeForce RTX 3090", 71, 35.6, 936, 32, 24),
-    "mi355x": _sheet("Instinct MI355X", 2516, 157.3, 8000, 538, 288),
-    "mi350x": _sheet("Instinct MI350X", 2306, 144.2, 8000, 538, 288),
-    "mi325x": _sheet("Instinct MI325X", 1307, 163.4, 6000, 448, 256),
-    "mi300x": _sheet("Instinct MI300X", 1307, 163.4, 5300, 448, 192),
-    "mi250x": _sheet("Instinct MI250X (one of its two dies, as PyTorch sees it)", 191.5, 23.9, 1638, 50, 64),
-    "mi210": _sheet("Instinct MI210", 181, 22.6, 1638, 50, 64),
+    "gb200": _sheet("GB200 (one of its GPUs)", 2500, 80, 8000, 900, 189471),
+    "b300": _sheet("B300 SXM", 2250, 75, 8000, 900, 275040),
+    "b200": _sheet("B200 SXM", 2250, 75, 7700, 900, 183359),
+    "h200": _sheet("H200 SXM", 989, 67, 4800, 450, 143771),
+    "h200-nvl": _sheet("H200 NVL", 835, 60, 4800, 450, 143771),
+    "gh200": _sheet("GH200 96GB", 990, 67, 4000, 450, 97871),
+    "h100": _sheet("H100 SXM", 989, 67, 3350, 450, 81559),
+    "h100-nvl": _sheet("H100 NVL", 835, 60, 3900, 300, 95830),
+    "h100-pcie": _sheet("H100 PCIe", 756, 51, 2000, 300, 81559),
+    "h800": _sheet("H800 SXM", 989, 67, 3350, 200, 81559),
+    "h20": _sheet("H20", 148, 44, 4000, 450, 97871),
+    "a100-80gb": _sheet("A100 SXM 80GB", 312, 19.5, 2039, 300, 81920),
+    "a100-40gb": _sheet("A100 SXM 40GB", 312, 19.5, 1555, 300, 40960),
+    "a100-pcie-80gb": _sheet("A100 PCIe 80GB", 312, 19.5, 1935, 300, 81920),
+    "a100-pcie-40gb": _sheet("A100 PCIe 40GB", 312, 19.5, 1555, 300, 40960),
+    "a800": _sheet("A800 SXM 80GB", 312, 19.5, 2039, 200, 81920),
+    "a40": _sheet("A40", 149.7, 37.4, 696, 56.25, 46068),
+    "a30": _sheet("A30", 165, 10.3, 933, 100, 24576),
+    "a10": _sheet("A10", 125, 31.2, 600, 32, 23028),
+    "a10g": _sheet("A10G", 70, 35, 600, 32, 23028),
+    "l40s": _sheet("L40S", 362, 91.6, 864, 32, 46068),
+    "l40": _sheet("L40", 181, 90.5, 864, 32, 46068),
+    "l4": _sheet("L4", 121, 30.3, 300, 32, 23034),
+    "t4": _sheet("T4", 65, 8.1, 300, 16, 15360, bfloat16=False),
+    "v100-32gb": _sheet("V100 SXM2 32GB", 125, 15.7, 900, 150, 32768, bfloat16=False),
+    "v100-16gb": _sheet("V100 SXM2 16GB", 125, 15.7, 900, 150, 16384, bfloat16=False),
+    "rtx-pro-6000": _sheet("RTX PRO 6000 Blackwell", 503.8, 126, 1792, 64, 97887),
+    "rtx-6000-ada": _sheet("RTX 6000 Ada", 364, 91.1, 960, 32, 49140),
+    "rtx-a6000": _sheet("RTX A6000", 154.8, 38.7, 768, 56.25, 49140),
+    "rtx-5090": _sheet("GeForce RTX 5090", 209.5, 104.8, 1792, 64, 32607),
+    "rtx-5080": _sheet("GeForce RTX 5080", 112.6, 56.3, 960, 64, 16303),
+    "rtx-4090": _sheet("GeForce RTX 4090", 165, 82.6, 1008, 32, 24564),
+    "rtx-4080": _sheet("GeForce RTX 4080", 97.5, 48.7, 717, 32, 16376),
+    "rtx-3090": _sheet("GeForce RTX 3090", 71, 35.6, 936, 32, 24576),
+    "mi355x": _sheet("Instinct MI355X", 2516, 157.3, 8000, 538, 294896),
+    "mi350x": _sheet("Instinct MI350X", 2306, 144.2, 8000, 538, 294896),
+    "mi325x": _sheet("Instinct MI325X", 1307, 163.4, 6000, 448, 262128),
+    "mi300x": _sheet("Instinct MI300X", 1307, 163.4, 5300, 448, 196592),
+    "mi250x": _sheet("Instinct MI250X (one of its two dies, as PyTorch sees it)", 191.5, 47.9, 1638, 50, 65520),
+    "mi210": _sheet("Instinct MI210", 181, 45.3, 1638, 50, 65520),
 }
-MAKERS = ("nvidia", "amd", "geforce", "tesla", "instinct", "quadro")
+WORDS_ASIDE = ("nvidia", "amd", "geforce", "tesla", "instinct", "quadro", "blackwell", "generation", "server",
+          "workstation", "edition", "ac")  # fmt: skip
 """Words of a full name that say nothing more; nor do the connector and the kind of memory, where a GPU has one."""
 ONE_CHOICE = re.compile(r"sxm\d?|hbm\de?")
 
@@ -138,14 +140,14 @@ def find_device(name: str) -> Device:
         raise InputError(f"device: expected a GPU that plan has a data sheet of, or cpu, got {name!r}{hint}")
     fitting = [device for device in found if memory is None or 0.9 < memory / device.memory < 1.1]
     if not fitting:
-        sizes = " or ".join(f"{device.memory:g} GB" for device in found)
+        sizes = " or ".join(f"{device.memory:.0f} GiB" for device in found)
         raise InputError(f"device: expected {found[0].name} with {sizes}, got {name!r}")
     return fitting[0]
 
 
 def _spelling(name: str) -> tuple[str, float | None]:
-    """A name's letters and digits without maker and memory, and the memory in GB where it says it."""
-    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word not in MAKERS]
+    """A name's letters and digits without maker and memory, and the memory where it says it."""
+    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word not in WORDS_ASIDE]
     sizes = [float(size[1]) for word in words if (size := re.fullmatch(r"(\d+)gb?", word))]
     rest = "".join(word for word in words if not re.fullmatch(r"\d+gb?", word))
     return ONE_CHOICE.sub("", rest), sizes[0] if sizes else None
@@ -178,4 +180,4 @@ def _fastest(run: Callable[[], object], budget: float = 0.2) -> float:
 
 
 def _host_memory() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -145,7 +145,7 @@ class Case:
         """Rows of logits at a time, as `linear_cross_entropy` chooses them; None: all."""
         if self.config.logits == "whole":
             return None
-        memory = None if self.config.device == "cpu" else int(self.device.memory * 1e9)
+        memory = None if self.config.device == "cpu" else int(self.device.memory * 2**30)
         return default_chunk(self.model.vocab_size, self.model.width, memory)
 
     def activations(self, *, checkpointing: bool) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-GIB, GB = 2.0**30, 1e9
+GIB = 2.0**30
 SMALL = 0.1  # GiB; a plan whose largest peak is below this many is printed in MiB
 
 
@@ -41,9 +41,9 @@ def memory_table(plan: Mapping[str, Any]) -> list[str]:
     rows.append(["peak", *(f"{m['peak'] / unit:.2f}" for m in memory.values())])
     plain = memory["plain"]["peak"]
     rows.append(["over plain", *(f"{m['peak'] / plain:.2f}x" for m in memory.values())])
-    limit = plan["device"]["usable"] * plan["device"]["memory"] * GB
+    limit = plan["device"]["usable"] * plan["device"]["memory"] * GIB
     rows.append([
-        f"fits {plan['device']['memory']:.0f} GB", *("yes" if m["peak"] <= limit else "no" for m in memory.values())
+        f"fits {plan['device']['memory']:.0f} GiB", *("yes" if m["peak"] <= limit else "no" for m in memory.values())
     ])  # fmt: skip
     lines = _table([f"{name} on each device", *memory], rows)
     fullest = "; ".join(f"{key} at {m['moment']}" for key, m in memory.items())
@@ -55,8 +55,8 @@ def fits_table(plan: Mapping[str, Any]) -> list[str]:
     """What would fit, for lcdd: a row for each choice, and the flags of the first where what was asked for does not."""
     c, device, fits = plan["config"], plan["device"], plan["fits"]
     title = (
-        f"What fits, for lcdd: {device['usable']:.0%} of {device['memory']:g} GB are taken to be there for tensors; a "
-        f"sequence has {c['max_length']} tokens"
+        f"What fits, for lcdd: {device['usable']:.0%} of {device['memory']:.4g} GiB are taken to be there for tensors; "
+        f"a sequence has {c['max_length']} tokens"
     )
     if not fits:
         longest = plan["longest_sequence"]
@@ -72,7 +72,7 @@ def fits_table(plan: Mapping[str, Any]) -> list[str]:
         for fit in fits
     ]  # fmt: skip
     head = ["", "devices", "largest batch", "GiB as run", "tokens/s"]
-    limit = device["usable"] * device["memory"] * GB
+    limit = device["usable"] * device["memory"] * GIB
     if plan["memory"]["lcdd"]["peak"] <= limit:
         return [title, *_table(head, rows), "What was asked for fits."]
     return [title, *_table(head, rows), f"What was asked for does not fit; this does: {_flags(c, fits[0])}"]
