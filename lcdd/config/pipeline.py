@@ -11,6 +11,7 @@ from lcdd.config.training import GATE_KINDS, LCDDConfig, SFTConfig
 from lcdd.errors import InputError
 
 PLAN_DTYPES = ("float32", "bfloat16", "float16")
+LINKS = ("nvlink", "pcie", "400gbe", "100gbe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,13 @@ class PlanConfig(Config):
     device: str = option(
         "h200", "a GPU by any of its names, such as a100, rtx4090 or mi300x, by its data sheet; cpu: measured here"
     )
-    num_gpus: int = option(1, "GPUs that share weights and optimizer state (FSDP2)", at_least=1)
+    num_gpus: int = option(1, "GPUs, a rank each", at_least=1)
+    parallel: str = option(
+        "fsdp2", "several GPUs share weights and optimizer state, or each holds all of it", choices=("ddp", "fsdp2")
+    )
+    link: str | None = option(
+        None, "the slowest link between neighbouring GPUs; null: the device's own, by its data sheet", choices=LINKS
+    )
     per_device_train_batch_size: int = option(8, "sequences in a micro-batch, on each GPU", at_least=1)
     max_length: int = option(512, "tokens of each sequence; all are taken to be this long", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches in an optimizer step", at_least=1)

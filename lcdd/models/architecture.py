@@ -116,6 +116,7 @@ class Architecture:
 
     layers: tuple[Layer, ...]
     parameters: int
+    n_gates: int
     width: int
     vocab_size: int
     head_dim: int
@@ -131,9 +132,9 @@ class Architecture:
         Raises:
             InputError: its layers cannot be masked, or its config does not state its sizes.
         """
-        shape, groups = shape_of(model.config), layout_of(model).layers
+        shape, layout = shape_of(model.config), layout_of(model)
         settings: Any = model.config.get_text_config(decoder=True)
-        blocks = zip(decoder_layers(model), matched_blocks(model)[1], groups, strict=True)
+        blocks = zip(decoder_layers(model), matched_blocks(model)[1], layout.layers, strict=True)
         layers = tuple(
             _Reader(module, block.matrices, dict(sizes), number, settings).layer(shape.n_heads)
             for number, (module, block, sizes) in enumerate(blocks)
@@ -142,6 +143,7 @@ class Architecture:
         return cls(
             layers=layers,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            n_gates=layout.n_gates,
             width=layers[0].width,
             vocab_size=shape.vocab_size,
             head_dim=shape.head_dim,
@@ -153,6 +155,14 @@ class Architecture:
     def kinds(self) -> "Counter[Layer]":
         """Distinct layers, and how many there are of each."""
         return Counter(self.layers)
+
+    @cached_property
+    def weights(self) -> "Counter[Masked]":
+        """Distinct masked parameters, and how many there are of each."""
+        found: Counter[Masked] = Counter()
+        for layer, count in self.kinds.items():
+            found.update({weight: count * layer.masked.count(weight) for weight in set(layer.masked)})
+        return found
 
     @property
     def masked_parameters(self) -> int:

@@ -8,7 +8,9 @@ Shapes: T tokens of a forward, S of one sequence, D model width, F feed-forward 
 keys and values, H query heads, e bytes of an element of the weights' dtype.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 from lcdd.models.architecture import FLOAT32, Architecture, FeedForward, Layer
 
@@ -197,6 +199,58 @@ class Parametrization:
         return cls(held=2 * e, buffers=3 * e, forward=7 * e, backward=12 * e)
 
 
-def collective_bytes(n: int, *, item: int, gpus: int) -> float:
+# ---------------------------------------------------------------- bytes over the wire
+
+
+def collective_bytes(n: float, *, item: int, gpus: int) -> float:
     """Bytes a rank sends in one all-gather, or one reduce-scatter, of n elements in all."""
     return n * item * (gpus - 1) / gpus
+
+
+def all_reduce_bytes(n: float, *, item: int, gpus: int) -> float:
+    """Bytes a rank sends in one all-reduce of n elements: a reduce-scatter and an all-gather."""
+    return 2 * collective_bytes(n, item=item, gpus=gpus)
+
+
+def averaged_entries(shape: tuple[int, int], rows: float, cols: float, *, layout: str) -> float:
+    """Entries of a matrix's gradient that ranks with the whole matrix average (`lcdd.optimizer.averaging`).
+
+    rows, cols: how many are open. layout: "block", "panels", or "dense". Never more than the matrix has.
+    """
+    whole = shape[0] * shape[1]
+    open_entries = {"block": rows * cols, "panels": rows * shape[1] + shape[0] * cols, "dense": whole}[layout]
+    return min(open_entries, whole)
+
+
+def scattered_entries(
+    shape: tuple[int, int], rows: float, cols: float, *, most_rows: float, gpus: int, layout: str
+) -> float:
+    """Entries that a rank puts into the reduce-scatter of a matrix's gradient, for all ranks together.
+
+    Each rank has room for as many open rows as the rank with the most has, `most_rows` of its ceil(rows / gpus).
+    """
+    chunk = -(-shape[0] // gpus)
+    if layout == "dense" or averaged_entries(shape, rows, cols, layout=layout) >= shape[0] * shape[1]:
+        return gpus * chunk * shape[1]
+    return gpus * (most_rows * cols if layout == "block" else most_rows * shape[1] + chunk * cols)
+
+
+@cache
+def most_in_a_chunk(size: int, density: float, chunks: int) -> float:
+    """Expected most open of `size` places in any of `chunks` equal parts, each place open by itself with `density`."""
+    places, below, most = -(-size // chunks), 0.0, 0.0
+    if density in (0.0, 1.0):
+        return places * density
+    logs = math.log(density), math.log1p(-density)
+    for n in range(places):  # E[max] = the sum of P(max > n)
+        ways = math.lgamma(places + 1) - math.lgamma(n + 1) - math.lgamma(places - n + 1)
+        below += math.exp(ways + n * logs[0] + (places - n) * logs[1])
+        if below > 1 - 1e-12:
+            break
+        most += 1 - below**chunks
+    return most
+
+
+def step_numbers(n_gates: int, *, sharded: bool) -> int:
+    """Float64 numbers in the one all-reduce of an optimizer step: loss, tokens, norm; and of shards the gates'."""
+    return 4 + (n_gates if sharded else 0)

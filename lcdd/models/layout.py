@@ -52,7 +52,7 @@ class Weave:
         """A whole group in its own order."""
         return cls(1, ((group, size),))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Rows (or columns) that it gates."""
         return self.count * sum(unit for _, unit in self.pieces)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fixtures.activations import kept_by_autograd, trainable
 from lcdd.cli import main
 from lcdd.commands.plan.architectures import PUBLISHED, read_architecture
+from lcdd.commands.plan.cluster import traffic_of
 from lcdd.commands.plan.devices import DEVICES, LAYER_LAUNCHES, find_device
 from lcdd.commands.plan.fits import longest_sequence, what_fits
 from lcdd.commands.plan.predict import predict
@@ -200,6 +201,32 @@ def test_fsdp_shards_state_but_not_activations_nor_the_unfused_base() -> None:
     assert predict(big).memory["lcdd"].peak < 141e9 < predict(big).memory["unfused"].peak
 
 
+def test_ranks_that_hold_everything_send_what_is_open_alone() -> None:
+    one, eight = (predict(plan_config(num_gpus=n, parallel="ddp", link="100gbe")) for n in (1, 8))
+    for part in ("weights", "base", "delta", "moments", "gradients"):
+        assert eight.memory["lcdd"].parts.get(part) == one.memory["lcdd"].parts.get(part)
+    assert eight.memory["plain"].parts["buckets"] == 2 * 6_979_321_856
+    traffic = {name: row["sent"] for name, row in eight.to_dict()["wire"]["traffic"].items()}
+    assert traffic["dense"] == pytest.approx(2 * 7 / 8 * 2 * 6_979_321_856, rel=1e-6)
+    assert traffic["packed, 80% closed"] == pytest.approx(0.04 * traffic["dense"], rel=1e-3)
+    waits = {name: seconds["communication not hidden"] for name, seconds in eight.seconds.items()}
+    assert waits["lcdd"] < 0.01 < 1 < waits["plain"]
+    hidden = predict(plan_config(num_gpus=8, parallel="ddp", link="nvlink"))
+    assert hidden.seconds["plain"]["communication not hidden"] < 0.01
+
+
+def test_shards_gather_weights_whatever_is_closed() -> None:
+    plan = predict(plan_config(num_gpus=64, gradient_accumulation_steps=2)).to_dict()["wire"]["traffic"]
+    weights = {row["weights"] for row in plan.values()}
+    assert weights == {2 * 63 / 64 * 2 * 32 * 218_112_000}  # of 32 layers, in each of two micro-batches
+    gradients = [row["gradients"] for row in plan.values()]
+    assert gradients == sorted(gradients, reverse=True)
+    assert gradients[0] == pytest.approx(2 * 63 / 64 * 2 * 6_979_321_856)
+    mixture = plan_config(model_name_or_path="qwen3-30b-a3b", num_gpus=8)
+    packed, dense = (traffic_of(read_architecture("qwen3-30b-a3b"), mixture, packed=p).gradients for p in (True, False))
+    assert 0.9 < packed / dense < 1  # experts go whole
+
+
 def test_checkpointing_and_chunks_trade_as_they_should() -> None:
     kept, again = predict(plan_config()), predict(plan_config(gradient_checkpointing=True))
     assert again.memory["lcdd"].peak < kept.memory["lcdd"].peak
@@ -231,6 +258,11 @@ def test_command_prints_tables_that_say_they_are_predictions(capsys: pytest.Capt
     ):
         assert words in text
     assert "measured here" not in text
+    assert "Over the wire" not in text
+    assert main(["plan", "--model_name_or_path", "qwen3-0.6b", "--num_gpus", "8", "--link", "pcie"]) == 0
+    text = capsys.readouterr().out
+    assert "Over the wire, a calculation: what each of 8 ranks sends in a step under fsdp2" in text
+    assert "pcie: PCIe 5.0 x16, 63 GB/s each way" in text
 
 
 def test_command_prints_json_whose_parts_sum_up(capsys: pytest.CaptureFixture[str]) -> None:

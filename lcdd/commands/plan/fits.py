@@ -91,11 +91,11 @@ def _fit(case: Case) -> Fit | None:
 
 
 def _numbers_of_gpus(case: Case) -> Iterator[int]:
-    """Those asked for, twice as many, and so on; one CPU is all there is."""
+    """Those asked for; where they share state twice as many, and so on; one CPU is all there is."""
     gpus = case.config.num_gpus
     while gpus <= MOST_GPUS:
         yield gpus
-        if case.config.device == "cpu":
+        if case.config.device == "cpu" or case.config.parallel == "ddp":
             return
         gpus *= 2
 

@@ -10,13 +10,14 @@ Left out: the allocator's fragmentation and the CUDA context, padding masks, Ada
     plan.seconds["lcdd"]              what a step's time is made of
 """
 
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from lcdd.commands.plan.architectures import read_architecture
+from lcdd.commands.plan.cluster import Work, gradient_entries, link_of, told, traffic_of, waiting
 from lcdd.commands.plan.devices import (
     BANDWIDTH_EFFICIENCY,
     LAUNCH_SECONDS,
@@ -39,6 +40,11 @@ PROVIDERS = ("plain", "unfused", "lcdd")
 # ---------------------------------------------------------------- packed gradients
 
 
+def sharded(config: PlanConfig) -> bool:
+    """Whether each GPU holds a share of weights and state."""
+    return config.num_gpus > 1 and config.parallel == "fsdp2"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     """Over the dense ones, all masked weights together: work of the weight gradients, and their bytes."""
@@ -54,13 +60,10 @@ def packing(model: Architecture, config: PlanConfig, *, cuda: bool) -> Packing:
     Sharded gradients (FSDP2), and those of weights that no nn.Linear holds, stay dense.
     """
     crossover = default_crossover("cuda" if cuda else "cpu", getattr(torch, config.dtype))
-    packs = config.pack == "auto" and config.num_gpus == 1
-    weights: Counter[Masked] = Counter()
-    for layer, count in model.kinds.items():
-        weights.update({weight: count * layer.masked.count(weight) for weight in set(layer.masked)})
+    packs = config.pack == "auto" and not sharded(config)
     work = size = 0.0
     layouts = {}
-    for weight, count in weights.items():
+    for weight, count in model.weights.items():
         layout, cost, held = _packed(weight, config, crossover) if packs and weight.linear else ("dense", 1.0, 1.0)
         layouts[weight.kind] = layout
         work, size = work + cost * count * weight.active, size + held * count * weight.parameters
@@ -132,6 +135,11 @@ class Case:
         return getattr(torch, self.config.moment_dtype).itemsize
 
     @property
+    def shards(self) -> int:
+        """GPUs that share weights and state."""
+        return self.config.num_gpus if sharded(self.config) else 1
+
+    @property
     def tokens(self) -> int:
         """Of a micro-batch on one GPU."""
         return self.config.per_device_train_batch_size * self.config.max_length
@@ -158,7 +166,13 @@ class Case:
     def gradients(self, provider: str) -> float:
         """Bytes of all weight gradients on a GPU."""
         share = self.packing.size if provider == "lcdd" else 1.0
-        return share * self.masked * self.e / self.config.num_gpus
+        return share * self.masked * self.e / self.shards
+
+    def buckets(self, provider: str) -> float:
+        """Bytes of the copies in which gradients travel where every GPU has all of them."""
+        if self.config.num_gpus == 1 or self.shards > 1:
+            return 0.0
+        return self.e * gradient_entries(self.model, self.config, packed=provider == "lcdd")
 
 
 def memory_of(case: Case, provider: str) -> Memory:
@@ -190,7 +204,8 @@ def memory_of(case: Case, provider: str) -> Memory:
             "gradients": before, "masks": at_backward, "activations": saved + recomputed, "working": working,
         },
         "the first layer's backward": {
-            "gradients": grads, "masks": masks * layer, "activations": one_layer, "working": working,
+            "gradients": grads, "buckets": case.buckets(provider), "masks": masks * layer, "activations": one_layer,
+            "working": working,
         },
         "the optimizer's step": {"gradients": grads},
     }  # fmt: skip
@@ -200,7 +215,7 @@ def memory_of(case: Case, provider: str) -> Memory:
 
 def _state(case: Case, provider: str) -> dict[str, float]:
     """What a GPU holds between steps, and what FSDP2 has gathered on it within one, bytes."""
-    model, e, gpus = case.model, case.e, case.config.num_gpus
+    model, e, gpus = case.model, case.e, case.shards
     held: dict[str, float] = {"weights": model.parameters * e / gpus}
     if provider == "lcdd":
         held["base"], held["delta"] = held["weights"], case.masked * case.d / gpus
@@ -252,10 +267,9 @@ def seconds_of(case: Case, provider: str) -> dict[str, float]:
     busy = [parts["forward"] + again + masks[0], parts["backward dX"] + parts["backward dW"] + masks[1]]
     parts["waiting for launches"] = sum(max(0.0, start - work) for start, work in zip(starts, busy, strict=True))
     if c.num_gpus > 1:
-        sent = costs.collective_bytes(n, item=e, gpus=c.num_gpus)
-        exposed = micro * (2 + 1) * sent / (device.link * 1e9) - sum(parts.values())
-        parts["communication not hidden"] = max(0.0, exposed)
-    local = n // c.num_gpus
+        traffic = traffic_of(model, c, packed=provider == "lcdd")
+        parts["communication not hidden"] = waiting(traffic, link_of(c, device), _work(parts), c)
+    local = n // case.shards
     if provider == "lcdd":
         parts["pass A / norm and clip"] = costs.grad_stats_bytes(local, grad=e, delta=case.d, share=size) / bandwidth
         moved = costs.adamw_bytes(local, weight=e, delta=case.d, moment=case.m, grad=e, share=size)
@@ -264,6 +278,11 @@ def seconds_of(case: Case, provider: str) -> dict[str, float]:
         moved = costs.plain_adamw_bytes(local, weight=e, moment=case.m, grad=e)
     parts["pass B / AdamW"] = moved / bandwidth
     return parts
+
+
+def _work(parts: Mapping[str, float]) -> Work:
+    """What ranks talk behind, of a step's parts that are there before they talk."""
+    return Work(forward=parts["forward"], backward=sum(parts.values()) - parts["forward"])
 
 
 def eraser_seconds(case: Case) -> dict[str, float]:
@@ -326,7 +345,7 @@ class Plan:
             ],
             "seconds": {k: v | {"total": sum(v.values()), "ratio": self.ratio(k)} for k, v in self.seconds.items()},
             "eraser_seconds": self.eraser,
-        }
+        } | ({"wire": told(self.case.model, self.config, self.device)} if self.config.num_gpus > 1 else {})
 
 
 def predict(

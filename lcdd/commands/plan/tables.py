@@ -105,6 +105,24 @@ def time_table(plan: Mapping[str, Any]) -> list[str]:
     return ["Step time, predicted", *lines, packed]
 
 
+def wire_table(plan: Mapping[str, Any]) -> list[str]:
+    """What a rank sends in a step, and how long that takes over each link."""
+    c, links, traffic = plan["config"], plan["wire"]["links"], plan["wire"]["traffic"]
+    rows = [
+        [name, *(f"{row[key] / GB:.3f}" for key in ("gradients", "sent")),
+         *(f"{1e3 * row['seconds'][link]:.1f}" for link in links)]
+        for name, row in traffic.items()
+    ]  # fmt: skip
+    head = ["", "GB of gradients", "GB in all", *(f"ms, {name}" for name in links)]
+    named = "; ".join(
+        f"{name}: {link['name']}, {link['bandwidth']:g} GB/s each way, {1e6 * link['latency']:.0f} us a hop"
+        for name, link in links.items()
+    )
+    reached = next(iter(links.values()))["efficiency"]
+    title = f"Over the wire, a calculation: what each of {c['num_gpus']} ranks sends in a step under {c['parallel']}"
+    return [title, *_table(head, rows), f"{named}. {reached:.0%} of a rate, and these hops, are assumed."]
+
+
 def eraser_table(plan: Mapping[str, Any]) -> list[str]:
     """The eraser's step, both ways."""
     c, eraser = plan["config"], plan["eraser_seconds"]
@@ -138,6 +156,7 @@ def render(plan: Mapping[str, Any]) -> str:
         f"{', activations checkpointed' if c['gradient_checkpointing'] else ''}.",
         source + f" {1e6 * device['launch_seconds']:.0f} us assumed to start an operation.",
     ]
-    return "\n".join(
-        [*head, "", *memory_table(plan), "", *fits_table(plan), "", *time_table(plan), "", *eraser_table(plan)]
-    )
+    tables = [memory_table(plan), fits_table(plan), time_table(plan)]
+    tables += [wire_table(plan)] if "wire" in plan else []
+    lines = [line for table in [*tables, eraser_table(plan)] for line in ("", *table)]
+    return "\n".join([*head, *lines])
