@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.records import Record
-from lcdd_kernels import DEFAULT_CROSSOVER, PackCrossover, pack_cost, pack_layout
-from lcdd_kernels.functional.packed_grad import PACKED_LAYOUT
+from lcdd_kernels.functional.packed_grad import DEFAULT_CROSSOVER, PACKED_LAYOUT, PackCrossover, pack_cost, pack_layout
 
 WORTH_SAYING = 0.02
 """What a decision has to cost, as a share of the time, before a default is to be changed for it."""

@@ -39,11 +39,11 @@ class Measured:
         return not (isinstance(self.loss, Tensor) or math.isfinite(self.loss))
 
     def grad_scale(self, limit: float) -> Tensor:
-        """Factor on the gradients that clips their norm to `limit` (0: does not), of norm's dtype []; NaN where the
+        """Factor on the gradients that clips their norm to `limit` (0: does not), in the dtype of gates []; NaN where the
         step is not to be taken."""
         good = self._values.isfinite().all() & (self._values[0] == 0)
         scale = (limit / (self._values[1] + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(self._values[1])
-        return torch.where(good, scale, math.nan).to(self.norm.dtype)
+        return torch.where(good, scale, math.nan).to(self.gate_sum.dtype)
 
     def look(self, drawn: Drawn) -> "Found":
         """The same on the host, and what `drawn` is to be told: one wait."""

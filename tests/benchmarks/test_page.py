@@ -7,7 +7,7 @@ import pytest
 from benchmarks import page
 from benchmarks.harness import Case, Lane, Sample
 from benchmarks.records import Environment, Record
-from lcdd_kernels import PackCrossover, pack_cost
+from lcdd_kernels.functional.packed_grad import PackCrossover, pack_cost
 
 HERE = Environment(device="a GPU", threads=1, torch="2", triton="3", python="3", commit="c")
 SHAPE = (4096, 14336)
