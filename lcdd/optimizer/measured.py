@@ -39,7 +39,7 @@ class Measured:
         return not (isinstance(self.loss, Tensor) or math.isfinite(self.loss))
 
     def grad_scale(self, limit: float) -> Tensor:
-        """Factor on the gradients that clips their norm to `limit` (0: does not), in the dtype of gates []; NaN where the
+        """Factor on the gradients that clips their norm to `limit` (0: does not), [] in the gates' dtype; NaN where the
         step is not to be taken."""
         good = self._values.isfinite().all() & (self._values[0] == 0)
         scale = (limit / (self._values[1] + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(self._values[1])
