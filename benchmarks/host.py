@@ -68,13 +68,15 @@ class Device:
             "gate_values_fwd_kernel": {"gate_ptr": values, "l0_partial_ptr": zero},
             "gate_logits_bwd_kernel": {"d_logits_ptr": zero},
             "open_indices_kernel": lists,
+            "weight_eff_fwd_kernel": {"differ_ptr": zero},
             "gate_gather_kernel": {"d_gate_ptr": zero},
             "sum_partials_kernel": {"out_ptr": zero},
         }
 
     def launch(self, kernel: Any, _grid: tuple[int, ...], _config: Any, /, **arguments: Any) -> None:
         for name, value in self._outputs.get(kernel.fn.__name__, {}).items():
-            arguments[name].copy_(value)
+            if arguments.get(name) is not None:
+                arguments[name].copy_(value)
 
 
 @contextmanager

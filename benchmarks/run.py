@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, plot, records
+from benchmarks import harness, page, plot, records
 from benchmarks.cases import Place, suite
 from benchmarks.harness import Case, Check, Clock, Lane, Roof, Sample, Workload
 
@@ -85,6 +85,7 @@ class Runner:
         self.clock: Clock = harness.clock_for(place.device)
         self.roofs: dict[str, Roof] = {}
         self.failed: list[str] = []
+        self.rows: list[records.Record] = []  # of this run
 
     def run(self, cases: Sequence[Case]) -> int:
         if self.place.size != "tiny":
@@ -98,6 +99,7 @@ class Runner:
             print(f"\n{case.name}: {plot._words(case.params)}", flush=True)
             try:
                 rows = self.measure(case)
+                self.rows += rows
                 if rows:
                     records.save(self.file, rows)
                     if self.arguments.results == records.RESULTS:
@@ -107,10 +109,13 @@ class Runner:
                 self.failed.append(f"{case.name}: {sys.exc_info()[1]}")
                 continue
             finally:
+                self.write_page()
                 torch.compiler.reset()  # one case's compiled shapes count against the next one's limit of them
                 self.release()
         if left:
             print(f"\ntime limit reached; not run: {', '.join(left)}")
+        if self.which == "gpu":
+            print(f"\n{page.page(self.rows, self.failed)}")
         if self.failed:
             print("\nFAILED:", *self.failed, sep="\n  ", file=sys.stderr)
             return 1
@@ -148,7 +153,7 @@ class Runner:
             metrics[label] += samples
         if self.place.device.type == "cuda":
             for label, work in workloads.items():
-                metrics[label] += self.replayed(work)
+                metrics[label] += [self.host_time(work), *self.replayed(work)]
         if case.name == "ceilings":
             self.learn_roofs(case, metrics)
         for lane in case.lanes:
@@ -158,6 +163,12 @@ class Runner:
             for lane in case.lanes
             for sample in metrics[lane.label]
         ]
+
+    def write_page(self) -> None:
+        """What the GPU's list says about the defaults, as far as it came: a run may be cut short."""
+        if self.which == "gpu":
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.with_name("defaults.md").write_text(page.page(self.rows, self.failed))
 
     def gate(self, case: Case) -> bool:
         """Every lane's checks; False, said loudly, where one fails."""
@@ -197,6 +208,18 @@ class Runner:
                 raise RuntimeError(f"memory of {lane.label}: {child.stderr[-2000:]}")
             found = json.loads(child.stdout.splitlines()[-1])
         return [Sample.of(name, "bytes", [value]) for name, value in found.items()]
+
+    def host_time(self, work: Workload) -> Sample:
+        """What queueing a run takes of the host's thread, which does not wait for the device to be done."""
+        seconds = []
+        for _ in range(5):
+            work.fresh()
+            torch.cuda.synchronize(self.place.device)
+            begun = time.thread_time()
+            work.run()
+            seconds.append(time.thread_time() - begun)
+        torch.cuda.synchronize(self.place.device)
+        return Sample.of("host_time", "s", seconds)
 
     def replayed(self, work: Workload) -> list[Sample]:
         """Time as a CUDA graph, where the workload can be captured."""

@@ -120,10 +120,11 @@ def memory_of(written: Sequence[tuple[str, Tensor]]) -> Memory:
     return Memory([start for start, _, _ in found], [end for _, end, _ in found], [name for _, _, name in found])
 
 
-def check_memory(name: str, value: Tensor, written: Memory) -> None:
-    """A contiguous tensor that is read shares no byte with one that is written."""
-    start = value.data_ptr()
-    end = start + value.nbytes
-    place = bisect_left(written.starts, end) - 1  # the last that begins before this one ends
-    if start < end and place >= 0 and written.ends[place] > start:
-        raise fail(name, "memory of its own", f"the memory of {written.names[place]}, which is written")
+def check_memory(names: Sequence[str], values: Sequence[Tensor], pointers: Sequence[int], written: Memory) -> None:
+    """Contiguous tensors that are read share no byte with one that is written; pointers: their addresses."""
+    ends = [start + value.nbytes for start, value in zip(pointers, values, strict=True)]
+    before = [bisect_left(written.starts, end) for end in ends]  # those that begin before this one ends
+    limits = [0, *written.ends]
+    for name, place, start, end in zip(names, before, pointers, ends, strict=True):
+        if limits[place] > start and start < end:
+            raise fail(name, "memory of its own", f"the memory of {written.names[place - 1]}, which is written")

@@ -114,11 +114,13 @@ def delta_grad_stats_cuda(matrices: Matrices, grads: Gradients, gate: Tensor) ->
 
 
 def delta_adamw_cuda(matrices: Matrices, grads: Gradients, gate_old: Tensor, gate_new: Tensor, adam: AdamWStep) -> None:
+    if (known := adam.known()) is None:
+        return
     n = matrices.n_gates
     plan = Plan(set_grads(matrix_table(matrices, _DEVICE), grads, _DEVICE), _tiles()[1], gate_old.device)
     _call(
         "lcdd_cuda_delta_adamw", gate_old.device, *plan.arguments, pointer("gate_old", gate_old, n, _DEVICE),
-        pointer("gate_new", gate_new, n, _DEVICE), rank_pointer(grads, n, _DEVICE), ctypes.byref(adamw_numbers(adam)),
+        pointer("gate_new", gate_new, n, _DEVICE), rank_pointer(grads, n, _DEVICE), ctypes.byref(adamw_numbers(known)),
     )  # fmt: skip
 
 

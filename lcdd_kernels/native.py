@@ -185,6 +185,13 @@ class NativeLibrary:
         where = pointer("gate", gate, matrices.n_gates, "cpu")
         self._call("lcdd_weight_eff", table, len(table), where, self._level, self.threads)
 
+    def weight_differs(self, matrices: Matrices, m: int, gate: Tensor) -> Tensor:
+        weight = matrices.weights[m]
+        lists = {"bases": [matrices.bases[m]], "deltas": [matrices.deltas[m]], "weights": [torch.empty_like(weight)]}
+        alone = Matrices(maps=[matrices.maps[m]], n_gates=matrices.n_gates, **lists)
+        self.weight_eff(alone, gate)
+        return (weight != alone.weights[0]).sum()
+
     def delta_grad_stats(self, matrices: Matrices, grads: Gradients, gate: Tensor) -> tuple[Tensor, Tensor]:
         n = matrices.n_gates
         table = set_grads(matrix_table(matrices, "cpu"), grads, "cpu")
@@ -198,11 +205,13 @@ class NativeLibrary:
     def delta_adamw(
         self, matrices: Matrices, grads: Gradients, gate_old: Tensor, gate_new: Tensor, adam: AdamWStep
     ) -> None:
+        if (known := adam.known()) is None:
+            return
         n = matrices.n_gates
         table = set_grads(matrix_table(matrices, "cpu"), grads, "cpu")
         self._call(
             "lcdd_delta_adamw", table, len(table), pointer("gate_old", gate_old, n, "cpu"),
-            pointer("gate_new", gate_new, n, "cpu"), rank_pointer(grads, n, "cpu"), ctypes.byref(adamw_numbers(adam)),
+            pointer("gate_new", gate_new, n, "cpu"), rank_pointer(grads, n, "cpu"), ctypes.byref(adamw_numbers(known)),
             self._level, self.threads,
         )  # fmt: skip
 

@@ -52,6 +52,7 @@ def suite(place: Place, *, gpu_list: bool) -> list[Case]:
         *steps.whole_small_model(place),
         *steps.four_large_layers(place),
         losses.cross_entropy(place),
+        losses.kl(place),
         *eraser.cases(place),
         *steps.other_models(place),
         *steps.whole_large_model(place),

@@ -146,12 +146,19 @@ def _passes(place: Place, shape: tuple[int, int], count: int) -> Case:
     """Passes A, B and the refresh; dense at full density, and on packed blocks with 80% closed."""
     shape = (61, 90) if place.size == "tiny" else shape
 
-    def lane(op: str, method: str, density: float, layout: str, cost: Callable[[Matrices], float]) -> Lane:
-        backend = _serving(op, place, torch.bfloat16)
+    def lane(
+        op: str, method: str, density: float, layout: str, cost: Callable[[Matrices], float], backend: str = ""
+    ) -> Lane:
+        backend = backend or _serving(op, place, torch.bfloat16)
 
         def build() -> Workload:
             matrices = Matrices(shape, count, place, density, layout)
-            return Workload(run=getattr(matrices, method), cost=Cost(bytes=cost(matrices)), capturable=True)
+
+            def run() -> None:
+                with k.use_backend(backend):
+                    getattr(matrices, method)()
+
+            return Workload(run=run, cost=Cost(bytes=cost(matrices)), capturable=True)
 
         return Lane(
             provider=f"lcdd:{backend}", build=build, params={"op": op, "density": density, "gradients": layout},
@@ -171,6 +178,11 @@ def _passes(place: Place, shape: tuple[int, int], count: int) -> Case:
         lane("delta_grad_stats", "grad_stats", 0.2, "block", stats_cost),
         lane("delta_adamw_", "adamw", 0.2, "block", adamw_cost),
     ]
+    if backends.available("delta_adamw_", place.device, torch.bfloat16)["cuda"] is None:  # where it was built
+        lanes += [
+            lane("delta_grad_stats", "grad_stats", 1.0, "dense", stats_cost, "cuda"),
+            lane("delta_adamw_", "adamw", 1.0, "dense", adamw_cost, "cuda"),
+        ]
     params = {"shape": f"{count} x {shape[0]}x{shape[1]}", "dtype": "bfloat16"}
     return Case(name="passes", params=params, lanes=lanes, budget_s=8.0)
 

@@ -228,7 +228,7 @@ class SFTEraser:
             layers = [torch.cat(rows, dim=1) for rows in zip(*(part.layers for part in parts), strict=True)]
             goal, channels, offsets = match_target.mean, self._channels, self._offsets
             layers = self._as_of_all(match_target.scaled(layers), embeds, len(batch))
-            match = torch.stack([channel_match([x[n] for x in layers], channels, offsets, goal) for n in range(starts)])
+            match = channel_match([x.flatten(0, 1) for x in layers], channels, offsets, goal, starts=starts)
         if c.kl_weight > 0:
             tail_kl = sum((part.tail_kl for part in parts), tail_kl) / sum(len(p.tail) for p in batch)
         if c.answer_kl_weight > 0:

@@ -20,9 +20,9 @@ __all__ = ["BlockGrad", "OpenPart"]
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, slots=True)  # not frozen: a step makes as many as there are matrices
 class OpenPart:
-    """Which entries of a matrix are stored; two gradients with the same object add part by part.
+    """Which entries of a matrix are stored, for good; two gradients with the same object add part by part.
 
     layout: "block", the entries in open rows and open columns, as [R, C]; or "panels", those in open rows or open
         columns, as [R, in] and [out, C].
@@ -78,6 +78,8 @@ class OpenPart:
 
 class _Store:
     """What a gradient and its aliases share: parts of an `OpenPart`, nothing at all (zero), or the dense tensor."""
+
+    __slots__ = ("dense", "part", "parts")
 
     def __init__(self, part: OpenPart | None, parts: tuple[Tensor, ...], dense: Tensor | None = None) -> None:
         self.part, self.parts, self.dense = part, parts, dense

@@ -7,12 +7,12 @@ arrives in `weight.grad` like any gradient, and all of LCDD happens in `step`:
     pass A   (G, Δ, gates) -> gate gradients, ‖dΔ‖²
     θ step   chain through the gates, plus the price of open gates in closed form
     gates    new z for the whole model
-    look     the host's one: what is not finite, how many gates are open
     pass B   AdamW on Δ with the gradient formed on the fly, and the next W_eff
+    look     the host's one: what is not finite, how many gates are open
     dual     moving average of the loss, ε, λ
 
-The device waits for the host once, at the look; what follows is queued ahead of it, and the host prepares the next step
-while pass B runs.
+All up to the look is queued without knowing how it comes out: how far to clip, and whether to take the step at all,
+pass B reads on the device. The host looks while pass B runs, and then prepares the next step.
 """
 
 import logging
@@ -201,7 +201,10 @@ class LCDDOptimizer(torch.optim.Optimizer):
             raise self._foreign()
         fixed = self._controller.frozen
         grads, before = self._masked.grads(self.gates), self.gates.drawn
-        found = self._pass_a_and_gates(grads, loss, tokens).look(self.gates.drawn)
+        measured = self._pass_a_and_gates(grads, loss, tokens)
+        if not measured.hopeless:
+            self._pass_b(grads, measured, before)
+        found = measured.look(self.gates.drawn)
         if found.foreign or not found.finite():
             self._controller.restore()
             self.gates.drawn = before
@@ -210,7 +213,8 @@ class LCDDOptimizer(torch.optim.Optimizer):
             self._skip(str(found))
             return
         self._controller.step(found.loss, found.proposed)
-        self._pass_b(grads, found.norm, before)
+        self._masked.finish(self.gates)
+        self._step_unmasked(found.norm)
         if self._controller.frozen:
             self._masked.settle(self.gates)
         if not fixed:
@@ -230,18 +234,21 @@ class LCDDOptimizer(torch.optim.Optimizer):
         proposed = self._controller.propose(d_gate, loss, penalties=self.penalties)
         return Measured(loss=loss, norm=sq_norm.sqrt(), gate_sum=gate_sum, foreign=probe, proposed=proposed)
 
-    def _pass_b(self, grads: Grads, norm: float, before: Drawn) -> None:
-        """Clip, step Δ and what no gate masks, and write W_eff of the new gates."""
-        limit = self.config.max_grad_norm
-        grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-        masked, theta, *unmasked = self.param_groups
+    def _pass_b(self, grads: Grads, measured: Measured, before: Drawn) -> None:
+        """Clip, step Δ, and write W_eff of the new gates, if the device finds that the step can be taken."""
+        masked, theta, *_ = self.param_groups
         theta["lr"] = self.config.gate_lr  # which a scheduler may have written
         lr, decay = masked["lr"] * self._controller.delta_rate, self._controller.delta_decay
         settings = {**masked, "lr": lr, "weight_decay": masked["weight_decay"] + (decay / lr if lr else 0.0)}
+        grad_scale = measured.grad_scale(self.config.max_grad_norm)
         self._masked.pass_b(
             grads, before, self.gates, settings=settings, step=self.completed_steps, grad_scale=grad_scale
         )
-        for group in unmasked:
+
+    def _step_unmasked(self, norm: float) -> None:
+        limit = self.config.max_grad_norm
+        grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        for group in self.param_groups[2:]:
             self._unmasked.step(settings=group, grad_scale=grad_scale)
 
     def _take_loss(self, loss: Any, tokens: float) -> tuple[float | Tensor, float]:

@@ -264,6 +264,7 @@ class PackPlan:
             for site in sites
             if site.linear is not None and type(site.linear) is nn.Linear
         ]
+        self._geometry = [(site.matrix.shape, rows, cols) for site, _, rows, cols in self.linears]
         self._sizes: list[int] = layout.slot_offsets.diff().tolist()
         self.parts = OpenParts(layout, gate_kind=gate_kind)
         self._gates: Gates | None = None
@@ -293,19 +294,22 @@ class PackPlan:
         self._closed.clear()
         _panels.drop()
         self.parts.update(gates, fixed=fixed)
-        parts, counts = _OpenParts(gates, self._sizes), gates.counts
-        for site, linear, rows, cols in self.linears:
-            layout = "dense"
-            if self.pack:
-                layout = self._layout(site.matrix.shape, counts[rows.number], counts[cols.number] * cols.repeat)
+        layouts = self._choose(gates.counts) if self.pack else ["dense"] * len(self.linears)
+        packed = [to_pack for to_pack, layout in zip(self.linears, layouts, strict=True) if layout != "dense"]
+        parts = _OpenParts(gates, self._sizes, [to_pack.cols for to_pack in packed])
+        for (_, linear, rows, cols), layout in zip(self.linears, layouts, strict=True):
             part = None if layout == "dense" else OpenPart(layout=layout, rows=parts.rows(rows), cols=parts.cols(cols))
             linear.__dict__["part"] = part  # nn.Module's own way of setting it takes longer than all the rest
 
-    def _layout(self, shape: tuple[int, int], n_rows: int, n_cols: int) -> str:
-        return pack_layout(
-            gate_kind=self._kind, out_features=shape[0], in_features=shape[1], n_rows=n_rows, n_cols=n_cols,
-            crossover=self.crossover, check=False,
-        )  # fmt: skip
+    def _choose(self, counts: Sequence[int]) -> list[str]:
+        """The layout of every linear."""
+        return [
+            pack_layout(
+                gate_kind=self._kind, out_features=shape[0], in_features=shape[1], n_rows=counts[rows.number],
+                n_cols=counts[cols.number] * cols.repeat, crossover=self.crossover, check=False,
+            )
+            for shape, rows, cols in self._geometry
+        ]  # fmt: skip
 
     def layouts(self) -> list[str]:
         """The layout in force of every linear, in order."""
@@ -346,25 +350,31 @@ class PackPlan:
 class _OpenParts:
     """Open rows and columns of a draw, each run's made once: what reads one input shares its packed panel."""
 
-    def __init__(self, gates: Gates, sizes: Sequence[int]) -> None:
-        """sizes: of all runs of slots."""
-        self._gates = gates
+    def __init__(self, gates: Gates, sizes: Sequence[int], cols: Sequence[Run]) -> None:
+        """sizes: of all runs of slots. cols: the runs whose columns will be asked for."""
         lengths = [length for size, count in zip(sizes, gates.counts, strict=True) for length in (count, size - count)]
         self._runs = gates.indices.split(lengths)[::2]
-        self._repeated: dict[tuple[int, int], Tensor] = {}
+        self._repeated: dict[Run, Tensor] = {}
+        repeated = dict.fromkeys(run for run in cols if run.repeat > 1)
+        for shape in {(run.head_dim, run.repeat) for run in repeated}:
+            self._expand([run for run in repeated if (run.head_dim, run.repeat) == shape])
+
+    def _expand(self, runs: Sequence[Run]) -> None:
+        """The columns of runs that repeat alike, together: a few launches for a whole model."""
+        head_dim, repeat = runs[0].head_dim, runs[0].repeat
+        opened = [self._runs[run.number] for run in runs]
+        copies = expand_columns(torch.cat(opened), head_dim=head_dim, repeat=repeat).view(repeat, -1)
+        pieces = [copy.split([len(gates) for gates in opened]) for copy in copies.unbind()]
+        ordered = torch.cat([piece for of_run in zip(*pieces, strict=True) for piece in of_run])
+        found = ordered.split([repeat * len(gates) for gates in opened])
+        self._repeated.update(zip(runs, found, strict=True))
 
     def rows(self, run: Run) -> Tensor:
         return self._runs[run.number]
 
     def cols(self, run: Run) -> Tensor:
-        """As `_columns`; of repeated ones all runs' at once, each then cut out of them."""
-        if run.repeat == 1:
-            return self.rows(run)
-        shape = run.head_dim, run.repeat
-        if shape not in self._repeated:
-            whole = expand_columns(self._gates.indices, head_dim=run.head_dim, repeat=run.repeat)
-            self._repeated[shape] = whole.view(run.repeat, -1)
-        return self._repeated[shape][:, run.start : run.start + self._gates.counts[run.number]].reshape(-1)
+        """As `_columns`."""
+        return self.rows(run) if run.repeat == 1 else self._repeated[run]
 
 
 def _columns(gates: Tensor, run: Run) -> Tensor:

@@ -3,7 +3,8 @@
     weights = MaskedWeights(model, base, config)
     grads = weights.grads(gates)                                G, as `backward` left it behind
     d_gate, sq_norm = weights.pass_a(grads, gates)
-    weights.pass_b(grads, before, gates, …)                     AdamW on Δ, and the next W_eff
+    weights.pass_b(grads, before, gates, …)                     AdamW on Δ, and the next W_eff, or nothing at all
+    weights.finish(gates)                                       of a step that was taken
     weights.write(gates)                                        W_eff alone
     weights.settle(gates)                                       gates are fixed: Δ and moments of the open blocks alone
     weights.moved, weights.differing(…), weights.take_in(…)     what somebody else has written since
@@ -15,6 +16,7 @@ site is a view of them with its gates. The kernels get this rank's rows; what a 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ from lcdd.optimizer.open_blocks import WORTH_IT, OpenBlocks, blocks_by_parameter
 from lcdd.optimizer.packed import PackedGradLinear
 from lcdd_kernels import AdamWStep, DeltaStepPlan, GateMap, weight_eff_
 from lcdd_kernels.reference.delta_step import Gradients
+
+_VERSION = attrgetter("_version")
 
 Grads = tuple[list[Any], Gradients | None]
 """Gradients of the sites with rows on this rank, and the same as kernels take them (not on the forward route)."""
@@ -72,6 +76,11 @@ class MaskedWeight:
     def _first(self) -> int:
         """Which row (or slice) of the parameter this rank's first one is."""
         return shards.row_offset(self.site.parameter)
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether it is all of a parameter that is on this rank alone."""
+        return self.site.matrix.part is None and not shards.is_sharded(self.site.parameter)
 
     @property
     def is_here(self) -> bool:
@@ -122,7 +131,7 @@ class MaskedWeight:
         if grad is None:
             raise InputError(f"{self.site.matrix.parameter}: expected a gradient from backward(), got none")
         if not isinstance(grad, BlockGrad):
-            return self.here(grad), "dense"
+            return grad if self._whole else self.here(grad), "dense"
         part, linear = grad.part, self.site.linear
         if part is not None and isinstance(linear, PackedGradLinear) and part is linear.part:
             return grad.parts if part.layout == "panels" else grad.parts[0], part.layout
@@ -182,6 +191,7 @@ class MaskedWeights:
         self._here = [item for item in self.items if item.is_here]
         self._plan = self._make_plan() if self._here else None
         self._blocks: OpenBlocks | None = None
+        self._pairs = [tensor for pair in self._bases.items() for tensor in pair]
         self._marks: list[Any] = []
 
     @property
@@ -234,11 +244,12 @@ class MaskedWeights:
         *,
         settings: Mapping[str, Any],
         step: int,
-        grad_scale: float,
+        grad_scale: Tensor,
     ) -> None:
         """Step Δ by AdamW on grad_scale · dΔ, and write W_eff of the gates now in force.
 
         before: the gates that the gradients are of.
+        grad_scale: [] on the device, NaN where the step is not to be taken: then nothing is written.
         settings: lr, betas, eps and weight_decay of AdamW. step: counts from 1.
         """
         found, checked = grads
@@ -253,11 +264,15 @@ class MaskedWeights:
             elif self._plan is not None and checked is not None:
                 old = torch.ones_like(before.slots) if self.gated_grads else before.slots
                 self._plan.step(checked, old, gates.slots, adam)
+        self._marks[1] = self._versions()
+
+    def finish(self, gates: Gates) -> None:
+        """After pass B of a step that was taken: what it did not write of W_eff."""
         if self.config.reference_compat:
             reference_compat.round_as_stored_weights_(self._state("delta"), self._base_rows)
         if self.config.reference_compat or not self.config.train_delta:
             self._write(gates)
-        self.mark()
+            self.mark()
 
     @torch.no_grad()
     def write(self, gates: Gates) -> None:
@@ -345,9 +360,11 @@ class MaskedWeights:
         """
         if not self._here:
             return gates.slots.new_zeros(())
-        item = self._here[number % len(self._here)]
-        differs = item.here(item.site.parameter.detach()) != item.weight_eff(gates.slots)
-        return differs.sum().to(gates.slots.dtype)
+        place = number % len(self._here)
+        if self._plan is not None:
+            return self._plan.differing(place, gates.slots)
+        item = self._here[place]
+        return (item.here(item.site.parameter.detach()) != item.weight_eff(gates.slots)).sum()
 
     @torch.no_grad()
     def take_in(self, gate: Tensor) -> bool:
@@ -476,10 +493,17 @@ class MaskedWeights:
                 )
 
     def _current_marks(self) -> list[Any]:
-        tensors = [tensor for pair in self._bases.items() for tensor in pair]
+        return [list(map(Tensor.data_ptr, self._watched)), self._versions()]
+
+    def _versions(self) -> list[int]:
+        return list(map(_VERSION, self._watched))
+
+    @property
+    def _watched(self) -> list[Tensor]:
+        """Weights and bases."""
         if self.sharded:  # to_local() makes a tensor each time
-            tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
-        return [[tensor.data_ptr() for tensor in tensors], [tensor._version for tensor in tensors]]
+            return [getattr(tensor, "_local_tensor", tensor) for tensor in self._pairs]
+        return self._pairs
 
 
 def _hand_over(weight: Tensor, logits: Tensor | None, delta: Tensor) -> None:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from lcdd_kernels.cases import Case, Inputs
-from lcdd_kernels.reference.delta_step import BLOCK, DENSE, PANELS, AdamWStep, GateMap, Gradients, Matrices
+from lcdd_kernels.reference.delta_step import (
+    BLOCK,
+    DENSE,
+    PANELS,
+    AdamWStep,
+    GateMap,
+    Gradients,
+    Matrices,
+    weight_eff_ref,
+)
 from lcdd_kernels.reference.gates import open_indices_ref
 
 KV_HEADS, REPEAT = 2, 3
@@ -101,6 +110,18 @@ def make_weight_eff(dtype: torch.dtype, device: torch.device, seed: int, size: i
     return {name: sample[name] for name in ("matrices", "gate")}
 
 
+def make_differs(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> Inputs:
+    """The second matrix as it has to be, but for its first row; of numbers with which every dtype computes exactly."""
+    sample = make_weight_eff(dtype, device, seed, size)
+    generator, matrices = torch.Generator().manual_seed(seed), sample["matrices"]
+    for tensor in (*matrices.bases, *matrices.deltas):
+        tensor.copy_(torch.randint(-4, 5, tensor.shape, generator=generator))
+    sample["gate"].copy_(torch.randint(0, 3, sample["gate"].shape, generator=generator) / 2)
+    weight_eff_ref(matrices, sample["gate"])
+    matrices.weights[1][0] += 1
+    return {**sample, "m": 1}
+
+
 def make_grad_stats(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> Inputs:
     sample = _sample(dtype, device, seed, size)
     return {name: sample[name] for name in ("matrices", "grads", "gate")}
@@ -149,6 +170,12 @@ def weight_eff_expression(matrices: Matrices, gate: Tensor) -> None:
         weight.copy_(base + r * c * delta)
 
 
+def differs_expression(matrices: Matrices, m: int, gate: Tensor) -> Tensor:
+    before = matrices.weights[m].clone()
+    weight_eff_expression(matrices, gate)
+    return (before != matrices.weights[m]).sum()
+
+
 def grad_stats_expression(matrices: Matrices, grads: Gradients, gate: Tensor) -> tuple[Tensor, Tensor]:
     d_gate, sq_norm = torch.zeros_like(gate), torch.zeros_like(gate[0])
     for _, where, delta, g in _with_grads(matrices, grads):
@@ -181,6 +208,9 @@ CASES = {
         outputs=("matrices.weights",),
         in_place=True,
         exact=frozenset({"matrices.weights"}),
+    ),
+    "weight_differs": Case(
+        make=make_differs, expression=differs_expression, outputs=("count",), exact=frozenset({"count"})
     ),
     "delta_grad_stats": Case(
         make=make_grad_stats,

@@ -1,14 +1,19 @@
-"""Cases of the forward route's pieces: an o_proj with three query heads per KV head, odd sizes, hard-concrete gates."""
+"""Cases of the forward route's pieces: an o_proj with three query heads per KV head and a matrix that shares its row
+gates, odd sizes, hard-concrete gates."""
 
 import torch
 from torch import Tensor
 
 from lcdd_kernels.cases import Case, Inputs
+from lcdd_kernels.cases.gates import values_expression
 from lcdd_kernels.reference.delta_step import GateMap
-from lcdd_kernels.reference.gated_linear import row_and_col_gates_ref
+from lcdd_kernels.reference.gated_linear import row_and_col_gates
 from lcdd_kernels.reference.gates import GateSpec
 
 KV_HEADS, REPEAT = 2, 3
+
+
+SPEC = GateSpec(kind="hard_concrete", seed=(5 << 32) + 3, step=2)
 
 
 def _sample(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> Inputs:
@@ -20,19 +25,31 @@ def _sample(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> I
     def normal(*shape: int, scale: float, of: torch.dtype = dtype) -> Tensor:
         return (scale * torch.randn(shape, generator=generator)).to(of).to(device)
 
-    logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = [(rows, cols), (rows, gates)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    is_open = torch.rand(rows + gates, generator=generator).to(device) > 0.3
     return {
-        "weight_base": normal(rows, cols, scale=0.05),
+        "bases": [normal(*shape, scale=0.05) for shape in shapes],
+        "deltas": [normal(*shape, scale=1e-2) for shape in shapes],
         "grad_weight": normal(rows, cols, scale=1e-2),
-        "delta": normal(rows, cols, scale=1e-2),
-        "row_logits": normal(rows, scale=2.0, of=logits_dtype),
-        "col_logits": normal(gates, scale=2.0, of=logits_dtype),
-        "spec": GateSpec(kind="hard_concrete", seed=(5 << 32) + 3, step=2),
-        "where": GateMap(row_start=7, col_start=1000, head_dim=head_dim, repeat=REPEAT),
+        "gate": normal(rows + gates, scale=1.0, of=wide).sigmoid() * is_open,
+        "maps": [GateMap(0, rows, head_dim, REPEAT), GateMap(0, rows)],
     }
 
 
-def make_weight(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> Inputs:
+def make_gates(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = (1000 * size + 3, 24, 1025)
+    logits = [(2 * torch.randn(n, generator=generator)).to(wide).to(device) for n in sizes]
+    return {"logits": logits, "offsets": [7, 2**33, 5000], "spec": SPEC}
+
+
+def gates_expression(logits: list[Tensor], offsets: list[int], spec: GateSpec) -> Tensor:
+    return torch.cat([values_expression(part, spec, offset=n)[0] for part, n in zip(logits, offsets, strict=True)])
+
+
+def make_weights(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> Inputs:
     sample = _sample(dtype, device, seed, size)
     del sample["grad_weight"]
     return sample
@@ -40,38 +57,34 @@ def make_weight(dtype: torch.dtype, device: torch.device, seed: int, size: int) 
 
 def make_grad(dtype: torch.dtype, device: torch.device, seed: int, size: int) -> Inputs:
     sample = _sample(dtype, device, seed, size)
-    del sample["weight_base"]
-    return {**sample, "need_delta": True, "need_gates": True}
+    picked = {"grad_weight": sample["grad_weight"], "delta": sample["deltas"][0], "gate": sample["gate"]}
+    return {**picked, "where": sample["maps"][0], "need_delta": True, "need_gates": True}
 
 
-def weight_expression(
-    weight_base: Tensor, delta: Tensor, row_logits: Tensor, col_logits: Tensor, spec: GateSpec, where: GateMap
-) -> Tensor:
-    r, c = (gate.to(delta.dtype) for gate in row_and_col_gates_ref(row_logits, col_logits, spec, where))
-    return weight_base + torch.outer(r, c) * delta
+def weights_expression(bases: list[Tensor], deltas: list[Tensor], gate: Tensor, maps: list[GateMap]) -> list[Tensor]:
+    found = []
+    for base, delta, where in zip(bases, deltas, maps, strict=True):
+        r, c = (part.to(delta.dtype) for part in row_and_col_gates(gate, where, delta.shape))
+        found.append(base + torch.outer(r, c) * delta)
+    return found
 
 
 def grad_expression(
-    grad_weight: Tensor,
-    delta: Tensor,
-    row_logits: Tensor,
-    col_logits: Tensor,
-    spec: GateSpec,
-    where: GateMap,
-    *,
-    need_delta: bool,
-    need_gates: bool,
+    grad_weight: Tensor, delta: Tensor, gate: Tensor, where: GateMap, *, need_delta: bool, need_gates: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What autograd does with `weight_expression`."""
+    """What autograd does with `weights_expression`."""
     del need_delta, need_gates
-    r, c = (gate.to(delta.dtype) for gate in row_and_col_gates_ref(row_logits, col_logits, spec, where))
+    r, c = (part.to(delta.dtype) for part in row_and_col_gates(gate, where, delta.shape))
     d_outer = grad_weight * delta
     d_col = (r @ d_outer).view(-1, where.repeat, where.head_dim).sum(dim=1).view(-1)
-    return torch.outer(r, c) * grad_weight, (d_outer @ c).to(row_logits.dtype), d_col.to(col_logits.dtype)
+    return torch.outer(r, c) * grad_weight, (d_outer @ c).to(gate.dtype), d_col.to(gate.dtype)
 
 
 CASES = {
-    "gated_weight": Case(make=make_weight, expression=weight_expression, outputs=("weight",)),
+    "block_gates": Case(
+        make=make_gates, expression=gates_expression, outputs=("gate",), depth={"gate": 4}, dtypes=(torch.float32,)
+    ),
+    "gated_weights": Case(make=make_weights, expression=weights_expression, outputs=("weights",)),
     "gated_weight_grad": Case(
         make=make_grad,
         expression=grad_expression,

@@ -38,6 +38,7 @@ def channel_match(
     *,
     attention_mask: Tensor | None = None,
     last_index: Tensor | None = None,
+    starts: int | None = None,
 ) -> Tensor:
     """mean over layers of MSE( mean over prompts of h_l[last token, C_l],  target_mean of layer l ) -> loss[], float32.
 
@@ -46,6 +47,7 @@ def channel_match(
             float64 gives a float64 loss.
     channels: int32[N], layer after layer, distinct within a layer. offsets: int64[L+1] on the CPU, 0 to N.
     target_mean: float[N], no gradient.
+    starts: so many batches in one, all of a size, the prompts of one after those of another: their losses [starts].
     A layer without channels is left out of the mean; no channels at all give 0.
 
     To autograd d_hidden is a dense [B, S, D] for every layer, alive until that layer's backward. Where that memory
@@ -55,6 +57,10 @@ def channel_match(
     rows = _check_hidden(hidden)
     n_prompts, n_positions, n_features = rows[0].shape
     device = rows[0].device
+    if starts is not None:
+        checks.check_int("starts", starts, 1, n_prompts + 1)
+        if n_prompts % starts:
+            raise fail("starts", f"a divisor of {n_prompts} (rows of hidden)", starts)
     last = _last_index(hidden, attention_mask, last_index, n_prompts, n_positions)
     checks.check_device("last_index", last, device)
     _check_channels(channels, offsets, len(rows), n_features, device)
@@ -63,8 +69,8 @@ def channel_match(
     checks.check_device("target_mean", target_mean, device)
     if target_mean.requires_grad:
         raise fail("target_mean", "a constant", "a tensor that requires grad")
-    loss, _ = ops.channel_match(list(rows), last, channels, offsets, target_mean)
-    return loss
+    loss, _ = ops.channel_match(list(rows), last, channels, offsets, target_mean, starts or 1)
+    return loss.view(()) if starts is None else loss
 
 
 def _check_hidden(hidden: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -8,6 +8,7 @@ that was stepped since its forward is an error.
 Shapes: N gates of the model, M matrices, each `[out, in]`.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from lcdd_kernels.reference.delta_step import BLOCK, DENSE, LAYOUTS, PANELS, Ada
 __all__ = ["AdamWStep", "DeltaStepPlan", "GateMap", "delta_adamw_", "delta_grad_stats", "weight_eff_"]
 
 _MATRIX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CODES = {layout: code for code, layout in enumerate(LAYOUTS)}
 _WRITTEN = ("weights", "deltas", "exp_avgs", "exp_avg_sqs")
 
 Grad = Tensor | tuple[Tensor, Tensor]
@@ -36,7 +38,7 @@ class DeltaStepPlan:
     weights, bases: W_eff and the base's weights, one dtype (float32, float16, bfloat16; float64 with float64 gates);
     deltas, exp_avgs, exp_avg_sqs: Δ and AdamW's moments, each of any of these dtypes. All [out, in], contiguous, on one
     device. gate_maps: where each matrix finds its gates in a flat vector of `n_gates`. What no call needs may be left
-    out: `grad_stats` reads deltas, `refresh` weights, bases and deltas, `step` everything.
+    out: `grad_stats` reads deltas, `refresh` and `differing` weights, bases and deltas, `step` everything.
 
     Raises ValueError naming the list, the matrix and what was expected; also where one that is written shares memory
     with another one.
@@ -56,6 +58,7 @@ class DeltaStepPlan:
         self._maps, self._n_gates = tuple(gate_maps), n_gates
         lists = {"weights": weights, "deltas": deltas, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "bases": bases}
         self._lists = {name: list(tensors) for name, tensors in lists.items() if name == "deltas" or len(tensors)}
+        self._tensors = list(itertools.chain.from_iterable(self._lists.values()))
         first = next(iter(self._lists.values()))
         self._device = checks.check_tensor("deltas[0]", first[0]).device if first else torch.device("cpu")
         self._check()
@@ -73,6 +76,17 @@ class DeltaStepPlan:
         self._check_gate("gate", gate)
         choose("weight_eff_", gate)(matrices, gate)
         torch.autograd.graph.increment_version(matrices.weights)
+
+    @torch.no_grad()
+    def differing(self, m: int, gate: Tensor) -> Tensor:
+        """How many entries of weights[m] are not what `refresh` would write from gate[N]: int64 [] on the device."""
+        self._check_there("weights", "bases")
+        checks.check_int("m", m, 0, len(self._maps))
+        places = range(m, len(self._tensors), len(self._maps))  # of this matrix in every list
+        if any(self._tensors[place].data_ptr() != self._pointers[place] for place in places):
+            self._check()
+        self._check_gate("gate", gate)
+        return choose("weight_differs", gate)(self._matrices, m, gate)
 
     def take(
         self, grads: Sequence[Grad], gate: Tensor, *, layouts: Sequence[str] | None = None, rank: Tensor | None = None
@@ -120,13 +134,13 @@ class DeltaStepPlan:
 
         The update uses the moments before they are rounded for storage. grads, layouts: as in `grad_stats`, with
         `rank` of the *old* gates; an entry that a packed gradient lacks has gradient zero, and its momenta still move
-        delta.
+        delta. A grad_scale on the device may be NaN: then nothing is written.
         """
         self._check_there("weights", "bases", "exp_avgs", "exp_avg_sqs")
         self._check_gate("gate_old", gate_old)
         self._check_gate("gate_new", gate_new)
         checks.check_dtype("gate_new", gate_new, (gate_old.dtype,))
-        _check_adam(adam)
+        _check_adam(adam, gate_old)
         found = grads if isinstance(grads, Gradients) else self.take(grads, gate_old, layouts=layouts, rank=rank)
         choose("delta_adamw_", gate_old)(self._matrices, found, gate_old, gate_new, adam)
         for name in _WRITTEN:
@@ -163,11 +177,12 @@ class DeltaStepPlan:
         named = {n: [(f"{n}[{m}]", t) for m, t in enumerate(tensors)] for n, tensors in self._lists.items()}
         self._written = checks.memory_of([pair for name in written for pair in named.get(name, [])])
         for name in self._lists.keys() - set(written):
-            for pair in named[name]:
-                checks.check_memory(*pair, self._written)
+            names, tensors = zip(*named[name], strict=True) if named[name] else ((), ())
+            checks.check_memory(names, tensors, [tensor.data_ptr() for tensor in tensors], self._written)
+        self._grad_names = [f"grads[{m}]" for m in range(len(self._maps))]
 
     def _addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensors in self._lists.values() for tensor in tensors]
+        return list(map(Tensor.data_ptr, self._tensors))
 
     def _check_there(self, *needed: str) -> None:
         for name in needed:
@@ -195,27 +210,33 @@ class DeltaStepPlan:
         """Gradients as the backends take them: one tensor per matrix, the column panels apart, layout codes."""
         checks.check_length("grads", grads, len(self._maps))
         codes = self._codes(layouts)
-        tensors: list[Tensor] = []
-        panels: list[Tensor | None] = []
         packed = any(codes)
         dtypes = _MATRIX_DTYPES if gate_dtype == torch.float32 else checks.FLOATS
         counts = self._open_counts(rank) if packed else None
-        for m, (grad, code) in enumerate(zip(grads, codes, strict=True)):
-            first, panel = grad if code == PANELS and isinstance(grad, tuple | list) else (grad, None)
-            shape = self._shapes[m] if code == DENSE else counts[m] if code == BLOCK and counts is not None else None
-            if code == PANELS or not _is_plain(first, shape, dtypes, self._device):
+        known = self._shapes if not packed else [
+            self._shapes[m] if code == DENSE else counts[m] if code == BLOCK and counts is not None else None
+            for m, code in enumerate(codes)
+        ]  # fmt: skip
+        if PANELS in codes or not _all_plain(grads, known, dtypes, self._device):
+            for m, (grad, code) in enumerate(zip(grads, codes, strict=True)):
                 self._check_grad(m, grad, code, None if counts is None else counts[m], dtypes)
-            tensors.append(first)  # type: ignore[arg-type]
-            panels.append(panel)
-        return Gradients(tensors=tensors, col_panels=panels, layouts=codes, rank=rank if packed else None)
+        if PANELS not in codes:
+            return Gradients(
+                tensors=grads, col_panels=[None] * len(grads), layouts=codes, rank=rank if packed else None
+            )  # type: ignore[arg-type]
+        pairs = [grad if code == PANELS else (grad, None) for grad, code in zip(grads, codes, strict=True)]
+        tensors, panels = zip(*pairs, strict=True)
+        return Gradients(tensors=tensors, col_panels=panels, layouts=codes, rank=rank)
 
     def _codes(self, layouts: Sequence[str] | None) -> list[int]:
         if layouts is None:
             return [DENSE] * len(self._maps)
         checks.check_length("layouts", layouts, len(self._maps))
-        for m, layout in enumerate(layouts):
-            checks.check_choice(f"layouts[{m}]", layout, LAYOUTS)
-        return [LAYOUTS.index(layout) for layout in layouts]
+        codes = [_CODES.get(layout, -1) for layout in layouts]
+        if -1 in codes:
+            m = codes.index(-1)
+            checks.check_choice(f"layouts[{m}]", layouts[m], LAYOUTS)
+        return codes
 
     def _open_counts(self, rank: Tensor | None) -> list[tuple[int, int]] | None:
         """Open rows and columns of every matrix as `rank` has them; on a GPU None, as the host would have to wait."""
@@ -251,18 +272,30 @@ class DeltaStepPlan:
             )
 
     def _check_memory_of(self, grads: Gradients) -> None:
-        for m, (grad, panel) in enumerate(zip(grads.tensors, grads.col_panels, strict=True)):
-            checks.check_memory(f"grads[{m}]", grad, self._written)
-            if panel is not None:
-                checks.check_memory(f"grads[{m}][1]", panel, self._written)
+        checks.check_memory(self._grad_names, grads.tensors, grads.pointers, self._written)
+        if PANELS in grads.layouts:
+            found = zip(self._grad_names, grads.col_panels, grads.panel_pointers, strict=True)
+            names, panels, pointers = zip(*((f"{n}[1]", t, at) for n, t, at in found if t is not None), strict=True)
+            checks.check_memory(names, panels, pointers, self._written)
 
 
-def _is_plain(grad: object, shape: Sequence[int] | None, dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
-    """Whether a gradient of one tensor is as it should be (None: of whatever shape); what is wrong with one that is not
-    is `_check_grad`'s to say."""
-    if not isinstance(grad, Tensor) or grad.device != device or grad.dim() != 2:
+def _all_plain(
+    grads: Sequence[object],
+    shapes: Sequence[Sequence[int] | None],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> bool:
+    """Whether gradients of one tensor each are as they should be (None: of whatever shape), looked at all together;
+    what is wrong with one that is not is `_check_grad`'s to say."""
+    if not all(isinstance(grad, Tensor) for grad in grads):
         return False
-    return (shape is None or grad.shape == shape) and grad.dtype in dtypes and grad.is_contiguous()
+    found = [grad.shape for grad in grads]  # type: ignore[attr-defined]
+    return (
+        all(got == shape if shape is not None else len(got) == 2 for got, shape in zip(found, shapes, strict=True))
+        and {grad.dtype for grad in grads}.issubset(dtypes)  # type: ignore[attr-defined]
+        and all(grad.device == device for grad in grads)  # type: ignore[attr-defined]
+        and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
+    )
 
 
 def _check_matrix(
@@ -286,10 +319,14 @@ def check_gate_map(name: str, where: GateMap, shape: Sequence[int], n_gates: int
     checks.check_int(f"{name}.col_start", where.col_start, 0, n_gates - n_in // where.repeat + 1)
 
 
-def _check_adam(adam: AdamWStep) -> None:
+def _check_adam(adam: AdamWStep, gate: Tensor) -> None:
     largest = torch.finfo(torch.float32).max
-    for name in ("lr", "eps", "weight_decay", "grad_scale"):
+    for name in ("lr", "eps", "weight_decay"):
         checks.check_real(name, getattr(adam, name), 0.0, largest)
+    if isinstance(adam.grad_scale, Tensor):
+        _check_matrix("grad_scale", adam.grad_scale, (), (gate.dtype,), gate.device)
+    else:
+        checks.check_real("grad_scale", adam.grad_scale, 0.0, largest)
     for name in ("beta1", "beta2"):
         checks.check_real(name, getattr(adam, name), 0.0, 1.0, high_open=True)
     checks.check_int("step", adam.step, 1, MAX_INT)

@@ -1,11 +1,10 @@
 """Gates of a whole model: values, their gradient, and the lists of open ones. N gates, G groups."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from lcdd_kernels import checks
+from lcdd_kernels.backends import choose
 from lcdd_kernels.checks import MAX_INT, check_gate, fail
 from lcdd_kernels.ops import gates as gate_ops
 from lcdd_kernels.reference.gates import KINDS, GateSpec
@@ -21,6 +20,8 @@ def gate_values(logits: Tensor, spec: GateSpec, *, offset: int = 0) -> tuple[Ten
     section 2.
     """
     _check_arguments(logits, spec, offset)
+    if untraced(logits):
+        return choose("gate_values", logits)(logits, spec, offset=offset)
     return gate_ops.gate_values(logits, *settings(spec), offset)
 
 
@@ -36,6 +37,8 @@ def gate_logits_grad(
     checks.check_device("d_gate", d_gate, logits.device)
     checks.check_contiguous("d_gate", d_gate)
     checks.check_real("l0_weight", l0_weight, -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
+    if untraced(logits, d_gate):
+        return choose("gate_logits_grad", logits)(logits, d_gate, spec, l0_weight=float(l0_weight), offset=offset)
     return gate_ops.gate_logits_grad(logits, d_gate, *settings(spec), float(l0_weight), offset)
 
 
@@ -52,10 +55,23 @@ def open_indices(gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]
     checks.check_contiguous("offsets", offsets)
     if not torch.compiler.is_compiling():
         values = offsets.tolist()
-        if not values or values[0] != 0 or values[-1] != gate.numel() or any(a > b for a, b in pairwise(values)):
+        if not values or values[0] != 0 or values[-1] != gate.numel() or values != sorted(values):
             shown = values if len(values) <= 12 else f"{values[:4]} ... {values[-4:]}"
             raise fail("offsets", f"ascending int64 from 0 to {gate.numel()} (the number of gates)", shown)
+    if untraced(gate):
+        return choose("open_indices", gate)(gate, offsets)
     return gate_ops.open_indices(gate, offsets)
+
+
+def untraced(*tensors: Tensor) -> bool:
+    """Whether nobody asks for the graph of a call on these: neither autograd nor a tracer. Then the implementation is
+    called as it is, without the op around it, whose wrapper costs the host more than the launch."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not differentiable and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def check_spec(spec: GateSpec) -> None:

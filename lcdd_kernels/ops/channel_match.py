@@ -16,17 +16,17 @@ from lcdd_kernels.backends import choose
 
 @torch.library.custom_op("lcdd::channel_match", mutates_args=())
 def channel_match(
-    hidden: list[Tensor], last_index: Tensor, channels: Tensor, offsets: Tensor, target_mean: Tensor
+    hidden: list[Tensor], last_index: Tensor, channels: Tensor, offsets: Tensor, target_mean: Tensor, starts: int
 ) -> tuple[Tensor, Tensor]:
-    return choose("channel_match", *hidden)(hidden, last_index, channels, offsets, target_mean)
+    return choose("channel_match", *hidden)(hidden, last_index, channels, offsets, target_mean, starts)
 
 
 @channel_match.register_fake
 def _(
-    hidden: list[Tensor], last_index: Tensor, channels: Tensor, offsets: Tensor, target_mean: Tensor
+    hidden: list[Tensor], last_index: Tensor, channels: Tensor, offsets: Tensor, target_mean: Tensor, starts: int
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
-    return hidden[0].new_empty((), dtype=dtype), hidden[0].new_empty(channels.shape[0], dtype=dtype)
+    return hidden[0].new_empty(starts, dtype=dtype), hidden[0].new_empty(starts, channels.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("lcdd::channel_match_backward", mutates_args=())
@@ -61,7 +61,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, last_index, channels, offsets, _ = inputs
+    hidden, last_index, channels, offsets, *_ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.like = (hidden[0].shape[1], hidden[0].shape[2], hidden[0].dtype)
     ctx.save_for_backward(output[1], last_index, channels, offsets)
@@ -70,7 +70,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
     residual, last_index, channels, offsets = ctx.saved_tensors
     d_hidden = channel_match_backward(d_loss, residual, last_index, channels, offsets, *ctx.like)
-    return d_hidden, None, None, None, None
+    return d_hidden, *[None] * 5
 
 
 channel_match.register_autograd(_backward, setup_context=_setup)

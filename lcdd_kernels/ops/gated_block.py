@@ -4,6 +4,13 @@
                 y = down(silu(gate x) * up x)
     gated_qkv   q, k, v: rows of their own, columns `read`
 
+Launches: one draws the gates of the block, one forms the W_eff of its three projections, the library multiplies three
+times, and the MLP has SwiGLU between: 6 and 5. What stays separate, and why: the products, because a matrix product
+that formed W_eff on the fly would form it again for every tile of tokens; SwiGLU, because as an epilogue it needs gate
+and up in one product kernel of our own, which has to be as fast as the library's to gain the one pass over [T, F]
+that it saves, and nobody has measured that here; the gates, because tiles that drew them themselves would each draw
+what others have drawn.
+
 Only inputs are saved. The MLP's backward multiplies by gate and up again rather than keep three [T, F] activations. The
 gradient of a shared gate is summed over its projections before it is chained to the logits. Pieces as in
 `ops/gated_linear.py`. D model width, F feed-forward width, T tokens.
@@ -13,29 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lcdd_kernels.backends import choose
-from lcdd_kernels.ops.gated_linear import (
-    absent,
-    chain_gates,
-    effective_weight,
-    gated_product,
-    present,
-    total,
-    weight_grads,
-)
-from lcdd_kernels.reference.delta_step import GateMap
+from lcdd_kernels.ops.gated_linear import Block, absent, present, total
 from lcdd_kernels.reference.gates import GateSpec
+
+# For every matrix of a block, which vectors of logits gate its rows and its columns.
+MLP_SIDES = ((1, 0), (1, 0), (2, 1))  # gate, up, down of read, hidden, write
+QKV_SIDES = ((1, 0), (2, 0), (3, 0))  # q, k, v of read, q, k, v
 
 
 def _spec(kind: str, seed: int, step: int, training: bool) -> GateSpec:
     return GateSpec(kind=kind, seed=seed, step=step, training=training)
-
-
-def _mlp_maps(offsets: list[int]) -> tuple[GateMap, GateMap]:
-    """Of gate and up, and of down; `offsets` are those of read, hidden and write."""
-    read, hidden, write = offsets
-    return GateMap(hidden, read), GateMap(write, hidden)
 
 
 def _needed_gradients(
@@ -60,13 +57,15 @@ def gated_mlp(
     small_batch: bool,
 ) -> Tensor:
     """bases, deltas: gate, up, down. logits, offsets: read, hidden, write."""
-    spec, (into, out) = _spec(kind, seed, step, training), _mlp_maps(offsets)
-    read, hidden, write = logits
-    gate = gated_product(x, bases[0], deltas[0], hidden, read, None, spec, into, small_batch)
-    up = gated_product(x, bases[1], deltas[1], hidden, read, None, spec, into, small_batch)
-    activated = choose("swiglu", gate)(gate, up)
-    del gate, up
-    return gated_product(activated, bases[2], deltas[2], write, hidden, None, spec, out, small_batch)
+    block = Block(bases, deltas, logits, offsets, _spec(kind, seed, step, training), MLP_SIDES)
+    x2 = x.reshape(-1, x.shape[-1])
+    if small_batch:
+        activated = choose("swiglu", x2)(block.split_product(x2, 0), block.split_product(x2, 1))
+        y = block.split_product(activated, 2)
+    else:
+        gate, up, down = block.weights(x.dtype, 0, 1, 2)
+        y = linear(choose("swiglu", x2)(linear(x2, gate), linear(x2, up)), down)
+    return y.view(*x.shape[:-1], bases[2].shape[0])
 
 
 @gated_mlp.register_fake
@@ -89,35 +88,25 @@ def gated_mlp_backward(
     training: bool,
 ) -> list[Tensor]:
     """`needs` and the results are in the order x, three deltas, read, hidden, write."""
-    spec, (into, out) = _spec(kind, seed, step, training), _mlp_maps(offsets)
-    read, hidden, write = logits
+    block = Block(bases, deltas, logits, offsets, _spec(kind, seed, step, training), MLP_SIDES)
     need_x, need_deltas, need_logits = needs[0], needs[1:4], needs[4:]
     need_read, need_hidden, need_write = need_logits
-    need_into = need_read or need_hidden
     dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
 
-    weights = [effective_weight(x.dtype, bases[i], deltas[i], hidden, read, spec, into) for i in (0, 1)]
+    weights = block.weights(x.dtype, 0, 1, 2)
     gate, up = x2 @ weights[0].T, x2 @ weights[1].T
+    activated = dy2 @ weights.pop()
     if not need_x:
         weights.clear()
-    activated = dy2 @ effective_weight(x.dtype, bases[2], deltas[2], write, hidden, spec, out)
     choose("swiglu_grad_", gate)(activated, gate, up)
     d_gate, d_up = gate, up  # in place, and d_hidden has become the activation itself
 
-    d_down, d_write, d_hidden = weight_grads(
-        dy2,
-        activated,
-        deltas[2],
-        write,
-        hidden,
-        spec,
-        out,
-        need_delta=need_deltas[2],
-        need_gates=need_hidden or need_write,
+    d_down, d_write, d_hidden = block.grads(
+        dy2, activated, 2, need_delta=need_deltas[2], need_gates=need_hidden or need_write
     )
     del activated
     grads_in = [
-        weight_grads(d_out, x2, deltas[i], hidden, read, spec, into, need_delta=need_deltas[i], need_gates=need_into)
+        block.grads(d_out, x2, i, need_delta=need_deltas[i], need_gates=need_read or need_hidden)
         for i, d_out in enumerate((d_gate, d_up))
     ]
     dx = None
@@ -125,9 +114,9 @@ def gated_mlp_backward(
         dx = torch.addmm(d_gate @ weights[0], d_up, weights[1]).view(x.shape)
     (d_delta_gate, row_gate, col_gate), (d_delta_up, row_up, col_up) = grads_in
     d_logits = [
-        chain_gates(read, total(col_gate, col_up), spec, offsets[0]) if need_read else None,
-        chain_gates(hidden, total(row_gate, row_up, d_hidden), spec, offsets[1]) if need_hidden else None,
-        chain_gates(write, d_write, spec, offsets[2]) if need_write else None,
+        block.chain(total(col_gate, col_up), 0) if need_read else None,
+        block.chain(total(row_gate, row_up, d_hidden), 1) if need_hidden else None,
+        block.chain(d_write, 2) if need_write else None,
     ]
     grads = [dx, d_delta_gate, d_delta_up, d_down, *d_logits]
     return [present(grad, like) for grad, like in zip(grads, [x, *deltas, *logits], strict=True)]
@@ -164,11 +153,6 @@ def _mlp_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 gated_mlp.register_autograd(_mlp_backward, setup_context=_setup)
 
 
-def _qkv_maps(offsets: list[int]) -> list[GateMap]:
-    read, *rows = offsets
-    return [GateMap(row, read) for row in rows]
-
-
 @torch.library.custom_op("lcdd::gated_qkv", mutates_args=())
 def gated_qkv(
     x: Tensor,
@@ -183,9 +167,13 @@ def gated_qkv(
     small_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """bases, deltas: q, k, v. logits, offsets: read, q, k, v."""
-    read, *rows = logits
-    spec, maps = _spec(kind, seed, step, training), _qkv_maps(offsets)
-    q, k, v = (gated_product(x, bases[i], deltas[i], rows[i], read, None, spec, maps[i], small_batch) for i in range(3))
+    block = Block(bases, deltas, logits, offsets, _spec(kind, seed, step, training), QKV_SIDES)
+    x2 = x.reshape(-1, x.shape[-1])
+    if small_batch:
+        found = [block.split_product(x2, i) for i in range(3)]
+    else:
+        found = [linear(x2, weight) for weight in block.weights(x.dtype, 0, 1, 2)]
+    q, k, v = (y.view(*x.shape[:-1], y.shape[-1]) for y in found)
     return q, k, v
 
 
@@ -210,35 +198,23 @@ def gated_qkv_backward(
     training: bool,
 ) -> list[Tensor]:
     """`needs` and the results are in the order x, three deltas, read, q, k, v."""
-    read, *rows = logits
-    spec, maps = _spec(kind, seed, step, training), _qkv_maps(offsets)
+    block = Block(bases, deltas, logits, offsets, _spec(kind, seed, step, training), QKV_SIDES)
     need_x, need_deltas, need_read, need_rows = needs[0], needs[1:4], needs[4], needs[5:]
-    x2 = x.reshape(-1, x.shape[-1])
+    x2, dys2 = x.reshape(-1, x.shape[-1]), [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     dx: Tensor | None = None
-    d_read: Tensor | None = None
-    d_deltas: list[Tensor | None] = []
-    d_rows: list[Tensor | None] = []
-    for i, where in enumerate(maps):
-        dy = dys[i].reshape(-1, dys[i].shape[-1])
-        if need_x:
-            weight = effective_weight(x.dtype, bases[i], deltas[i], rows[i], read, spec, where)
-            dx = dy @ weight if dx is None else torch.addmm(dx, dy, weight)
-            del weight
-        d_delta, d_row, d_col = weight_grads(
-            dy,
-            x2,
-            deltas[i],
-            rows[i],
-            read,
-            spec,
-            where,
-            need_delta=need_deltas[i],
-            need_gates=need_read or need_rows[i],
-        )
-        d_deltas.append(d_delta)
-        d_rows.append(chain_gates(rows[i], d_row, spec, offsets[i + 1]) if need_rows[i] else None)
-        d_read = total(d_read, d_col) if need_read else None
-    d_logits = [chain_gates(read, d_read, spec, offsets[0]), *d_rows]
+    if need_x:
+        weights = block.weights(x.dtype, 0, 1, 2)
+        dx = dys2[0] @ weights[0]
+        for dy, weight in zip(dys2[1:], weights[1:], strict=True):
+            dx = torch.addmm(dx, dy, weight)
+        del weights, weight
+    found = [
+        block.grads(dys2[i], x2, i, need_delta=need_deltas[i], need_gates=need_read or need_rows[i]) for i in range(3)
+    ]
+    d_deltas = [d_delta for d_delta, _, _ in found]
+    d_read = total(*(d_col for _, _, d_col in found)) if need_read else None
+    d_rows = [block.chain(d_row, 1 + i) if need_rows[i] else None for i, (_, d_row, _) in enumerate(found)]
+    d_logits = [block.chain(d_read, 0), *d_rows]
     grads = [None if dx is None else dx.view(x.shape), *d_deltas, *d_logits]
     return [present(grad, like) for grad, like in zip(grads, [x, *deltas, *logits], strict=True)]
 

@@ -1,8 +1,10 @@
 """`lcdd::gated_linear` and its backward: y = x W_eff^T + bias, with W_eff formed from gate logits inside the op.
 
-The backends form W_eff and reduce the gate gradients (`reference/gated_linear.py`); the library multiplies. The
-forward saves its inputs only; the backward forms W_eff again for dX, makes G = dY^T X, and takes d_delta and both gate
-gradients from one read of it.
+A call draws its gates once (`block_gates`, one launch), forms the W_eff of all its matrices from them (`gated_weights`,
+one launch), and leaves the products to the library. Gates are a few KB that the forming launch finds in the cache;
+drawn by each of its tiles they would be drawn once for every 64 rows and every 256 columns. The forward saves its
+inputs only; the backward draws and forms again for dX, makes G = dY^T X, and takes d_delta and both gate gradients from
+one read of it.
 
 Where `small_batch` is true, y = x W_base^T + r o ((x o c) delta^T): no W_eff is written, which is what counts when
 there are few tokens. The backward is the same.
@@ -10,6 +12,8 @@ there are few tokens. The backward is the same.
 A gradient that is not needed is not computed, and comes back from the backward op as an empty tensor.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,74 +22,67 @@ from torch.nn.functional import linear
 
 from lcdd_kernels.backends import choose
 from lcdd_kernels.reference.delta_step import GateMap
-from lcdd_kernels.reference.gated_linear import repeat_columns
+from lcdd_kernels.reference.gated_linear import row_and_col_gates
 from lcdd_kernels.reference.gates import GateSpec
 
 
-def gated_product(
-    x: Tensor,
-    weight_base: Tensor,
-    delta: Tensor,
-    row_logits: Tensor,
-    col_logits: Tensor,
-    bias: Tensor | None,
-    spec: GateSpec,
-    where: GateMap,
-    small_batch: bool,
-) -> Tensor:
-    """x [..., in] times W_eff^T [in, out], by way of W_eff or, in a small batch, of base and delta; contiguous."""
-    shape = (*x.shape[:-1], delta.shape[0])
-    x = x.reshape(-1, x.shape[-1])
-    if not small_batch:
-        weight = effective_weight(x.dtype, weight_base, delta, row_logits, col_logits, spec, where)
-        return linear(x, weight, bias).view(shape)
-    r = _gate(row_logits, spec, where.row_start)
-    c = repeat_columns(_gate(col_logits, spec, where.col_start), where.head_dim, where.repeat)
-    # The delta's product is in delta's dtype: converting it would cost the pass over a matrix that this path saves.
-    moved = linear((x * c).to(delta.dtype), delta)
-    return (linear(x, weight_base.to(x.dtype), bias) + (r * moved).to(x.dtype)).view(shape)
+class Block:
+    """The matrices of a call, their gates drawn.
 
+    logits, offsets: vectors of logits, and where each is in the model's flat vector. sides: for every matrix the
+    vectors of its row and of its column gates, as numbers; head_dim, repeat: of the columns of all of them.
+    """
 
-def effective_weight(
-    dtype: torch.dtype,
-    weight_base: Tensor,
-    delta: Tensor,
-    row_logits: Tensor,
-    col_logits: Tensor,
-    spec: GateSpec,
-    where: GateMap,
-) -> Tensor:
-    """W_eff [out, in] in `dtype`."""
-    like = torch.empty(0, dtype=dtype, device=delta.device)
-    form = choose("gated_weight", weight_base, delta, row_logits, col_logits, like)
-    return form(weight_base, delta, row_logits, col_logits, spec, where, dtype=dtype)
+    def __init__(
+        self,
+        bases: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        offsets: Sequence[int],
+        spec: GateSpec,
+        sides: Sequence[tuple[int, int]],
+        *,
+        head_dim: int = 1,
+        repeat: int = 1,
+    ) -> None:
+        self.bases, self.deltas, self.logits, self.offsets, self.spec = bases, deltas, logits, offsets, spec
+        starts = [0, *accumulate(len(part) for part in logits)]
+        self.maps = [GateMap(starts[row], starts[col], head_dim, repeat) for row, col in sides]
+        self.gate = choose("block_gates", *logits)(logits, offsets, spec)
 
+    def weights(self, dtype: torch.dtype, *which: int) -> list[Tensor]:
+        """W_eff [out, in] of these matrices in `dtype`, by one launch."""
+        bases, deltas, maps = ([of_all[m] for m in which] for of_all in (self.bases, self.deltas, self.maps))
+        like = torch.empty(0, dtype=dtype, device=self.gate.device)
+        form = choose("gated_weights", *bases, *deltas, self.gate, like)
+        return form(bases, deltas, self.gate, maps, dtype=dtype)
 
-def weight_grads(
-    dy: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    row_logits: Tensor,
-    col_logits: Tensor,
-    spec: GateSpec,
-    where: GateMap,
-    *,
-    need_delta: bool,
-    need_gates: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(d_delta, d_row_gate, d_col_gate) from dy [T, out] and x [T, in]; G is not even formed where none is needed."""
-    if not (need_delta or need_gates):
-        return None, None, None
-    grad = dy.T @ x
-    reduce = choose("gated_weight_grad", grad, delta, row_logits, col_logits)
-    return reduce(grad, delta, row_logits, col_logits, spec, where, need_delta=need_delta, need_gates=need_gates)
+    def split_product(self, x: Tensor, m: int, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] times W_eff^T of matrix m, by way of base and delta: for small batches."""
+        base, delta = self.bases[m], self.deltas[m]
+        r, c = row_and_col_gates(self.gate, self.maps[m], base.shape)
+        # The delta's product is in delta's dtype: converting it would cost the pass over a matrix that this path saves.
+        moved = linear((x * c).to(delta.dtype), delta)
+        return linear(x, base.to(x.dtype), bias) + (r * moved).to(x.dtype)
 
+    def grads(
+        self, dy: Tensor, x: Tensor, m: int, *, need_delta: bool, need_gates: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(d_delta, d_row_gate, d_col_gate) of matrix m from dy [T, out] and x [T, in]; G is not even formed where none
+        is needed."""
+        if not (need_delta or need_gates):
+            return None, None, None
+        grad, delta = dy.T @ x, self.deltas[m]
+        reduce = choose("gated_weight_grad", grad, delta, self.gate)
+        return reduce(grad, delta, self.gate, self.maps[m], need_delta=need_delta, need_gates=need_gates)
 
-def chain_gates(logits: Tensor, d_gate: Tensor | None, spec: GateSpec, offset: int) -> Tensor | None:
-    """d_logits from the gradient of the gates; the noise is drawn again."""
-    if d_gate is None:
-        return None
-    return choose("gate_logits_grad", logits)(logits, d_gate, spec, l0_weight=0.0, offset=offset)
+    def chain(self, d_gate: Tensor | None, vector: int) -> Tensor | None:
+        """d_logits of a vector of logits from the gradient of its gates; the noise is drawn again."""
+        if d_gate is None:
+            return None
+        logits = self.logits[vector]
+        chain = choose("gate_logits_grad", logits)
+        return chain(logits, d_gate.to(logits.dtype), self.spec, l0_weight=0.0, offset=self.offsets[vector])
 
 
 def total(*parts: Tensor | None) -> Tensor | None:
@@ -104,9 +101,13 @@ def absent(value: Tensor, need: bool) -> Tensor | None:
     return value if need else None
 
 
-def _gate(logits: Tensor, spec: GateSpec, offset: int) -> Tensor:
-    gate, _ = choose("gate_values", logits)(logits, spec, offset=offset)
-    return gate
+def _block(
+    weight_base: Tensor, delta: Tensor, row_logits: Tensor, col_logits: Tensor, spec: GateSpec, place: GateMap
+) -> Block:
+    """One matrix; place: of its logits in the model's flat vector."""
+    offsets = [place.row_start, place.col_start]
+    rest = {"head_dim": place.head_dim, "repeat": place.repeat}
+    return Block([weight_base], [delta], [row_logits, col_logits], offsets, spec, [(0, 1)], **rest)
 
 
 @torch.library.custom_op("lcdd::gated_linear", mutates_args=())
@@ -125,7 +126,10 @@ def gated_linear(
     small_batch: bool,
 ) -> Tensor:
     spec = GateSpec(kind=kind, seed=seed, step=step, training=training)
-    return gated_product(x, weight_base, delta, row_logits, col_logits, bias, spec, GateMap(*where), small_batch)
+    block = _block(weight_base, delta, row_logits, col_logits, spec, GateMap(*where))
+    x2 = x.reshape(-1, x.shape[-1])
+    y = block.split_product(x2, 0, bias) if small_batch else linear(x2, block.weights(x.dtype, 0)[0], bias)
+    return y.view(*x.shape[:-1], delta.shape[0])
 
 
 @gated_linear.register_fake
@@ -149,19 +153,14 @@ def gated_linear_backward(
     where: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`needs` and the results are in the order x, delta, row_logits, col_logits, bias."""
-    spec, place = GateSpec(kind=kind, seed=seed, step=step, training=training), GateMap(*where)
+    spec = GateSpec(kind=kind, seed=seed, step=step, training=training)
+    block = _block(weight_base, delta, row_logits, col_logits, spec, GateMap(*where))
     need_x, need_delta, need_row, need_col, need_bias = needs
     dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = None
-    if need_x:
-        weight = effective_weight(x.dtype, weight_base, delta, row_logits, col_logits, spec, place)
-        dx = (dy2 @ weight).view(x.shape)
-        del weight
-    d_delta, d_row, d_col = weight_grads(
-        dy2, x2, delta, row_logits, col_logits, spec, place, need_delta=need_delta, need_gates=need_row or need_col
-    )
-    d_row = chain_gates(row_logits, d_row, spec, place.row_start) if need_row else None
-    d_col = chain_gates(col_logits, d_col, spec, place.col_start) if need_col else None
+    dx = (dy2 @ block.weights(x.dtype, 0)[0]).view(x.shape) if need_x else None
+    d_delta, d_row, d_col = block.grads(dy2, x2, 0, need_delta=need_delta, need_gates=need_row or need_col)
+    d_row = block.chain(d_row, 0) if need_row else None
+    d_col = block.chain(d_col, 1) if need_col else None
     d_bias = dy2.sum(dim=0) if need_bias else None
     return (
         present(dx, x),

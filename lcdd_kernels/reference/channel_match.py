@@ -1,6 +1,7 @@
 """Activation matching in plain PyTorch (method, section 4; the first term of SFT-Eraser's loss).
 
-Shapes: L layers, B prompts, S positions, D model width, n_l channels of layer l, N = Σ n_l.
+Shapes: L layers, A starts (independent batches, one after the other in the rows), B prompts of each, S positions, D
+model width, n_l channels of layer l, N = Σ n_l. Below, one start.
 
     loss = (1/L') Σ_l (1/n_l) Σ_{c ∈ C_l} ( (1/B) Σ_b h_l[b, last_b, c] − target_l[c] )²        L' = layers with
     channels
@@ -38,23 +39,24 @@ def channel_match_ref(
     channels: torch.Tensor,
     offsets: torch.Tensor,
     target_mean: torch.Tensor,
+    starts: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden L × [B, S, D], last_index int64[B], channels int32[N], offsets int64[L+1] CPU, target_mean[N] -> (loss[],
-    residual[N]).
+    """hidden L × [A·B, S, D], last_index int64[A·B], channels int32[N], offsets int64[L+1] CPU, target_mean[N] ->
+    (loss[A], residual[A, N]).
 
     loss and residual are float32, or float64 for float64 `hidden`.
     """
     dtype = _accumulation_dtype(hidden[0].dtype)
     prompts = torch.arange(hidden[0].shape[0], device=hidden[0].device)
     bounds = offsets.tolist()
-    residual = torch.empty(bounds[-1], dtype=dtype, device=hidden[0].device)
-    loss = torch.zeros((), dtype=dtype, device=hidden[0].device)
+    residual = torch.empty(starts, bounds[-1], dtype=dtype, device=hidden[0].device)
+    loss = torch.zeros(starts, dtype=dtype, device=hidden[0].device)
     for layer, (h, weight) in enumerate(zip(hidden, _layer_weights(offsets), strict=True)):
         part = slice(bounds[layer], bounds[layer + 1])
-        mean = h[prompts, last_index].to(dtype).mean(dim=0)[channels[part].long()]
+        mean = h[prompts, last_index].to(dtype).unflatten(0, (starts, -1)).mean(dim=1)[:, channels[part].long()]
         difference = mean - target_mean[part].to(dtype)
-        residual[part] = weight * difference
-        loss = loss + (residual[part] * difference).sum()
+        residual[:, part] = weight * difference
+        loss = loss + (residual[:, part] * difference).sum(dim=1)
     return loss, residual
 
 
@@ -68,18 +70,20 @@ def channel_match_backward_ref(
     n_features: int,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """-> d_hidden, L × [B, S, D] in `dtype`, zero outside the last tokens' channels. Channels of a layer are
-    distinct."""
-    n_prompts = last_index.shape[0]
-    prompts = torch.arange(n_prompts, device=residual.device)
+    """d_loss[A], residual[A, N] -> d_hidden, L × [A·B, S, D] in `dtype`, zero outside the last tokens' channels.
+    Channels of a layer are distinct."""
+    n_rows, starts = last_index.shape[0], residual.shape[0]
+    n_prompts = n_rows // starts
+    prompts = torch.arange(n_rows, device=residual.device)
     if residual.dtype == torch.float64:  # only float64 hidden states have float64 residuals
         dtype = torch.float64
     bounds = offsets.tolist()
-    d_channel = residual * (d_loss.to(residual.dtype) * (2.0 / n_prompts))
+    d_channel = residual * (d_loss.to(residual.dtype) * (2.0 / n_prompts))[:, None]
     d_hidden = []
     for start, stop in pairwise(bounds):
-        row = residual.new_zeros(n_features).index_add_(0, channels[start:stop].long(), d_channel[start:stop])
-        d_h = torch.zeros(n_prompts, n_positions, n_features, dtype=dtype, device=residual.device)
-        d_h[prompts, last_index] = row.to(dtype)
+        row = residual.new_zeros(starts, n_features)
+        row.index_add_(1, channels[start:stop].long(), d_channel[:, start:stop])
+        d_h = torch.zeros(n_rows, n_positions, n_features, dtype=dtype, device=residual.device)
+        d_h[prompts, last_index] = row.to(dtype).repeat_interleave(n_prompts, 0)
         d_hidden.append(d_h)
     return d_hidden

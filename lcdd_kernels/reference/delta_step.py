@@ -14,7 +14,7 @@ Arithmetic is in the gate's dtype: float32, or float64 (the reference alone). Ma
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ class GateMap:
 class AdamWStep:
     """The numbers of one AdamW step as `torch.optim.AdamW` has them, and a factor on its gradient (clipping).
 
-    step: counts from 1. The factors that kernels multiply by are formed here, in float64.
+    step: counts from 1. grad_scale: a number, or a tensor [] beside the gates and of their dtype, which a GPU is given
+    before the host knows it; NaN there says that the step is not to be taken, and nothing is written.
+    The factors that kernels multiply by are formed here, in float64.
     """
 
     lr: float
@@ -61,7 +63,7 @@ class AdamWStep:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    grad_scale: float = 1.0
+    grad_scale: float | Tensor = 1.0
 
     @property
     def decay(self) -> float:
@@ -74,6 +76,11 @@ class AdamWStep:
     @property
     def root_bias2(self) -> float:
         return math.sqrt(1 - self.beta2**self.step)
+
+    def known(self) -> "AdamWStep | None":
+        """The same with a number for grad_scale, which the host waits for; None: not to be taken."""
+        scale = float(self.grad_scale)
+        return replace(self, grad_scale=scale) if not math.isnan(scale) else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,6 +113,7 @@ class Gradients:
         DENSE   tensors[m] is [out, in]
         BLOCK   tensors[m] is [nR, nC]: open rows x open columns. Closed gates get no gradient (hard_concrete has none)
         PANELS  tensors[m] is [nR, in], open rows and all columns, and col_panels[m] is [out, nC] (elsewhere None)
+    tables: what a backend has built of them, kept as long as they are.
     Packed row i is at rank[row gate]. Packed column j is at copy*n_open + rank[col gate], with copy = (j // head_dim) %
     repeat and n_open = nC / repeat: copy-major, and simply the rank where repeat is 1. Packed layouts need whole
     matrices, not row shards.
@@ -115,6 +123,23 @@ class Gradients:
     col_panels: Sequence[Tensor | None]
     layouts: Sequence[int]
     rank: Tensor | None = None
+    tables: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @functools.cached_property
+    def pointers(self) -> tuple[int, ...]:
+        """Addresses of `tensors`."""
+        return tuple([tensor.data_ptr() for tensor in self.tensors])
+
+    @functools.cached_property
+    def panel_pointers(self) -> tuple[int, ...]:
+        """Addresses of `col_panels`, 0 where there is none."""
+        return tuple([0 if panel is None else panel.data_ptr() for panel in self.col_panels])
+
+    @functools.cached_property
+    def packed_columns(self) -> tuple[int, ...]:
+        """Open columns of every matrix, 0 where its gradient is dense."""
+        found = zip(self.tensors, self.col_panels, self.layouts, strict=True)
+        return tuple([0 if code == DENSE else (g if panel is None else panel).shape[1] for g, panel, code in found])
 
 
 def partial_sum_layout(shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -218,6 +243,18 @@ def weight_eff_ref(matrices: Matrices, gate: Tensor) -> None:
             weight[rows] = _masked_sum(base[rows], delta[rows], r[rows, None] * c)
 
 
+def weight_differs_ref(matrices: Matrices, m: int, gate: Tensor) -> Tensor:
+    """How many entries of weights[m] are not what `weight_eff_ref` would write, int64 []; a NaN is not."""
+    weight, base, delta, where = (
+        of_all[m] for of_all in (matrices.weights, matrices.bases, matrices.deltas, matrices.maps)
+    )
+    r, c = _gates_of(gate, where, weight.shape)
+    found = torch.zeros((), dtype=torch.int64, device=gate.device)
+    for rows in _row_chunks(*weight.shape):
+        found += (weight[rows] != _masked_sum(base[rows], delta[rows], r[rows, None] * c)).sum()
+    return found
+
+
 def delta_grad_stats_ref(matrices: Matrices, grads: Gradients, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Pass A: (d_gate[N], sq_norm[]), in the gate's dtype; deterministic.
 
@@ -255,6 +292,9 @@ def delta_adamw_ref(matrices: Matrices, grads: Gradients, gate_old: Tensor, gate
 
     The update uses m and v before they are rounded to their storage dtype.
     """
+    if (known := adam.known()) is None:
+        return
+    adam = known
     lists = (matrices.weights, matrices.bases, matrices.deltas, matrices.exp_avgs, matrices.exp_avg_sqs, matrices.maps)
     for *tensors, where, (grad, _) in zip(*lists, _unpack(matrices, grads), strict=True):
         weight, base, delta, exp_avg, exp_avg_sq = tensors

@@ -4,6 +4,7 @@ M matrices W[out, in] with base, delta D, gradient G = dL/dW_eff, row gates r[ou
 flat gate vector by its `GateMap`.
 
     refresh    W_ij = base_ij + (r_i c_j) D_ij, every operation rounded; where r_i c_j = 0, the bits of base_ij
+               (the same kernel counts where a W is not that)
     pass A     d_gate[row i] = sum_j c_j D_ij G_ij, d_gate[col j] = sum_i r_i D_ij G_ij, sq_norm = sum (r_i c_j G_ij)^2
     pass B     AdamW on D with gradient grad_scale (r_i c_j) G_ij, old gates; then the refresh, new gates and stored D
 
@@ -102,15 +103,28 @@ def _launch_group(
     )
 
 
+def _refresh_dtypes(group: Group) -> dict[str, Any]:
+    weight = _dtype("weights", group.kind.weight)
+    return {"WEIGHT": weight, "BASE": weight, "DELTA": _dtype("deltas", group.kind.delta)}
+
+
 def weight_eff_triton(matrices: Matrices, gate: Tensor) -> None:
     """weights[m] := bases[m] + (r x c) o deltas[m], in place: one launch per dtype and alignment."""
     table = _table(matrices, gate.device)
     order, groups = table.order(None)
-    constexprs = [{"WEIGHT": _dtype("weights", g.kind.weight), "DELTA": _dtype("deltas", g.kind.delta)} for g in groups]
-    for group, chosen in zip(groups, constexprs, strict=True):
-        _launch_group(
-            kernels.weight_eff_fwd_kernel, table, order, group, 1, REFRESH, {"gate_ptr": gate, **chosen}
-        )  # fmt: skip
+    for group, chosen in [(group, _refresh_dtypes(group)) for group in groups]:  # refused before anything is written
+        arguments = {"gate_ptr": gate, "differ_ptr": None, **chosen}
+        _launch_group(kernels.weight_eff_fwd_kernel, table, order, group, 1, REFRESH, arguments)
+
+
+def weight_differs_triton(matrices: Matrices, m: int, gate: Tensor) -> Tensor:
+    """How many entries of weights[m] the refresh would change, int64 []; neither writes nor keeps a matrix."""
+    table = _table(matrices, gate.device)
+    order, group = table.alone(m)
+    differs = torch.empty(group.tiles[1], dtype=torch.int32, device=gate.device)
+    arguments = {"gate_ptr": gate, "differ_ptr": differs, **_refresh_dtypes(group)}
+    _launch_group(kernels.weight_eff_fwd_kernel, table, order, group, 1, REFRESH, arguments)
+    return differs.sum()
 
 
 def delta_grad_stats_triton(matrices: Matrices, grads: Gradients, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,6 +159,12 @@ def delta_grad_stats_triton(matrices: Matrices, grads: Gradients, gate: Tensor) 
     return d_gate, sum_partials(squares)
 
 
+def _scale(adam: AdamWStep, gate: Tensor) -> Tensor:
+    """The factor on the gradients, float32 [] on the device; the host waits for none, and copies none there."""
+    scale = adam.grad_scale
+    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=gate.device)
+
+
 def delta_adamw_triton(
     matrices: Matrices, grads: Gradients, gate_old: Tensor, gate_new: Tensor, adam: AdamWStep
 ) -> None:
@@ -172,7 +192,7 @@ def delta_adamw_triton(
         "step_size": adam.step_size,
         "inverse_root_bias2": 1 / adam.root_bias2,
         "eps": adam.eps,
-        "scale": float(adam.grad_scale),
+        "scale_ptr": _scale(adam, gate_old),
     }
     for group, chosen in zip(groups, constexprs, strict=True):
         config = pass_b_config(group.kind.layout, group.kind.aligned)
@@ -218,16 +238,17 @@ def aot_signatures() -> Iterator[AotSignature]:
             )
         if layout == DENSE:
             for weight in _DTYPES:
-                yield _signature(
-                    kernels.weight_eff_fwd_kernel,
-                    REFRESH,
-                    f"W {_DTYPES[weight]} D {_DTYPES[delta]} {where}",
-                    {"gate_ptr": "*fp32"},
-                    {"WEIGHT": _DTYPES[weight], "DELTA": _DTYPES[delta], "ALIGNED": aligned},
-                    any((weight, delta) == mix[:2] for mix in _CORE),
-                )
-    floats = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "inverse_root_bias2", "eps", "scale")
-    pass_b = {"gate_old_ptr": "*fp32", "gate_new_ptr": "*fp32", **dict.fromkeys(floats, "fp32")}
+                dtypes = {"WEIGHT": _DTYPES[weight], "BASE": _DTYPES[weight], "DELTA": _DTYPES[delta]}
+                chosen = {**dtypes, "ALIGNED": aligned}
+                core = any((weight, delta) == mix[:2] for mix in _CORE)
+                label = f"W {_DTYPES[weight]} D {_DTYPES[delta]}"
+                writing = {"gate_ptr": "*fp32"}, {**chosen, "differ_ptr": None}
+                yield _signature(kernels.weight_eff_fwd_kernel, REFRESH, f"{label} {where}", *writing, core)
+                counting = {"gate_ptr": "*fp32", "differ_ptr": "*i32"}, chosen
+                label += " compared" + (" aligned" if aligned else "")
+                yield _signature(kernels.weight_eff_fwd_kernel, REFRESH, label, *counting, core)
+    floats = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "inverse_root_bias2", "eps")
+    pass_b = {"gate_old_ptr": "*fp32", "gate_new_ptr": "*fp32", "scale_ptr": "*fp32", **dict.fromkeys(floats, "fp32")}
     for mix, (layout, aligned) in itertools.product(_mixes(), places):
         weight, delta, moment, grad = (_DTYPES[dtype] for dtype in mix)
         yield _signature(

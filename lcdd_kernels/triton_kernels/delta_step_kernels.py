@@ -96,10 +96,10 @@ def _packed_col(place, entry, cols, rank):
 
 
 @triton.jit
-def _weight_eff(base, delta, gates):
-    """base + gates*delta in base's dtype, every operation rounded; base's own bits where `gates` (r*c) is zero."""
+def _weight_eff(base, delta, gates, WEIGHT: tl.constexpr):
+    """base + gates*delta in dtype WEIGHT, every operation rounded; base's own bits where `gates` (r*c) is zero."""
     total = base.to(tl.float32) + gates * delta.to(tl.float32)
-    return tl.where(gates == 0.0, base, total.to(base.dtype))
+    return tl.where(gates == 0.0, base.to(WEIGHT), total.to(WEIGHT))
 
 
 # ---------------------------------------------------------------- kernels
@@ -109,14 +109,16 @@ def weight_eff_fwd_kernel(
     order_ptr,
     count: tl.int32,
     gate_ptr,
+    differ_ptr,
     WEIGHT: tl.constexpr,
+    BASE: tl.constexpr,
     DELTA: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Refresh of W_eff."""
+    """Refresh of W_eff; or, where there is a differ_ptr, how many entries of a tile are not what it would write."""
     place, tile = _find(order_ptr, count, FIRST_TILE_B)
     entry = table_ptr + _field(place, MATRIX) * FIELDS
     n_rows = _field(entry, N_ROWS).to(tl.int32)
@@ -127,9 +129,11 @@ def weight_eff_fwd_kernel(
     col_in = cols < n_cols
     col_gate = tl.load(gate_ptr + _col_gate_index(entry, cols), mask=col_in, other=0.0)
     weight_ptr = _matrix(entry, WEIGHT_PTR, WEIGHT, ALIGNED)
-    base_ptr = _matrix(entry, BASE_PTR, WEIGHT, ALIGNED)
+    base_ptr = _matrix(entry, BASE_PTR, BASE, ALIGNED)
     delta_ptr = _matrix(entry, DELTA_PTR, DELTA, ALIGNED)
     row_gate_ptr = gate_ptr + _field(entry, ROW_START)
+    if differ_ptr is not None:
+        differs = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start in range(first_row, min(first_row + ROWS, n_rows), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         row_in = rows < n_rows
@@ -138,12 +142,18 @@ def weight_eff_fwd_kernel(
         row_gate = tl.load(row_gate_ptr + rows, mask=row_in, other=0.0)
         base = tl.load(base_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
         delta = tl.load(delta_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
-        weight = _weight_eff(base, delta, row_gate[:, None] * col_gate[None, :])
-        tl.store(weight_ptr + row64 * n_cols + cols[None, :], weight, mask=inside)
+        weight = _weight_eff(base, delta, row_gate[:, None] * col_gate[None, :], WEIGHT)
+        if differ_ptr is None:
+            tl.store(weight_ptr + row64 * n_cols + cols[None, :], weight, mask=inside)
+        else:
+            found = tl.load(weight_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
+            differs += (inside & (found != weight)).to(tl.int32)
+    if differ_ptr is not None:
+        tl.store(differ_ptr + tile, tl.sum(tl.sum(differs, axis=1), axis=0))
 
 
 @triton.jit
-def _per_lane(values):
+def per_lane(values):
     """Sums of neighbours, which one thread holds: [BLOCK_M, BLOCK_N] -> [BLOCK_M, 32]."""
     sums = tl.reshape(values, [values.shape[0], 32, values.shape[1] // 32])
     return tl.sum(sums, axis=2)
@@ -224,12 +234,12 @@ def delta_grad_stats_kernel(
                 cols_at = grad_cols_ptr + row64 * n_packed + packed_col[None, :]
                 for_rows = tl.load(cols_at, mask=inside & col_open[None, :], other=0.0).to(tl.float32)
         delta = tl.load(delta_ptr + row64 * n_cols + cols[None, :], mask=needed, other=0.0).to(tl.float32)
-        row_sum = _per_lane(col_gate[None, :] * (delta * for_rows))
+        row_sum = per_lane(col_gate[None, :] * (delta * for_rows))
         this_step = tl.arange(0, STEPS)[None, None, :] == step
         row_sums = tl.where(this_step, row_sum[:, :, None], row_sums)
         col_sum += row_gate[:, None] * (delta * grad)
         d_delta = (row_gate[:, None] * col_gate[None, :]) * grad
-        sq_sum += _per_lane(d_delta * d_delta)
+        sq_sum += per_lane(d_delta * d_delta)
     col_partial_ptr = partial_ptr + _field(entry, COL_PARTIALS) + tile_m.to(tl.int64) * n_cols
     tl.store(col_partial_ptr + cols, tl.sum(col_sum, axis=0), mask=col_in)
     row_partial_ptr = partial_ptr + _field(entry, ROW_PARTIALS) + tile_n.to(tl.int64) * n_rows
@@ -282,7 +292,6 @@ def gate_gather_kernel(
         "step_size",
         "inverse_root_bias2",
         "eps",
-        "scale",
     ]
 )
 def delta_adamw_kernel(
@@ -299,7 +308,7 @@ def delta_adamw_kernel(
     step_size: tl.float32,
     inverse_root_bias2: tl.float32,
     eps: tl.float32,
-    scale: tl.float32,
+    scale_ptr,
     WEIGHT: tl.constexpr,
     DELTA: tl.constexpr,
     MOMENT: tl.constexpr,
@@ -310,7 +319,8 @@ def delta_adamw_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Pass B: AdamW on delta, gradient formed on the fly, and the next W_eff."""
+    """Pass B: AdamW on delta, gradient formed on the fly, and the next W_eff; nothing at all where scale is NaN."""
+    scale = tl.load(scale_ptr)
     place, tile = _find(order_ptr, count, FIRST_TILE_B)
     entry = table_ptr + _field(place, MATRIX) * FIELDS
     n_rows = _field(entry, N_ROWS).to(tl.int32)
@@ -333,7 +343,8 @@ def delta_adamw_kernel(
         col_rank = tl.load(rank_ptr + col_gate_index, mask=col_in, other=-1)
         packed_col = _packed_col(place, entry, cols, col_rank)
         n_packed = _field(place, OPEN_PER_COPY) * _field(entry, REPEAT)
-    for start in range(first_row, min(first_row + ROWS, n_rows), BLOCK_M):
+    end = tl.where(scale >= 0.0, min(first_row + ROWS, n_rows), first_row)
+    for start in range(first_row, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         row_in = rows < n_rows
         row64 = rows.to(tl.int64)[:, None]
@@ -368,5 +379,5 @@ def delta_adamw_kernel(
         tl.store(delta_at, stored, mask=inside)
 
         base = tl.load(base_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
-        weight = _weight_eff(base, stored, row_new[:, None] * col_new[None, :])
+        weight = _weight_eff(base, stored, row_new[:, None] * col_new[None, :], WEIGHT)
         tl.store(weight_ptr + row64 * n_cols + cols[None, :], weight, mask=inside)

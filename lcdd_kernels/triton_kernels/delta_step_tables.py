@@ -92,8 +92,7 @@ class Table:
         made = [self._matrix(matrices, m) for m in range(len(self.shapes))]
         self._kinds, self._entries = [kind for kind, _ in made], [entry for _, entry in made]
         self._cache = TableCache()
-        self._last: tuple[Any, list[Group]] = (None, [])
-        self._known: tuple[Gradients | None, Any] = (None, None)  # passes A and B of a step are given the same
+        self._last_sorting = Sorting(None, self._kinds, self._tiles)
 
     def _matrix(self, matrices: Matrices, m: int) -> tuple[Kind, list[int]]:
         """A matrix's kind (without a gradient) and its row of the table."""
@@ -132,55 +131,85 @@ class Table:
         return blocks, self._cache.get("uses", lambda: _int64(self.partials.uses, 6), self.device)
 
     def order(self, grads: Gradients | None) -> tuple[Tensor, list[Group]]:
-        """The order on the device and its groups, in order of first appearance; made again where a gradient moved."""
-        if grads is not None and self._known[0] is not grads:
-            self._known = grads, _identity(grads)
-        key = None if grads is None else self._known[1]
-        if not self._last[1] or self._last[0] != key:
-            self._last = key, self._sort(grads)
-        groups = self._last[1]
-        return self._cache.get(key, lambda: _int64(self._rows(grads, groups), fields.ORDER.value), self.device), groups
+        """The order on the device and its groups, in order of first appearance; sent anew where a gradient moved."""
+        if grads is None:
+            sorting, key = self._sorting(grads), None
+        elif self in grads.tables:  # passes A and B of a step are given the same
+            sorting, key = grads.tables[self]
+        else:
+            sorting, key = self._sorting(grads), (grads.pointers, grads.panel_pointers, grads.packed_columns)
+            grads.tables[self] = sorting, key
+        rows = self._cache.get((sorting.key, key), lambda: self._rows(sorting, grads), self.device)
+        return rows, sorting.groups
 
-    def _sort(self, grads: Gradients | None) -> list[Group]:
-        members: dict[Kind, list[int]] = defaultdict(list)
-        for m, kind in enumerate(self._kinds):
-            if grads is not None:
-                grad, layout = grads.tensors[m], grads.layouts[m]
-                # a block is gathered: its own alignment does not matter
-                aligned = kind.aligned and (layout == BLOCK or _pointer(grad) % 16 == 0)
-                kind = Kind(kind.weight, kind.delta, kind.moment, grad.dtype, layout, aligned)
-            members[kind].append(m)
-        self._members = list(itertools.chain.from_iterable(members.values()))
-        groups, first = [], 0
-        for key, own in members.items():
-            tiles = sum(self._tiles[m][0] for m in own), sum(self._tiles[m][1] for m in own)
-            groups.append(Group(first, len(own), key, tiles))
-            first += len(own)
-        return groups
+    def alone(self, m: int) -> tuple[Tensor, Group]:
+        """An order of matrix m alone, and its group."""
+        rows = self._cache.get(
+            "alone", lambda: _int64([[n, *[0] * 5] for n in range(len(self.shapes))], 6), self.device
+        )
+        return rows[m:], Group(0, 1, self._kinds[m], self._tiles[m])
 
-    def _rows(self, grads: Gradients | None, groups: Sequence[Group]) -> list[list[int]]:
-        rows = []
-        for group in groups:
-            first_a = first_b = 0
-            for m in self._members[group.first : group.first + group.count]:
-                rows.append([m, first_a, first_b, *((0, 0, 0) if grads is None else self._grad(grads, m))])
-                first_a, first_b = first_a + self._tiles[m][0], first_b + self._tiles[m][1]
+    def _sorting(self, grads: Gradients | None) -> "Sorting":
+        """Which launch serves which matrix: made once for all gradients of these dtypes, layouts and alignment."""
+        if grads is None:
+            key: Any = None
+        else:
+            if not all(map(Tensor.is_contiguous, grads.tensors)):
+                raise ValueError("grads: expected contiguous tensors")
+            # a block is gathered: its own alignment does not matter
+            places = zip(grads.pointers, grads.layouts, strict=True)
+            unaligned = tuple([m for m, (at, layout) in enumerate(places) if at % 16 and layout != BLOCK])
+            key = tuple([tensor.dtype for tensor in grads.tensors]), tuple(grads.layouts), unaligned
+        if self._last_sorting.key != key:
+            kinds = self._kinds if key is None else self._kinds_with(*key)
+            self._last_sorting = Sorting(key, kinds, self._tiles)
+        return self._last_sorting
+
+    def _kinds_with(
+        self, dtypes: Sequence[torch.dtype], layouts: Sequence[int], unaligned: Sequence[int]
+    ) -> list[Kind]:
+        return [
+            kind._replace(grad=dtype, layout=layout, aligned=kind.aligned and m not in unaligned)
+            for m, (kind, dtype, layout) in enumerate(zip(self._kinds, dtypes, layouts, strict=True))
+        ]
+
+    def _rows(self, sorting: "Sorting", grads: Gradients | None) -> Tensor:
+        """The order on the CPU: `sorting`'s rows, and where the gradients are."""
+        rows = sorting.rows.clone()
+        if grads is None:
+            return rows
+        of_matrix = {fields.GRAD_PTR: grads.pointers}
+        if any(grads.layouts):
+            per_copy = [n // repeat for n, repeat in zip(grads.packed_columns, self._repeats, strict=True)]
+            of_matrix |= {fields.GRAD_COLS_PTR: grads.panel_pointers, fields.OPEN_PER_COPY: per_copy}
+        for column, values in of_matrix.items():
+            rows[:, column.value] = torch.tensor(values, dtype=torch.int64)[sorting.members]
         return rows
 
-    def _grad(self, grads: Gradients, m: int) -> tuple[int, int, int]:
-        """Its address, that of its columns panel, and its packed columns a copy."""
-        grad, panel = grads.tensors[m], grads.col_panels[m]
-        packed = panel if panel is not None else grad
-        n_packed = 0 if grads.layouts[m] == DENSE else packed.shape[1]
-        return _pointer(grad), 0 if panel is None else _pointer(panel), n_packed // self._repeats[m]
 
+class Sorting:
+    """Matrices by the launch that serves them.
 
-def _identity(grads: Gradients) -> tuple[Any, ...]:
-    """Equal where the order would be."""
-    panels = tuple([(panel.data_ptr(), panel.shape[1]) for panel in grads.col_panels if panel is not None])
-    blocks = tuple([t.shape[1] for t, layout in zip(grads.tensors, grads.layouts, strict=True) if layout == BLOCK])
-    pointers = tuple([tensor.data_ptr() for tensor in grads.tensors])
-    return pointers, tuple([tensor.dtype for tensor in grads.tensors]), tuple(grads.layouts), panels, blocks
+    key: what it was made of. groups: launches, in order of first appearance. members: the matrices, group after group,
+    int64 [M]. rows: int64 [M, ORDER], without gradients, on the CPU.
+    """
+
+    def __init__(self, key: Any, kinds: Sequence[Kind], tiles: Sequence[tuple[int, int]]) -> None:
+        self.key = key
+        members: dict[Kind, list[int]] = defaultdict(list)
+        for m, kind in enumerate(kinds):
+            members[kind].append(m)
+        self.groups: list[Group] = []
+        rows: list[list[int]] = []
+        for kind, own in members.items():
+            first_a = first_b = 0
+            start = len(rows)
+            for m in own:
+                rows.append([m, first_a, first_b, 0, 0, 0])
+                first_a, first_b = first_a + tiles[m][0], first_b + tiles[m][1]
+            self.groups.append(Group(start, len(own), kind, (first_a, first_b)))
+        self.rows = _int64(rows, fields.ORDER.value)
+        self.members = self.rows[:, fields.MATRIX.value].clone()
 
 
 def _int64(rows: Sequence[Sequence[int]], width: int) -> Tensor:

@@ -11,6 +11,7 @@ one column in five) a row's every sector holds an open column: the pass costs on
 A column that is not in x gives all-ones bits, which is NaN in every float format: loud, and no stray read.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(LaunchConfig):
-    """Tile of one program: 16 independent gathers a thread hide the latency of the index load."""
+    """Tile of one program: 16 independent gathers a thread hide the latency of the index load. Where rows of the result
+    start at multiples of 16 bytes a thread has neighbours, and stores 16 bytes at a time."""
 
     block_t: int = 16
     block_c: int = 128
@@ -44,10 +46,13 @@ def pack_columns_fwd_kernel(
     n_open: tl.int32,
     n_packed: tl.int32,
     stride_xt: tl.int64,
+    ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """x[T, K] (row stride `stride_xt`), cols int32[C] -> out[T, P] contiguous."""
+    if ALIGNED:
+        n_packed = (n_packed // 8) * 8  # tells the compiler what the launcher checked
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     packed = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     col = tl.load(cols_ptr + packed, mask=packed < n_open, other=0)
@@ -65,10 +70,13 @@ def unpack_columns_bwd_kernel(
     n_tokens: tl.int32,
     n_features: tl.int32,
     stride_pt: tl.int64,
+    ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """packed[T, P] (row stride `stride_pt`), rank int32[K] -> out[T, K] contiguous, every element written once."""
+    if ALIGNED:
+        n_features = (n_features // 8) * 8
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     rank = tl.load(rank_ptr + col, mask=col < n_features, other=-1)
@@ -78,6 +86,11 @@ def unpack_columns_bwd_kernel(
 
 def _grid(n_tokens: int, n_cols: int) -> tuple[int, int]:
     return triton.cdiv(n_tokens, CONFIG.block_t), triton.cdiv(n_cols, CONFIG.block_c)
+
+
+def _aligned(out: torch.Tensor) -> bool:
+    """Whether every row starts at a multiple of 8 elements of an aligned address."""
+    return out.shape[1] % 8 == 0 and out.data_ptr() % 16 == 0
 
 
 def _as_bits(x: torch.Tensor) -> torch.Tensor:
@@ -104,6 +117,7 @@ def pack_columns_triton(x: torch.Tensor, cols: torch.Tensor, multiple: int) -> t
         n_open=cols.numel(),
         n_packed=n_packed,
         stride_xt=bits.stride(0),
+        ALIGNED=_aligned(out),
         BLOCK_T=CONFIG.block_t,
         BLOCK_C=CONFIG.block_c,
     )
@@ -128,6 +142,7 @@ def unpack_columns_triton(packed: torch.Tensor, cols: torch.Tensor, n_cols: int)
         n_tokens=packed.shape[0],
         n_features=n_cols,
         stride_pt=bits.stride(0),
+        ALIGNED=_aligned(out),
         BLOCK_T=CONFIG.block_t,
         BLOCK_C=CONFIG.block_c,
     )
@@ -135,36 +150,21 @@ def unpack_columns_triton(packed: torch.Tensor, cols: torch.Tensor, n_cols: int)
 
 
 def aot_signatures() -> Iterator[AotSignature]:
-    """Both kernels for elements of two and four bytes; there is one configuration."""
+    """Both kernels for elements of two and four bytes, rows of the result aligned (the core: panels are) or not."""
     sizes = {"BLOCK_T": CONFIG.block_t, "BLOCK_C": CONFIG.block_c}
-    for bits in ("i16", "i32"):
-        yield AotSignature(
-            kernel=pack_columns_fwd_kernel,
-            label=f"{bits} elements",
-            config=CONFIG,
-            signature={
-                "x_ptr": f"*{bits}",
-                "cols_ptr": "*i32",
-                "out_ptr": f"*{bits}",
-                "n_tokens": "i32",
-                "n_features": "i32",
-                "n_open": "i32",
-                "n_packed": "i32",
-                "stride_xt": "i64",
-            },
-            constexprs=sizes,
-        )
-        yield AotSignature(
-            kernel=unpack_columns_bwd_kernel,
-            label=f"{bits} elements",
-            config=CONFIG,
-            signature={
-                "packed_ptr": f"*{bits}",
-                "rank_ptr": "*i32",
-                "out_ptr": f"*{bits}",
-                "n_tokens": "i32",
-                "n_features": "i32",
-                "stride_pt": "i64",
-            },
-            constexprs=sizes,
-        )
+    shared = {"n_tokens": "i32", "n_features": "i32"}
+    for bits, aligned in itertools.product(("i16", "i32"), (True, False)):
+        matrix = f"*{bits}"
+        pack = {"x_ptr": matrix, "cols_ptr": "*i32", "out_ptr": matrix, **shared}
+        pack |= {"n_open": "i32", "n_packed": "i32", "stride_xt": "i64"}
+        unpack = {"packed_ptr": matrix, "rank_ptr": "*i32", "out_ptr": matrix, **shared, "stride_pt": "i64"}
+        for kernel, signature in ((pack_columns_fwd_kernel, pack), (unpack_columns_bwd_kernel, unpack)):
+            yield AotSignature(
+                kernel=kernel,
+                label=f"{bits} elements{' aligned' if aligned else ''}",
+                config=CONFIG,
+                signature=signature,
+                constexprs={"ALIGNED": aligned, **sizes},
+                divisible_by_16=("out_ptr",) if aligned else (),
+                core=aligned,
+            )

@@ -185,7 +185,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
-def test_kernels_that_write_weights_do_not_fuse() -> None:
+def test_kernels_that_write_weights_do_not_fuse_and_panels_are_stored_in_vectors() -> None:
     """Bit-identity of W_eff between backends: no fused multiply-add in their PTX, on any target."""
     code = """
 from lcdd_kernels import aot
@@ -202,6 +202,10 @@ for entry in delta_step.aot_signatures():
             options = entry.config.options("cuda")
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             print(entry.kernel.__name__, compiled.asm["ptx"].count("fma.rn"))
+from lcdd_kernels.triton_kernels import packed_grad
+pack = next(entry for entry in packed_grad.aot_signatures() if entry.label == "i16 elements aligned")
+ptx = aot._compile(pack, aot.TARGETS["90"]).asm["ptx"]
+print("pack", ptx.count("st.global") - ptx.count("st.global.v4.b32"))
 """
     done = run_compiling("-c", code)
     assert done.returncode == 0, done.stderr
@@ -210,5 +214,7 @@ for entry in delta_step.aot_signatures():
         counts = [int(count) for name, count in fused if name == kernel]
         assert counts
         assert not any(counts), f"{kernel}: fused multiply-adds {counts}"
+    # While a compiler is at hand: a panel is stored 16 bytes at a time.
+    assert ["pack", "0"] in fused
     # The search does find them where they are allowed.
     assert any(int(count) for name, count in fused if name == "delta_grad_stats_kernel")

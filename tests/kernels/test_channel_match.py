@@ -117,6 +117,28 @@ def test_rows_gathered_by_the_caller_give_the_same_bits():
         assert not w.grad.any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_starts_in_one_call_are_calls_of_their_own(backend):
+    """Same bits, and one launch a direction for all of them."""
+    hidden, channels, offsets, target, last = _problem([4, 0, 7], 6, 5, 11, dtype=torch.float32)
+    device = _device(backend)
+    hidden = [h.to(device).requires_grad_() for h in hidden]
+    rest = channels.to(device), offsets, target.to(device)
+    with use_backend(backend):
+        together = K.channel_match(hidden, *rest, last_index=last.to(device), starts=3)
+        apart = [
+            K.channel_match([h[a : a + 2] for h in hidden], *rest, last_index=last[a : a + 2].to(device))
+            for a in (0, 2, 4)
+        ]
+        assert torch.equal(together, torch.stack(apart))
+        weights = torch.tensor([1.0, -2.0, 0.5], device=device)
+        found = torch.autograd.grad((weights * together).sum(), hidden)
+        expected = torch.autograd.grad((weights * torch.stack(apart)).sum(), hidden)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=r"starts: expected a divisor of 6 \(rows of hidden\), got 4"):
+        K.channel_match(hidden, *rest, last_index=last.to(device), starts=4)
+
+
 def test_permuting_prompts_and_channels_changes_nothing_and_matching_means_give_zero():
     hidden, channels, offsets, target, last = _problem([6, 3], 4, 5, 11)
     loss = K.channel_match(hidden, channels, offsets, target, last_index=last)
@@ -146,11 +168,11 @@ def test_gradcheck_and_opcheck():
     hidden, channels, offsets, target, last = _problem([3, 0, 2], 2, 3, 5)
     hidden = [h.requires_grad_() for h in hidden]
     assert torch.autograd.gradcheck(lambda *h: K.channel_match(h, channels, offsets, target, last_index=last), hidden)
-    torch.library.opcheck(torch.ops.lcdd.channel_match.default, (hidden, last, channels, offsets, target))
-    _, residual = torch.ops.lcdd.channel_match(hidden, last, channels, offsets, target)
+    torch.library.opcheck(torch.ops.lcdd.channel_match.default, (hidden, last, channels, offsets, target, 2))
+    _, residual = torch.ops.lcdd.channel_match(hidden, last, channels, offsets, target, 1)
     torch.library.opcheck(
         torch.ops.lcdd.channel_match_backward.default,
-        (torch.tensor(1.0), residual, last, channels, offsets, 3, 5, torch.float64),
+        (torch.ones(1), residual, last, channels, offsets, 3, 5, torch.float64),
     )
 
 

@@ -1,5 +1,8 @@
 """DeltaStepPlan: what it keeps from step to step, what it notices, whose memory it refuses."""
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +69,53 @@ def test_three_steps_of_a_plan_are_three_plans(backend: str, device_of) -> None:
         plan.refresh(kept.gates[0])
         k.weight_eff_(once.weights, once.bases, once.deltas, once.gates[0], once.maps)
     assert all(bits_equal(a, b) for a, b in zip(kept.weights, once.weights, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_on_the_device_is_a_number_and_nan_leaves_everything_as_it_is(backend: str, device_of) -> None:
+    device = device_of("delta_adamw_", backend)
+    told, there = Tensors(device), Tensors(device)
+    plan = there.plan()
+    with use_backend(backend):
+        told.plan().step(told.grads, told.gates[0], told.gates[1], adam(1))
+        scaled = replace(adam(1), grad_scale=torch.tensor(0.5, device=device))
+        plan.step(there.grads, there.gates[0], there.gates[1], scaled)
+        assert all(bits_equal(a, b) for a, b in zip(there.state(), told.state(), strict=True))
+        not_taken = replace(adam(2), grad_scale=torch.tensor(float("nan"), device=device))
+        plan.step(there.grads, there.gates[1], there.gates[2], not_taken)
+    assert all(bits_equal(a, b) for a, b in zip(there.state(), told.state(), strict=True))
+    with pytest.raises(ValueError, match=r"grad_scale: expected shape \[\], got shape \[1\]"):
+        plan.step(there.grads, *there.gates[:2], replace(scaled, grad_scale=torch.ones(1, device=device)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_refresh_would_change_is_counted(backend: str, device_of) -> None:
+    tensors = Tensors(device_of("weight_differs", backend))
+    plan, gate = tensors.plan(), tensors.gates[0]
+    with use_backend(backend):
+        plan.refresh(gate)
+        tensors.weights[3].view(-1)[[0, 7, -1]] += 1
+        found = [plan.differing(m, gate).item() for m in range(len(tensors.maps))]
+        assert found == [0, 0, 0, 3, 0, 0, 0]
+        tensors.weights[5].data = tensors.weights[5].data.clone()  # it moved
+        tensors.weights[5][0, 0] = float("nan")
+        assert plan.differing(5, gate) == 1
+    with pytest.raises(ValueError, match=r"m: expected an int in \[0, 7\), got 7"):
+        plan.differing(7, gate)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_keeps_no_gradient_alive(backend: str, device_of) -> None:
+    """Its memory is that of the next forward's activations."""
+    tensors = Tensors(device_of("delta_adamw_", backend))
+    plan, gates = tensors.plan(), tensors.gates
+    with use_backend(backend):
+        taken = plan.take(tensors.grads, gates[0])
+        plan.grad_stats(taken, gates[0])
+        plan.step(taken, gates[0], gates[1], adam(1))
+    of_grads = [weakref.ref(grad) for grad in tensors.grads]
+    tensors.grads, taken = [], None
+    assert [ref() for ref in of_grads] == [None] * len(of_grads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

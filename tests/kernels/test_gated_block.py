@@ -118,7 +118,7 @@ def test_swiglu_of_any_length_on_triton(count):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mlp_matches_float64_autograd(backend, dtype, kind, small_batch, device_of):
-    inputs = mlp_sample(13, 20, 48, dtype, device_of("gated_weight", backend, dtype))
+    inputs = mlp_sample(13, 20, 48, dtype, device_of("gated_weights", backend, dtype))
     settings = {"spec": GateSpec(kind=kind, **DRAW), "offsets": MLP_OFFSETS}
     with use_backend(backend):
         got = _run(K.gated_mlp, inputs, small_batch=small_batch, **settings)
@@ -131,7 +131,7 @@ def test_mlp_matches_float64_autograd(backend, dtype, kind, small_batch, device_
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_qkv_matches_float64_autograd(backend, dtype, kind, small_batch, device_of):
-    inputs = qkv_sample(13, 20, (24, 8, 8), dtype, device_of("gated_weight", backend, dtype))
+    inputs = qkv_sample(13, 20, (24, 8, 8), dtype, device_of("gated_weights", backend, dtype))
     settings = {"spec": GateSpec(kind=kind, **DRAW), "offsets": QKV_OFFSETS}
     with use_backend(backend):
         got = _run(K.gated_qkv, inputs, small_batch=small_batch, **settings)
@@ -268,7 +268,7 @@ def test_frozen_gates_and_deltas_get_no_gradient_work(monkeypatch):
         inputs["x"].requires_grad_()
         outputs = _call(function, inputs, spec=HARD)
         _backward(outputs)
-        assert called == ["gated_weight"] * 6  # three W_eff forward, three backward
+        assert called == ["block_gates", "gated_weights"] * 2  # three W_eff at a time, forward and backward
         called.clear()
         frozen = inputs["x"].detach()
         inputs["delta1"].requires_grad_()

@@ -10,7 +10,7 @@ from torch import Tensor
 from unfused_gates import assert_as_close_as, double, run, sample, unfused_linear
 
 import lcdd_kernels as K
-from lcdd_kernels import GateMap, GateSpec, testing, use_backend
+from lcdd_kernels import GateMap, GateSpec, cases, testing, use_backend
 from lcdd_kernels.functional.gated_linear import SMALL_BATCH_TOKENS
 from lcdd_kernels.ops import gated_linear as ops
 
@@ -23,8 +23,10 @@ HARD = GateSpec(kind="hard_concrete")
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", ["gated_weight", "gated_weight_grad"])
+@pytest.mark.parametrize("op", ["block_gates", "gated_weights", "gated_weight_grad"])
 def test_backend_matches_the_reference(op, backend, dtype, device_of, poisoned):
+    if dtype not in cases.case_of(op).dtypes:
+        pytest.skip(f"{op} does not take {dtype}")
     testing.assert_calibrated(testing.compare(op, backend, dtype, device=device_of(op, backend, dtype)))
 
 
@@ -32,12 +34,12 @@ def test_backend_matches_the_reference(op, backend, dtype, device_of, poisoned):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_effective_weight_has_the_bits_of_the_optimizer_route(backend, dtype, device_of):
     """Heaviside gates are exact on every backend, so nothing but the roundings of W_eff can differ."""
-    device = device_of("gated_weight", backend, dtype)
+    device = device_of("gated_weights", backend, dtype)
     inputs = sample(1, 37, 300, dtype, device=device)
     spec = GateSpec(kind="heaviside_ste", **DRAW)
-    arguments = [inputs[name] for name in ("weight_base", "delta", "row_logits", "col_logits")]
+    base, delta, *logits = (inputs[name] for name in ("weight_base", "delta", "row_logits", "col_logits"))
     with testing.poisoned_memory(), use_backend(backend):
-        got = ops.effective_weight(dtype, *arguments, spec, GateMap(0, 0))
+        got = ops.Block([base], [delta], logits, [0, 0], spec, [(0, 1)]).weights(dtype, 0)[0]
     gate = (torch.cat([inputs["row_logits"], inputs["col_logits"]]) > 0).float()
     weight = torch.full_like(inputs["delta"], math.nan)
     with use_backend("reference"):
@@ -51,7 +53,7 @@ def test_effective_weight_has_the_bits_of_the_optimizer_route(backend, dtype, de
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward_match_float64_autograd(backend, dtype, kind, training, small_batch, device_of):
-    device = device_of("gated_weight", backend, dtype)
+    device = device_of("gated_weights", backend, dtype)
     settings = {"spec": GateSpec(kind=kind, training=training, **DRAW), "where": GateMap(11, 500, 5, 3)}
     inputs = sample(19, 37, 30, dtype, gates=10, device=device, bias=True)
     dy = torch.randn(19, 37, generator=torch.Generator().manual_seed(1))
@@ -146,7 +148,7 @@ def test_opcheck():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_gates_closed_is_the_base_bit_for_bit(kind, backend, device_of):
-    device = device_of("gated_weight", backend)
+    device = device_of("gated_weights", backend)
     inputs = sample(9, 13, 32, torch.float32, device=device)
     inputs["delta"][0, 0] = math.inf  # a closed gate hides whatever delta holds
     inputs["weight_base"][:2] = -0.0
@@ -159,7 +161,7 @@ def test_all_gates_closed_is_the_base_bit_for_bit(kind, backend, device_of):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_closed_gates_get_exactly_no_delta_gradient(backend, device_of):
-    inputs = sample(9, 40, 300, torch.float32, device=device_of("gated_weight", backend))
+    inputs = sample(9, 40, 300, torch.float32, device=device_of("gated_weights", backend))
     settings = {"spec": GateSpec(kind="heaviside_ste", **DRAW)}
     with use_backend(backend):
         got = run(K.gated_linear, inputs, torch.randn(9, 40), **settings)
@@ -187,12 +189,17 @@ def test_what_is_frozen_costs_nothing(monkeypatch):
     inputs = sample(20, 8, 16, torch.float32)
     inputs["x"].requires_grad_()
     K.gated_linear(**inputs, spec=HARD).sum().backward()
-    assert called == ["gated_weight", "gated_weight"]  # W_eff forward and backward, and no gradient of it
+    assert called == ["block_gates", "gated_weights"] * 2  # W_eff forward and backward, and no gradient of it
     called.clear()
     inputs["x"] = inputs["x"].detach()
     inputs["delta"].requires_grad_()
     K.gated_linear(**inputs, spec=HARD).sum().backward()
-    assert called == ["gated_weight", "gated_weight_grad"]  # no dX, so no W_eff; no chain to the logits
+    assert called == [
+        "block_gates",
+        "gated_weights",
+        "block_gates",
+        "gated_weight_grad",
+    ]  # no dX, so no W_eff; no chain to the logits
 
 
 def test_backward_keeps_inputs_only():
@@ -211,14 +218,14 @@ def test_small_batches_write_no_weight(monkeypatch):
     monkeypatch.setattr(ops, "choose", lambda op, *tensors: called.append(op) or choose(op, *tensors))
     inputs = sample(SMALL_BATCH_TOKENS, 8, 16, torch.float32)
     few = K.gated_linear(**inputs, spec=GateSpec(kind="hard_concrete", training=False))
-    assert "gated_weight" not in called
+    assert "gated_weights" not in called
     whole = K.gated_linear(**inputs, spec=GateSpec(kind="hard_concrete", training=False), small_batch=False)
-    assert "gated_weight" in called
+    assert "gated_weights" in called
     torch.testing.assert_close(few, whole, rtol=1e-5, atol=1e-6)
     called.clear()
     inputs["x"] = torch.cat([inputs["x"], inputs["x"][:1]])
     K.gated_linear(**inputs, spec=GateSpec(kind="hard_concrete", training=False))
-    assert "gated_weight" in called
+    assert "gated_weights" in called
 
 
 def test_leading_dimensions_and_an_empty_batch():

@@ -19,8 +19,7 @@ from triton.runtime import interpreter
 APPROXIMATE = (
     "gate_values",
     "gate_logits_grad",
-    "gated_weight",
-    "gated_weight_grad",
+    "block_gates",
     "swiglu",
     "swiglu_grad_",
     "cross_entropy_chunk_",
