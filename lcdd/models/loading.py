@@ -155,10 +155,10 @@ def load_model(
     _check_weights(model, loaded, path, overrides)
     if inside:
         model = _taken_out(model, path)
-    model = model.to(device)
+    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]  # transformers wraps it without types
     with _of(path):
-        probe(model)
-    return model
+        probe(placed)
+    return placed
 
 
 def _is_inside_another(config: PretrainedConfig) -> bool:

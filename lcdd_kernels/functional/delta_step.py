@@ -10,6 +10,7 @@ Shapes: N gates of the model, M matrices, each `[out, in]`.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,9 +222,10 @@ class DeltaStepPlan:
             for m, (grad, code) in enumerate(zip(grads, codes, strict=True)):
                 self._check_grad(m, grad, code, None if counts is None else counts[m], dtypes)
         if PANELS not in codes:
+            tensors: Any = grads
             return Gradients(
-                tensors=grads, col_panels=[None] * len(grads), layouts=codes, rank=rank if packed else None
-            )  # type: ignore[arg-type]
+                tensors=tensors, col_panels=[None] * len(grads), layouts=codes, rank=rank if packed else None
+            )
         pairs = [grad if code == PANELS else (grad, None) for grad, code in zip(grads, codes, strict=True)]
         tensors, panels = zip(*pairs, strict=True)
         return Gradients(tensors=tensors, col_panels=panels, layouts=codes, rank=rank)

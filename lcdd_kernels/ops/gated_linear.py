@@ -52,7 +52,8 @@ class Block:
 
     def weights(self, dtype: torch.dtype, *which: int) -> list[Tensor]:
         """W_eff [out, in] of these matrices in `dtype`, by one launch."""
-        bases, deltas, maps = ([of_all[m] for m in which] for of_all in (self.bases, self.deltas, self.maps))
+        bases, deltas = ([of_all[m] for m in which] for of_all in (self.bases, self.deltas))
+        maps = [self.maps[m] for m in which]
         like = torch.empty(0, dtype=dtype, device=self.gate.device)
         form = choose("gated_weights", *bases, *deltas, self.gate, like)
         return form(bases, deltas, self.gate, maps, dtype=dtype)

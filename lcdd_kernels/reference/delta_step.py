@@ -245,10 +245,8 @@ def weight_eff_ref(matrices: Matrices, gate: Tensor) -> None:
 
 def weight_differs_ref(matrices: Matrices, m: int, gate: Tensor) -> Tensor:
     """How many entries of weights[m] are not what `weight_eff_ref` would write, int64 []; a NaN is not."""
-    weight, base, delta, where = (
-        of_all[m] for of_all in (matrices.weights, matrices.bases, matrices.deltas, matrices.maps)
-    )
-    r, c = _gates_of(gate, where, weight.shape)
+    weight, base, delta = (of_all[m] for of_all in (matrices.weights, matrices.bases, matrices.deltas))
+    r, c = _gates_of(gate, matrices.maps[m], weight.shape)
     found = torch.zeros((), dtype=torch.int64, device=gate.device)
     for rows in _row_chunks(*weight.shape):
         found += (weight[rows] != _masked_sum(base[rows], delta[rows], r[rows, None] * c)).sum()

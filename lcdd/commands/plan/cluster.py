@@ -82,18 +82,18 @@ def traffic_of(model: Architecture, config: PlanConfig, *, packed: bool) -> Traf
     size = gradient_entries(model, config, packed=packed) * _item(config)
     gates = costs.step_numbers(model.n_gates, sharded=sharded) if packed else 1
     ring, both = gpus - 1, 2 * (gpus - 1)
-    own = {"gates": costs.all_reduce_bytes(gates, item=FLOAT64, gpus=gpus), "gate_hops": both}
+    own = Traffic(gates=costs.all_reduce_bytes(gates, item=FLOAT64, gpus=gpus), gate_hops=both)
     if not sharded:
         sent = costs.all_reduce_bytes(size, item=1, gpus=gpus)
-        return Traffic(gradients=sent, gradient_hops=both * max(1, round(size / BUCKET_BYTES)), **own)
+        return replace(own, gradients=sent, gradient_hops=both * max(1, round(size / BUCKET_BYTES)))
     times = config.gradient_accumulation_steps * len(model.layers)
     layers = sum(count * layer.parameters for layer, count in model.kinds.items())
-    return Traffic(
+    return replace(
+        own,
         gradients=config.gradient_accumulation_steps * costs.collective_bytes(size, item=1, gpus=gpus),
         weights=config.gradient_accumulation_steps * costs.collective_bytes(layers, item=_item(config), gpus=gpus),
         gradient_hops=ring * times,
         weight_hops=ring * times,
-        **own,
     )
 
 

@@ -109,7 +109,7 @@ def wire_table(plan: Mapping[str, Any]) -> list[str]:
     """What a rank sends in a step, and how long that takes over each link."""
     c, links, traffic = plan["config"], plan["wire"]["links"], plan["wire"]["traffic"]
     rows = [
-        [name, *(f"{row[key] / GB:.3f}" for key in ("gradients", "sent")),
+        [name, *(f"{row[key] / 1e9:.3f}" for key in ("gradients", "sent")),
          *(f"{1e3 * row['seconds'][link]:.1f}" for link in links)]
         for name, row in traffic.items()
     ]  # fmt: skip
