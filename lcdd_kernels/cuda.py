@@ -87,7 +87,7 @@ class Plan:
         if self.tiles >= 2**31:
             raise fail("matrices", "fewer than 2**31 tiles", self.tiles)
         matrices = _on_device(bytes(table), device)
-        offsets = _on_device(torch.tensor(places, dtype=torch.int64).numpy().tobytes(), device)
+        offsets = _on_device(torch.tensor(places, dtype=torch.int64, device="cpu").numpy().tobytes(), device)
         _keep_for_stream(matrices, offsets)
         self.arguments = (matrices.data_ptr(), offsets.data_ptr(), len(table), self.tiles)
 

@@ -172,8 +172,8 @@ class NativeLibrary:
         where = pointer("offsets", offsets, groups + 1, "cpu", (torch.int64,))
         if groups < 0 or offsets[0] != 0 or offsets[-1] != n or bool((offsets.diff() < 0).any()):
             raise fail("offsets", f"ascending int64 from 0 to {n}", offsets.tolist())
-        indices, rank = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
-        counts = torch.empty(groups, dtype=torch.int32)
+        indices, rank = torch.empty(n, dtype=torch.int32, device="cpu"), torch.empty(n, dtype=torch.int32, device="cpu")
+        counts = torch.empty(groups, dtype=torch.int32, device="cpu")
         self._call(
             "lcdd_open_indices", pointer("gate", gate, n, "cpu"), where, groups, indices.data_ptr(), counts.data_ptr(),
             rank.data_ptr(),

@@ -63,8 +63,8 @@ def without_channels(patch: Carrier, channels: Tensor) -> Carrier:
 def random_channels(carrier: Carrier, *, seed: int) -> Tensor:
     """bool [n_gates]: in every group of every layer as many channels as the carrier has open, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.zeros(carrier.layout.n_gates, dtype=torch.bool)
+    chosen = torch.zeros(carrier.layout.n_gates, dtype=torch.bool, device="cpu")
     for (_, _, size), start in zip(carrier.layout.groups, carrier.layout.offsets.tolist(), strict=False):
         count = int((carrier.gate[start : start + size] != 0).sum())
-        chosen[start + torch.randperm(size, generator=generator)[:count]] = True
+        chosen[start + torch.randperm(size, generator=generator, device="cpu")[:count]] = True
     return chosen

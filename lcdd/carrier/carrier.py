@@ -167,7 +167,7 @@ class Carrier:
             deltas[ours.name] = cpu_copy(weight.to(fixed.device, wide) - fixed.to(wide))
         unmasked, norm = changed_parameters(base, other, masked=layout.parameters)
         dtype = torch.promote_types(next(iter(deltas.values())).dtype, torch.float32)
-        ones = torch.ones(layout.n_gates, dtype=dtype)
+        ones = torch.ones(layout.n_gates, dtype=dtype, device="cpu")
         return cls(
             layout=layout,
             gate_kind="heaviside_ste",
@@ -230,7 +230,7 @@ class Carrier:
             groups = RESIDUAL_GROUPS["write" if kind in ("random", "none") else kind]
             is_open = torch.stack([self.gate[self.layout.slice(layer, group)] != 0 for group in groups]).any(0)
             if kind == "random":
-                chosen = torch.randperm(len(is_open), generator=generator)[: int(is_open.sum())]
+                chosen = torch.randperm(len(is_open), generator=generator, device="cpu")[: int(is_open.sum())]
                 is_open = torch.zeros_like(is_open).index_fill_(0, chosen, True)
             if kind == "none":
                 is_open = torch.zeros_like(is_open)
@@ -386,7 +386,7 @@ class Carrier:
             "gate_logits": self.gate_logits,
             "gate": self.gate,
             "open_indices": torch.cat(lists),
-            "open_counts": torch.tensor([len(indices) for indices in lists], dtype=torch.int64),
+            "open_counts": torch.tensor([len(indices) for indices in lists], dtype=torch.int64, device="cpu"),
             **{f"delta.{name}": delta.contiguous() for name, delta in self.deltas.items()},
             **{f"unmasked.{name}": value.contiguous() for name, value in self.unmasked.items()},
         }

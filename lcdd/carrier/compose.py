@@ -49,7 +49,7 @@ def compose(patches: Sequence[Carrier]) -> Carrier:
     deltas = {}
     for matrix in first.layout.matrices:
         rows, cols = open_block(gate, first.layout, matrix)
-        total = torch.zeros(len(rows), len(cols), dtype=torch.float64)
+        total = torch.zeros(len(rows), len(cols), dtype=torch.float64, device="cpu")
         for patch in ordered:
             own_rows, own_cols, block = _block(patch, matrix)
             total[torch.searchsorted(rows, own_rows)[:, None], torch.searchsorted(cols, own_cols)] += block

@@ -108,9 +108,13 @@ def _factors(delta: Tensor) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] with B A = delta [out, in] exactly: one of them has a single 1 in each row or column."""
     rows, cols = (delta.any(dim).nonzero()[:, 0] for dim in (1, 0))
     if len(cols) <= len(rows):
-        down = torch.zeros(len(cols), delta.shape[1]).index_put_((torch.arange(len(cols)), cols), torch.tensor(1.0))
+        down = torch.zeros(len(cols), delta.shape[1], device="cpu").index_put_(
+            (torch.arange(len(cols), device="cpu"), cols), torch.tensor(1.0, device="cpu")
+        )
         return down, delta[:, cols].contiguous()
-    up = torch.zeros(delta.shape[0], len(rows)).index_put_((rows, torch.arange(len(rows))), torch.tensor(1.0))
+    up = torch.zeros(delta.shape[0], len(rows), device="cpu").index_put_(
+        (rows, torch.arange(len(rows), device="cpu")), torch.tensor(1.0, device="cpu")
+    )
     return delta[rows].contiguous(), up
 
 

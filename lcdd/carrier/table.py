@@ -84,7 +84,7 @@ carrier.fold(model).save_pretrained("model/")  # or for good
 
 def _squared_norms(carrier: "Carrier") -> Tensor:
     """For each gate [n_gates], the squared L2 norm of (r ⊗ c) ∘ Δ in the rows or columns that it gates."""
-    total = torch.zeros(carrier.layout.n_gates, dtype=torch.float64)
+    total = torch.zeros(carrier.layout.n_gates, dtype=torch.float64, device="cpu")
     for rows, cols, block in _blocks(carrier):
         total.index_add_(0, rows, block.sum(1))
         total.index_add_(0, cols, block.sum(0))
@@ -93,7 +93,7 @@ def _squared_norms(carrier: "Carrier") -> Tensor:
 
 def _blocks(carrier: "Carrier") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(gate of each open row, gate of each open column, squared entries) of every masked matrix."""
-    layout, numbers = carrier.layout, torch.arange(carrier.layout.n_gates)
+    layout, numbers = carrier.layout, torch.arange(carrier.layout.n_gates, device="cpu")
     for matrix in layout.matrices:
         row_gate, col_gate = layout.row_and_col_gates(carrier.gate.double(), matrix)
         row_of, col_of = layout.row_and_col_gates(numbers, matrix)

@@ -63,8 +63,8 @@ class Weave:
 
     def positions(self, starts: Mapping[str, int]) -> Tensor:
         """Place in θ of every gate along this side, int64 [size]; `starts`: where the groups begin."""
-        turns = torch.arange(self.count)[:, None]
-        runs = [starts[group] + turns * unit + torch.arange(unit) for group, unit in self.pieces]
+        turns = torch.arange(self.count, device="cpu")[:, None]
+        runs = [starts[group] + turns * unit + torch.arange(unit, device="cpu") for group, unit in self.pieces]
         return torch.cat(runs, dim=1).flatten()
 
 
@@ -190,8 +190,8 @@ class GateLayout:
     @cached_property
     def offsets(self) -> Tensor:
         """Boundaries of `groups` in θ, int64 [groups + 1], on the CPU."""
-        sizes = torch.tensor([size for _, _, size in self.groups], dtype=torch.int64)
-        return torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        sizes = torch.tensor([size for _, _, size in self.groups], dtype=torch.int64, device="cpu")
+        return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), sizes.cumsum(0)])
 
     @cached_property
     def totals(self) -> dict[str, int]:
@@ -226,12 +226,12 @@ class GateLayout:
     @cached_property
     def aliases(self) -> Tensor:
         """Place in θ of the gate that each slot behind the gates copies, int64 [n_slots - n_gates]."""
-        return torch.cat([torch.empty(0, dtype=torch.int64), *self._aliases.values()])
+        return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *self._aliases.values()])
 
     @cached_property
     def slot_offsets(self) -> Tensor:
         """Boundaries of all runs of slots, int64, on the CPU: `offsets`, then one run for each alias."""
-        sizes = torch.tensor([len(positions) for positions in self._aliases.values()], dtype=torch.int64)
+        sizes = torch.tensor([len(positions) for positions in self._aliases.values()], dtype=torch.int64, device="cpu")
         return torch.cat([self.offsets, self.n_gates + sizes.cumsum(0)])
 
     def expand(self, gate: Tensor) -> Tensor:
@@ -366,7 +366,7 @@ def _rounds(aliases: Tensor) -> Iterator[Tensor]:
     """Places in `aliases` of the first copy of every gate, then of the second, and so on."""
     order = aliases.argsort(stable=True)
     sorted_gates = aliases[order]
-    place = torch.arange(len(aliases))
+    place = torch.arange(len(aliases), device="cpu")
     first = torch.searchsorted(sorted_gates, sorted_gates)  # where a gate's own stretch begins
     for copy in range(int((place - first).max()) + 1 if len(aliases) else 0):
         yield order[place - first == copy].sort().values

@@ -83,7 +83,7 @@ class Gates:
     def initial(layout: GateLayout, *, mean: float, std: float, seed: int) -> Tensor:
         """θ ~ N(mean, std²), float32 [n_gates], the same for a seed on every device."""
         generator = torch.Generator().manual_seed(seed)
-        return mean + std * torch.randn(layout.n_gates, generator=generator)
+        return mean + std * torch.randn(layout.n_gates, generator=generator, device="cpu")
 
     def draw(self, *, step: int, training: bool) -> None:
         """Draw the gates that step number `step` uses; the noise is a function of (seed, step, gate) alone."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lcdd.errors import InputError
@@ -28,9 +29,10 @@ def leave_folded(
 ) -> None:
     """What a deleted optimizer leaves behind: deterministic gates, but where somebody else wrote the weights last.
 
-    The garbage collector may come by while another model is being traced: this one's tensors are real all the same.
+    The garbage collector may come by while another model is being traced, or built on the meta device: this one's
+    tensors are real all the same.
     """
-    with _disable_current_modes():
+    with _disable_current_modes(), torch.device("cpu"):
         try:
             ours = not masked.differing(controller.gates)
         except InputError:  # replaced, cast or moved

@@ -297,7 +297,7 @@ class MaskedWeights:
     def load_deltas(self, carrier: Carrier) -> None:
         """Δ of a carrier's open blocks, 0 elsewhere."""
         self.expand()
-        wholes = {p: torch.zeros(p.shape, dtype=state["delta"].dtype) for p, state in self.states.items()}
+        wholes = {p: torch.zeros(p.shape, dtype=state["delta"].dtype, device="cpu") for p, state in self.states.items()}
         for item in self.items:
             rows, cols = open_block(carrier.gate, carrier.layout, item.site.matrix)
             whole = item.site.view(wholes[item.site.parameter])

@@ -130,7 +130,7 @@ def _check_channels(channels: Tensor, offsets: Tensor, n_layers: int, n_features
     low, high = int(channels.min()), int(channels.max())
     if low < 0 or high >= n_features:
         raise fail("channels", f"indices in [0, {n_features})", f"indices in [{low}, {high}]")
-    layer = torch.repeat_interleave(torch.arange(n_layers), offsets.diff())
+    layer = torch.repeat_interleave(torch.arange(n_layers, device="cpu"), offsets.diff())
     keys = layer * n_features + channels.long()
     if keys.unique().numel() != keys.numel():
         raise fail("channels", "distinct channels within a layer", "a channel twice in a layer")

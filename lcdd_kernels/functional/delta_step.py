@@ -170,8 +170,8 @@ class DeltaStepPlan:
         self._matrices = Matrices(maps=self._maps, n_gates=self._n_gates, **self._lists)
         starts = [[g.row_start, g.col_start] for g in self._maps]
         sizes = [[s[0], s[1] // g.repeat] for s, g in zip(self._shapes, self._maps, strict=True)]
-        first = torch.tensor(starts, dtype=torch.int64).view(-1, 2)
-        self._sides = torch.stack([first, first + torch.tensor(sizes, dtype=torch.int64).view(-1, 2)])
+        first = torch.tensor(starts, dtype=torch.int64, device="cpu").view(-1, 2)
+        self._sides = torch.stack([first, first + torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1, 2)])
 
     def _check_memory(self) -> None:
         written = _WRITTEN if "exp_avgs" in self._lists else ("weights",)
@@ -250,7 +250,7 @@ class DeltaStepPlan:
         checks.check_contiguous("rank", rank)
         if rank.device.type != "cpu":
             return None
-        before = torch.zeros(rank.numel() + 1, dtype=torch.int64)
+        before = torch.zeros(rank.numel() + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(rank >= 0, 0, out=before[1:])
         starts, ends = before[self._sides]
         rows_and_cols = (ends - starts).tolist()

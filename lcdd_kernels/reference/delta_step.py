@@ -159,16 +159,16 @@ def _gather_index(
     of the matrices, padded with the zero slot. Built once per layout."""
     targets = []
     for where, (n_out, n_in) in zip(maps, shapes, strict=True):
-        targets.append(torch.arange(where.row_start, where.row_start + n_out))
+        targets.append(torch.arange(where.row_start, where.row_start + n_out, device="cpu"))
         targets.append(where.col_gates(n_in))
-    target = torch.cat(targets) if targets else torch.empty(0, dtype=torch.int64)
+    target = torch.cat(targets) if targets else torch.empty(0, dtype=torch.int64, device="cpu")
     order = torch.argsort(target, stable=True)
     per_gate = torch.bincount(target, minlength=n_gates)
     first = torch.cumsum(per_gate, 0) - per_gate
     gate_of = target[order]
-    level = torch.arange(order.numel()) - first[gate_of]
+    level = torch.arange(order.numel(), device="cpu") - first[gate_of]
     depth = int(per_gate.max()) if target.numel() else 1
-    index = torch.full((max(depth, 1), n_gates), target.numel(), dtype=torch.int32)
+    index = torch.full((max(depth, 1), n_gates), target.numel(), dtype=torch.int32, device="cpu")
     index[level, gate_of] = order.to(torch.int32)
     return index.to(device)
 

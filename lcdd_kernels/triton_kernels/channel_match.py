@@ -137,7 +137,7 @@ def _table(tensors: Sequence[torch.Tensor], bounds: Sequence[int], device: torch
         (h.data_ptr(), h.stride(0), h.stride(1), bounds[layer], bounds[layer + 1] - bounds[layer])
         for layer, h in enumerate(tensors)
     )
-    return _tables.get(rows, lambda: torch.tensor(rows, dtype=torch.int64), device)
+    return _tables.get(rows, lambda: torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
 
 
 def _blocks(bounds: Sequence[int]) -> int:

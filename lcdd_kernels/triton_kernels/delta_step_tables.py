@@ -183,7 +183,7 @@ class Table:
             per_copy = [n // repeat for n, repeat in zip(grads.packed_columns, self._repeats, strict=True)]
             of_matrix |= {fields.GRAD_COLS_PTR: grads.panel_pointers, fields.OPEN_PER_COPY: per_copy}
         for column, values in of_matrix.items():
-            rows[:, column.value] = torch.tensor(values, dtype=torch.int64)[sorting.members]
+            rows[:, column.value] = torch.tensor(values, dtype=torch.int64, device="cpu")[sorting.members]
         return rows
 
 
@@ -213,7 +213,7 @@ class Sorting:
 
 
 def _int64(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).view(-1, width)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, width)
 
 
 def _pointer(tensor: Tensor) -> int:

@@ -214,7 +214,7 @@ def _table(matrices: Sequence[tuple[Tensor, Tensor, Tensor, GateMap]], device: t
         order += [m, 0, tiles, 0, 0, 0]
         tiles += REFRESH.tiles(weight.shape)
     rows = (*entries, *order)
-    return _tables.get(rows, lambda: torch.tensor(rows, dtype=torch.int64), device), tiles
+    return _tables.get(rows, lambda: torch.tensor(rows, dtype=torch.int64, device="cpu"), device), tiles
 
 
 def _aligned(n_cols: int, *tensors: Tensor) -> bool:

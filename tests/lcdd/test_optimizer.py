@@ -280,3 +280,23 @@ def test_bad_input_is_refused_by_name():
     optimizer = attach(tuned, base)
     with pytest.raises(ValueError, match=r"q_proj\.weight: expected a gradient"):
         optimizer.step(1.0)
+
+
+@pytest.mark.parametrize("kind", ["hard_concrete", "heaviside_ste"])
+def test_somebody_elses_default_device_changes_nothing(kind):
+    """As while a model is built on the meta device, or after torch.set_default_device("cuda")."""
+    found = []
+    for place in ("cpu", "meta"):
+        base, tuned = models()
+        optimizer = attach(tuned, base, gate_kind=kind)
+        for _ in range(3):
+            loss = loss_of(tuned)
+            loss.backward()
+            with torch.device(place):
+                optimizer.step(loss)
+                optimizer.zero_grad()
+        with torch.device(place):
+            optimizer.carrier()
+            del optimizer  # the collector comes by
+        found.append([weight.detach().clone() for weight in tuned.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
