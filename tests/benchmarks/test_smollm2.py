@@ -40,7 +40,10 @@ def test_instructions_are_short_whole_sentences_and_each_once(prepare) -> None:
 
 def test_the_topic_is_that_of_the_example_and_takes_turns_with_others(prepare) -> None:
     rows = [{"instruction": text, "output": "."} for text in ("Bake a cake.", "Name a bird.", "Sing.", "Cook soup.")]
-    found = [row["instruction"] for row in prepare.with_topic(rows, [*rows, {"instruction": "Eat.", "output": "."}])]
+    longer = [*rows, {"instruction": "Eat.", "output": "."}]
+    mixed = prepare.with_topic(rows, longer, lambda others: [row | {"output": "own"} for row in others])
+    assert [row["output"] for row in mixed] == [".", "own", ".", "own"]
+    found = [row["instruction"] for row in mixed]
     assert found == ["Bake a cake.", "Name a bird.", "Cook soup.", "Sing."]
 
 
