@@ -77,6 +77,11 @@ def small_table(small: Mapping[str, Any]) -> str:
             f"| {run['behavior'].replace('_', ' ')}, {run['seed']} | {run['open_gates']:,} of {run['n_gates']:,} | "
             f"{run['sparsity']:.4f} | {run['entries']:,} | {losses} | {rates[0]:.2f}, {rates[1]:.2f} |"
         )
+    if across := small.get("open_gates_across_seeds"):
+        lines += [
+            "",
+            f"Open gates of the seeds have a Jaccard index of {across['jaccard']:.2f} ({across['chance']:.4f} by chance).",
+        ]
     return "\n".join(lines)
 
 
