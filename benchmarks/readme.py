@@ -78,10 +78,8 @@ def small_table(small: Mapping[str, Any]) -> str:
             f"{run['sparsity']:.4f} | {run['entries']:,} | {losses} | {rates[0]:.2f}, {rates[1]:.2f} |"
         )
     if across := small.get("open_gates_across_seeds"):
-        lines += [
-            "",
-            f"Open gates of the seeds have a Jaccard index of {across['jaccard']:.2f} ({across['chance']:.4f} by chance).",
-        ]
+        index = f"{across['jaccard']:.2f} ({across['chance']:.4f} by chance)"
+        lines += ["", f"Open gates of the seeds have a Jaccard index of {index}."]
     return "\n".join(lines)
 
 
