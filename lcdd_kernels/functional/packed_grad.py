@@ -133,16 +133,14 @@ _SMALL_PRODUCT = 2**27
 
 
 def _product(a: Tensor, b: Tensor, shape: tuple[int, int], out: Tensor | None) -> Tensor:
-    """aᵀb without the padding of the operands, contiguous, or added to `out`."""
-    padded = (a.shape[1], b.shape[1]) != shape
-    dtype = a.dtype
-    if dtype.itemsize == 2 and a.device.type == "cpu" and a.numel() * b.shape[1] < _SMALL_PRODUCT:
-        a, b = a.float(), b.float()
-    if out is None:
-        return torch.mm(a.t(), b)[: shape[0], : shape[1]].to(dtype).contiguous()
-    if padded or out.dtype != a.dtype:
-        return out.add_(torch.mm(a.t(), b)[: shape[0], : shape[1]].to(dtype))
-    return torch.addmm(out, a.t(), b, out=out)
+    """aᵀb in a's dtype without the padding of the operands, contiguous, or added to `out`."""
+    small = a.device.type == "cpu" and a.dtype.itemsize == 2 and a.numel() * b.shape[1] < _SMALL_PRODUCT
+    whole = (a.shape[1], b.shape[1]) == shape
+    if out is not None and whole and out.dtype == a.dtype and not small:
+        return torch.addmm(out, a.t(), b, out=out)
+    product = torch.mm(a.float().t(), b.float()).to(a.dtype) if small else torch.mm(a.t(), b)
+    product = product[: shape[0], : shape[1]]
+    return product.contiguous() if out is None else out.add_(product)
 
 
 def _result_shapes(x: Tensor, dy: Tensor, rows: Tensor, cols: Tensor, layout: str) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import lcdd_kernels as K
 from lcdd_kernels import testing, use_backend
+from lcdd_kernels.functional import packed_grad
 from lcdd_kernels.functional.packed_grad import pack_cost
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,6 +100,18 @@ def test_micro_batches_accumulate_in_place(layout, dtype, out_dtype):
         torch.testing.assert_close(
             value.double(), exact, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.02 * float(exact.abs().max())
         )
+
+
+@pytest.mark.parametrize("layout", ["block", "panels"])
+@pytest.mark.parametrize("small", [0, 2**40], ids=["large products", "small products"])
+def test_what_is_added_to_a_wider_gradient_is_rounded_first(layout, small, monkeypatch):
+    """As autograd does: on a CPU small 16-bit products are computed in float32, and still rounded."""
+    monkeypatch.setattr(packed_grad, "_SMALL_PRODUCT", small)
+    x, dy, rows, cols = _problem(40, 37, 29, 0.4, torch.bfloat16)
+    alone = _as_list(K.packed_weight_grad(x, dy, rows, cols, layout=layout))
+    out = [torch.zeros(part.shape) for part in alone]
+    K.packed_weight_grad(x, dy, rows, cols, layout=layout, out=out[0] if layout == "block" else out)
+    assert all(torch.equal(wide, part.float()) for wide, part in zip(out, alone, strict=True))
 
 
 def test_a_shared_panel_gives_the_same_bits():
