@@ -59,6 +59,8 @@ def elastic() -> list[str]:
 
 def case_of(model: str, engine: str, gpus: int, **changes: Any) -> Case:
     """A plan's case of a model on so many GPUs."""
+    if gpus == 1:
+        changes["link"] = None  # it has nobody to talk to
     config = PlanConfig(model_name_or_path=model, parallel=engine, num_gpus=gpus, **SETTINGS | changes)
     return Case.of(read_architecture(model), config, find_device(config.device))
 

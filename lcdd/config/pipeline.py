@@ -55,6 +55,11 @@ class PlanConfig(Config):
     eraser_length: int = option(64, "eraser: tokens of trigger, prompt and answer together", at_least=1)
     json: bool = option(False, "print JSON instead of tables")
 
+    def check(self) -> None:
+        super().check()
+        if self.link is not None and self.num_gpus == 1:
+            raise InputError(f"PlanConfig.link: expected num_gpus above 1 with a link, got 1 with {self.link!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
