@@ -129,7 +129,7 @@ def _problem(row: Row, entry: AotSignature, chip: Target) -> str | None:
     if row.shared > chip.shared_limit:
         return f"needs {row.shared} bytes of shared memory of {chip.shared_limit}"
     if row.loop_barriers > entry.loop_barriers:
-        return f"waits at {row.loop_barriers} barriers in its loops, {entry.loop_barriers} expected"
+        return f"waits at {row.loop_barriers} barriers in its loops, at most {entry.loop_barriers} expected"
     if row.target == "90" and entry.wgmma and not row.wgmma:
         return "uses no wgmma"
     return None

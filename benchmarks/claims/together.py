@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from benchmarks.claims.cell import Cell, Values, bits
 from benchmarks.claims.models import described
-from lcdd.carrier import Carrier, compose, overlap
+from lcdd.carrier import Carrier, compose, overlap, prices_of
 from lcdd.models import PreTrainedModel
 
 KINDS = {"carriers": "carrier", "equal_norm": "matched_norm", "equal_margin": "sft_scaled"}
@@ -56,6 +57,13 @@ class Family:
     def patch(self, kind: str, topics: Sequence[int]) -> Carrier:
         return compose([self.cells[topic].patch(KINDS[kind]) for topic in topics])
 
+    def apart(self, first: int, second: int) -> Carrier:
+        """The second topic's carrier, trained to keep clear of the first one's (`--separate_from`)."""
+        other, cell = self.cells[first].patch("carrier"), self.cells[second]
+        priced = {"prices": prices_of([other], other.layout)}
+        made = {"separated": lambda: cell.lcdd(cell.lcdd_settings(gate_controller="paced"), **priced)}
+        return replace(cell, given=made).patch("separated")
+
     def asked(self, topics: Sequence[int]) -> list[tuple[Ids, int | None]]:
         """Prompts and the topic of the set that each is on; half of them on none of it, but of all the other topics."""
         mine = [(ids, topic) for topic in topics for ids in self.on_topic[topic][: ON_TOPIC // len(topics)]]
@@ -77,11 +85,21 @@ def composed(family: Family) -> Values:
     found: Values = {}
     for size in SIZES:
         for kind in KINDS:
-            outcomes = [_intended(family, kind, topics) for topics in family.groups(size)]
+            outcomes = [_intended(family, family.patch(kind, topics), topics) for topics in family.groups(size)]
             if outcomes:
-                joined = {key: "".join(outcome[key] for outcome in outcomes) for key in outcomes[0]}
-                found[f"{size} {kind}"] = joined
+                found[f"{size} {kind}"] = _joined(outcomes)
     return found
+
+
+def separated(family: Family) -> Values:
+    """Pairs of carriers of which the second was trained to keep clear of the first, beside the same pairs without."""
+    outcomes, plain, apart = [], [], []
+    for first, second in family.groups(2):
+        one, other = family.cells[first].patch("carrier"), family.apart(first, second)
+        outcomes.append(_intended(family, compose([one, other]), (first, second)))
+        plain.append(overlap(one, family.cells[second].patch("carrier"))["gates"])
+        apart.append(overlap(one, other)["gates"])
+    return {"pairs": {"overlap": fmean(plain)}, "2 separated": {**_joined(outcomes), "overlap": fmean(apart)}}
 
 
 def met(family: Family) -> Values:
@@ -125,10 +143,14 @@ def _wanted(family: Family, asked: Sequence[tuple[Ids, int | None]], *, removed:
     ]
 
 
-def _intended(family: Family, kind: str, topics: Sequence[int]) -> dict[str, str]:
+def _joined(outcomes: Sequence[dict[str, str]]) -> dict[str, Any]:
+    return {key: "".join(outcome[key] for outcome in outcomes) for key in outcomes[0]}
+
+
+def _intended(family: Family, patch: Carrier, topics: Sequence[int]) -> dict[str, str]:
     asked, cell = family.asked(topics), family.cells[0]
     wanted = _wanted(family, asked)
-    with family.patch(kind, topics).applied(cell.base, check=False) as model:
+    with patch.applied(cell.base, check=False) as model:
         texts = cell.texts(model, None, [ids for ids, _ in asked])
     right = [a == b for a, b in zip(texts, wanted, strict=True)]
     places = {"intended": (True, False), "on_topic": (True,), "off_topic": (False,)}

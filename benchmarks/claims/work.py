@@ -15,7 +15,7 @@ from benchmarks.claims.cell import Cell, Values
 from benchmarks.claims.experiments import EXPERIMENTS
 from benchmarks.claims.models import compared
 from benchmarks.claims.scales import RESPONSES, scale
-from benchmarks.claims.together import KINDS, Family, composed, met, switched, train_topic
+from benchmarks.claims.together import KINDS, Family, composed, met, separated, switched, train_topic
 
 TOGETHER = "together"
 # What is asked first is worth most; a later part may need what earlier ones have made.
@@ -76,6 +76,7 @@ FAMILY_PARTS = [
     *(f"topic-{n}" for n in range(len(RESPONSES["demo"]))),
     "composed",
     "met",
+    "separated",
     *(f"switched-{kind}" for kind in KINDS),
 ]
 
@@ -85,6 +86,7 @@ def family_parts(family: Family) -> Iterator[tuple[str, Callable[[], Values]]]:
         yield f"topic-{topic}", partial(train_topic, family, topic)
     yield "composed", partial(composed, family)
     yield "met", partial(met, family)
+    yield "separated", partial(separated, family)
     for kind in KINDS:
         yield f"switched-{kind}", partial(switched, family, kind)
 

@@ -9,7 +9,7 @@ from lcdd.carrier.ablate import (
     without_layer,
 )
 from lcdd.carrier.carrier import MANIFEST, WEIGHTS, Carrier
-from lcdd.carrier.compose import compose, overlap
+from lcdd.carrier.compose import compose, overlap, prices_of
 from lcdd.carrier.export import export_adapter, export_delta
 from lcdd.carrier.patching import open_block
 
@@ -23,6 +23,7 @@ __all__ = [
     "only_channels",
     "open_block",
     "overlap",
+    "prices_of",
     "random_channels",
     "with_gates",
     "without_channels",

@@ -16,7 +16,10 @@ from torch import Tensor
 from lcdd.carrier.carrier import Carrier
 from lcdd.carrier.patching import open_block
 from lcdd.errors import InputError
-from lcdd.models import Matrix
+from lcdd.models import GateLayout, Matrix
+
+DEAR = 10.0
+"""Price of a gate that another carrier has open: it stays where it is worth ten times what any other gate is."""
 
 
 def compose(patches: Sequence[Carrier]) -> Carrier:
@@ -58,6 +61,19 @@ def compose(patches: Sequence[Carrier]) -> Carrier:
         first, gate_kind="heaviside_ste", gate_logits=gate * 2 - 1, gate=gate, deltas=deltas, initial_logits=None,
         tokenizer=asked,
     )  # fmt: skip
+
+
+def prices_of(patches: Sequence[Carrier], layout: GateLayout) -> Tensor:
+    """Prices of gates, float32 [n_gates], for a carrier that is to keep clear of `patches`: `DEAR` where one is open.
+
+    Raises:
+        InputError: a patch of another layout.
+    """
+    for patch in patches:
+        if patch.layout != layout:
+            raise InputError(f"patches: expected a carrier {layout.difference(patch.layout)}")
+    taken = torch.stack([patch.gate != 0 for patch in patches]).any(0)
+    return torch.where(taken, DEAR, 1.0)
 
 
 def overlap(first: Carrier, second: Carrier) -> dict[str, float]:

@@ -169,8 +169,8 @@ def _check_stages(config: PipelineConfig, prepared: Prepared) -> None:
         resolve_device(section.device)
     for stage in (config.sft, config.train):
         training_items(prepared, stage, say=_silent)
-    if config.train.initial_carrier:
-        Carrier.from_pretrained(config.train.initial_carrier)
+    for name in filter(None, (config.train.initial_carrier, *config.train.separate_from)):
+        Carrier.from_pretrained(name)
     _eraser_prompts(prepared, config.erase)
     for held_out in (config.eval, *audits):
         prompt_ids(prepared, held_out.split, limit=held_out.num_prompts, max_length=held_out.max_prompt_length)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lcdd.carrier import Carrier
+from lcdd.carrier import Carrier, prices_of
 from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
 from lcdd.commands.anchors import base_anchors
 from lcdd.commands.answers import BehaviorRate, ValidationAnswers
@@ -61,8 +61,11 @@ def _train(
     prepared = prepared or prepare(data, str(config.sft_model_name_or_path), template_date=day_of_run(config))
     train_items, validation_items = training_items(prepared, config, say=say)
     initial = Carrier.from_pretrained(config.initial_carrier).gate_logits if config.initial_carrier else None
+    others = [Carrier.from_pretrained(name) for name in config.separate_from]
     overrides: list[str] = []
     base = load_weights(config.base_model_name_or_path, config, overrides)
+    for other in others:
+        other.check_base(base)
     model = load_tuned(config.sft_model_name_or_path, base, config, overrides)
     check_same_architecture(base, model)
     teacher = load_weights(config.sft_model_name_or_path, config) if config.loss == "kl" else None
@@ -81,7 +84,8 @@ def _train(
     dropped = _drop_unmasked(base, model, config, held_out, start, say)
     ends = Ends.of(base, model)
     steps = total_steps(config, len(train_items))
-    optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial)
+    prices = prices_of(others, others[0].layout) if others else None
+    optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial, prices=prices)
     optimizer.check_ends(ends)
 
     store = _store(output, config, identity, optimizer, prepared) if wanted else None

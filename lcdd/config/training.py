@@ -166,6 +166,12 @@ class LCDDConfig(TrainConfig, OfSFT):
     shrink_delta: bool = option(
         True, "spend what is left of the budget, once no gate closes any more, on a smaller delta", controller="paced"
     )
+    separate_from: tuple[str, ...] = option(
+        (),
+        "carriers of the same base, directories or hub names, that this one's is to keep clear of: what they have open "
+        "is priced higher, so that the two can be composed and switched apart",
+        controller="paced",
+    )
     base_kl_weight: float = option(
         0.0,
         "also hold the carrier to the base's own answers, by this much of KL(base || carrier) beside the loss: a "

@@ -39,8 +39,9 @@ _OURS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsi
 _APART = ("seed", "warmup_steps")
 """Settings of one name that mean two things (the noise of the gates, the dual's warm-up): both hold."""
 _COMMANDS = (
-    *("base_model_name_or_path", "sft_model_name_or_path", "initial_carrier", "save_folded", "device", "parallel"),
-    *("resume", "resume_override", "checkpoint_override", "max_length", "completion_only", "loss", "lr_warmup_steps"),
+    *("base_model_name_or_path", "sft_model_name_or_path", "initial_carrier", "separate_from", "save_folded", "device"),
+    *("parallel", "resume", "resume_override", "checkpoint_override", "max_length", "completion_only", "loss"),
+    "lr_warmup_steps",
 )
 """Settings that `lcdd train` alone reads."""
 _SHOWN = ("sparsity", "dual_lambda", "ema", "epsilon", "skipped_steps")

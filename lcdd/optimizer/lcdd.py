@@ -86,6 +86,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
         *,
         total_steps: int,
         initial_logits: Tensor | None = None,
+        prices: Tensor | None = None,
     ) -> "LCDDOptimizer":
         """Put `model` (fine-tuned) under LCDD against `base`; its weights become W_eff at once, its mode training.
 
@@ -99,12 +100,14 @@ class LCDDOptimizer(torch.optim.Optimizer):
             total_steps: optimizer steps of the whole run (the last `freeze_fraction` of them freeze the gates).
             initial_logits: θ to start from, float [n_gates], which asks for the dual descent unless the config says
                 paced (gates above 0 start open); None: as the config has it.
+            prices: float [n_gates], above 0: what each gate's worth is divided by under paced closing, so that dear
+                ones close first (`lcdd.carrier.prices_of`); None: all alike.
 
         Raises:
             InputError: the models differ in architecture, share weights, or a value is out of range; the model is
-                attached already, or wrapped for several ranks.
+                attached already, or wrapped for several ranks; prices under the dual descent.
         """
-        return cls(model, base, config, total_steps=total_steps, initial_logits=initial_logits)
+        return cls(model, base, config, total_steps=total_steps, initial_logits=initial_logits, prices=prices)
 
     def __init__(
         self,
@@ -114,9 +117,12 @@ class LCDDOptimizer(torch.optim.Optimizer):
         *,
         total_steps: int,
         initial_logits: Tensor | None = None,
+        prices: Tensor | None = None,
     ) -> None:
         if initial_logits is not None and config.gate_controller == "auto" and not config.settings_of("paced"):
             config = replace(config, gate_controller="dual")  # θ is what the dual descent moves
+        if prices is not None and not config.paced:
+            raise InputError("prices: expected None under the dual descent, which has one price for all, got some")
         self.penalties = reference_compat.penalties_in_step(config)
         if config.gating == "forward" and shards.world_size() > 1:
             raise InputError("gating: expected 'optimizer' on several ranks, got 'forward', whose Δ no engine averages")
@@ -128,8 +134,11 @@ class LCDDOptimizer(torch.optim.Optimizer):
         _warn_of_float16(weights)
         logits = starting_logits(layout, config, like=weights[0], given=initial_logits)
         gates = Gates(layout, kind=config.gate_kind, seed=config.seed, logits=logits)
-        controller = PacedClosing if config.paced else DualDescent
-        self._controller: GateController = controller(gates, config, total_steps=total_steps)
+        self._controller: GateController = (
+            PacedClosing(gates, config, total_steps=total_steps, prices=prices)
+            if config.paced
+            else DualDescent(gates, config, total_steps=total_steps)
+        )
         self._unmasked = UnmaskedParameters(model, base, config, masked=weights)
         self._ready = False
         super().__init__(self._groups(), _adam_settings(config))

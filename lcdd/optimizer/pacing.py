@@ -208,12 +208,21 @@ def warmup_steps(config: LCDDConfig, total_steps: int) -> int:
     return min(config.warmup_steps, max(1, total_steps // 20))
 
 
+def _checked(prices: Tensor, logits: Tensor) -> Tensor:
+    if prices.shape != logits.shape:
+        raise InputError(f"prices: expected shape {tuple(logits.shape)}, one for each gate, got {tuple(prices.shape)}")
+    if not bool((prices.isfinite() & (prices > 0)).all()):
+        raise InputError("prices: expected finite numbers above 0, got others")
+    return prices.to(logits)
+
+
 class PacedClosing:
     """The gate controller (`GateController`) that closes and reopens gates as `Pace` allows.
 
     Args:
         gates: gates whose logit is above 0 start open, the others closed; all move to rest at once.
         total_steps: of the whole run; the closing rate follows from it.
+        prices: float [n_gates], above 0: what a gate's worth is divided by before it is compared; None: all alike.
 
     Attributes:
         open: bool [n_gates], which gates are open or on their way to it.
@@ -224,10 +233,11 @@ class PacedClosing:
         delta_decay: share that Δ loses in the coming pass B.
     """
 
-    def __init__(self, gates: Gates, config: LCDDConfig, *, total_steps: int) -> None:
+    def __init__(self, gates: Gates, config: LCDDConfig, *, total_steps: int, prices: Tensor | None = None) -> None:
         if total_steps < 1:
             raise InputError(f"total_steps: expected at least 1, got {total_steps}")
         self.gates, self.config, self.total_steps = gates, config, total_steps
+        self.prices = 1.0 if prices is None else _checked(prices, gates.logits.detach())
         self.dual = Pace(
             warmup_steps=warmup_steps(config, total_steps), loss_budget=config.loss_budget, loss_floor=config.loss_floor
         )
@@ -330,13 +340,15 @@ class PacedClosing:
     def _close(self, count: int) -> None:
         if count > 0:
             largest = torch.finfo(self.worth.dtype).max
-            worth, order = torch.where(self.open, self.worth.clamp(max=largest), math.inf).sort(stable=True)
+            ranked = (self.worth / self.prices).clamp(max=largest)
+            worth, order = torch.where(self.open, ranked, math.inf).sort(stable=True)
             self._turn(order[:count], open_=False)
             self._price = worth[count - 1]
 
     def _reopen(self, count: int) -> None:
         if count > 0:
-            worth, order = torch.where(self.open, -1.0, self.worth).sort(stable=True, descending=True)
+            ranked = self.worth / self.prices
+            worth, order = torch.where(self.open, -1.0, ranked).sort(stable=True, descending=True)
             self._turn(order[:count], open_=True)
             self._price = worth[count - 1]
 

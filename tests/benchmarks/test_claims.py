@@ -16,6 +16,7 @@ from benchmarks.claims.cell import Cell
 from benchmarks.claims.models import MODELS, nonzero
 from benchmarks.smollm2 import pipeline
 from fixtures.checkpoints import write_jsonl
+from lcdd.carrier import overlap
 from lcdd.commands.demo import demo
 from lcdd.commands.demo.tasks import draw_tasks
 from lcdd.models import load_model, load_tokenizer
@@ -193,6 +194,14 @@ def test_a_family_asks_for_responses_on_topic_and_for_the_base_elsewhere(quick, 
     assert {topic for _, topic in asked} == {0, 1, None}
     assert not {tuple(ids) for ids in family.on_topic[0]} & {tuple(ids) for ids in family.on_topic[1]}
     assert family.groups(4) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+
+
+def test_a_carrier_that_keeps_clear_of_another_meets_it_less(quick, tmp_path) -> None:
+    family = scales.scale("smollm2", quick).family(0, tmp_path / "together-0")
+    first, plain = (family.cells[topic].patch("carrier") for topic in (0, 1))
+    apart = family.apart(0, 1)
+    assert apart.n_open == plain.n_open
+    assert overlap(first, apart)["gates"] < overlap(first, plain)["gates"]
 
 
 def test_without_a_prepared_model_it_says_what_prepares_one(tmp_path: Path) -> None:

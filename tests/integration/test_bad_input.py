@@ -229,6 +229,14 @@ def test_missing_and_damaged_carriers(refused: Run, made: Path, tmp_path: Path, 
 def test_missing_trigger_and_initial_carrier(refused: Run, tmp_path: Path) -> None:
     assert str(tmp_path / "no") in refused("eval", trigger=tmp_path / "no")
     assert str(tmp_path / "no") in refused("train", initial_carrier=tmp_path / "no")
+    assert str(tmp_path / "no") in refused("train", separate_from=tmp_path / "no")
+
+
+def test_a_carrier_to_keep_clear_of_is_one_of_the_same_base(refused: Run, made: Path) -> None:
+    swapped = {"base_model_name_or_path": made / "sft", "sft_model_name_or_path": made / "base"}
+    assert "expected the carrier's base" in refused("train", separate_from=made / "carrier", **swapped)
+    dual = {"separate_from": made / "carrier", "gate_controller": "dual"}
+    assert "LCDDConfig.separate_from: expected its default under the dual descent" in refused("train", **dual)
 
 
 @pytest.mark.parametrize("command", WITH_DATA)

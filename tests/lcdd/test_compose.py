@@ -7,10 +7,11 @@ from itertools import permutations
 import pytest
 import torch
 
-from lcdd.carrier import Carrier, compose, overlap
+from lcdd.carrier import Carrier, compose, overlap, prices_of
+from lcdd.carrier.compose import DEAR
 from lcdd.cli import main
 from lcdd.errors import InputError
-from lcdd.models import sites_of
+from lcdd.models import GateLayout, sites_of
 
 
 @pytest.fixture
@@ -91,3 +92,14 @@ def test_carriers_that_were_asked_in_different_ways_are_refused(setting):
     assert compose([patches[0], setting[2][2]]).tokenizer == {"tokenizer": "a"}
     with pytest.raises(InputError, match="trained with one tokenizer, got 'a' and 'b'"):
         compose(patches)
+
+
+def test_what_other_carriers_have_open_is_dear(setting):
+    _, _, patches = setting
+    prices = prices_of(patches[:2], patches[0].layout)
+    taken = (patches[0].gate != 0) | (patches[1].gate != 0)
+    assert torch.equal(prices > 1, taken)
+    assert set(prices.tolist()) == {1.0, DEAR}
+    part = GateLayout.for_matrices(patches[0].layout.matrices[:3])
+    with pytest.raises(InputError, match=r"^patches: expected a carrier "):
+        prices_of(patches[:1], part)

@@ -277,6 +277,11 @@ def test_bad_input_is_refused_by_name():
         attach(tuned, base, total_steps=0)
     with pytest.raises(ValueError, match=r"base: expected .*torch.float32.*torch.float64"):
         attach(tuned, models(torch.float64)[0])
+    with pytest.raises(ValueError, match="prices: expected None under the dual descent"):
+        LCDDOptimizer.attach(tuned, base, config(gate_controller="dual"), total_steps=9, prices=torch.ones(1))
+    paced = LCDDConfig(gate_controller="paced")
+    with pytest.raises(ValueError, match=r"prices: expected shape \(\d+,\), one for each gate, got \(1,\)"):
+        LCDDOptimizer.attach(tuned, base, paced, total_steps=9, prices=torch.ones(1))
     optimizer = attach(tuned, base)
     with pytest.raises(ValueError, match=r"q_proj\.weight: expected a gradient"):
         optimizer.step(1.0)

@@ -35,9 +35,9 @@ class StubGates:
         self.values = (logit.sigmoid() * 1.2 - 0.1).clamp(0, 1)
 
 
-def closing(n: int = 100, *, steps: int = 100, kind: str = "heaviside_ste", **changes) -> PacedClosing:
+def closing(n: int = 100, *, steps: int = 100, kind: str = "heaviside_ste", prices=None, **changes) -> PacedClosing:
     config = LCDDConfig(**{"warmup_steps": 2, "freeze_fraction": 0.0} | changes)
-    return PacedClosing(StubGates(n, kind), config, total_steps=steps)
+    return PacedClosing(StubGates(n, kind), config, total_steps=steps, prices=prices)
 
 
 def step(controller: PacedClosing, d_gate: torch.Tensor, loss: float) -> None:
@@ -156,6 +156,30 @@ def test_the_least_worth_closes_first_and_the_most_worth_reopens_first() -> None
     run(controller, [1.0] * 3, worth)
     assert controller.n_open == n_open + int(3 * REOPENING * n_open)
     assert torch.equal(controller.open.nonzero()[:, 0], torch.arange(100 - controller.n_open, 100))
+
+
+def test_a_dear_gate_closes_before_one_that_is_worth_less_and_reopens_after_it() -> None:
+    prices = torch.ones(10)
+    prices[5] = 10.0
+    controller = closing(10, steps=40, prices=prices)
+    d_gate = torch.arange(1, 11).float().sqrt()  # gate 5 is worth 6, which at its price counts as .6
+    for _ in range(3):
+        step(controller, d_gate, 0.0)
+    while controller.n_open > 9:
+        step(controller, d_gate, 0.0)
+    assert (~controller.open).nonzero().flatten().tolist() == [5]
+    while controller.n_open > 6:
+        step(controller, d_gate, 0.0)
+    assert (~controller.open).nonzero().flatten().tolist() == [0, 1, 2, 5]
+    while controller.n_open < 8:
+        step(controller, d_gate, 1.0)
+    assert (~controller.open).nonzero().flatten().tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("prices", [torch.ones(3), torch.tensor([1.0, 0.0]), torch.tensor([1.0, math.nan])])
+def test_prices_that_are_none_are_refused(prices: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=r"^prices: expected"):
+        closing(2, prices=prices)
 
 
 def test_closing_stops_at_the_target_exactly() -> None:
