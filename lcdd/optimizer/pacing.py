@@ -38,8 +38,8 @@ SLOW_START, SPEED_UP, SLOW_DOWN = 1 / 64, 1.15, 0.4
 DECADES, SWEEP, FASTEST = 3.0, 0.7, 0.1
 """At full speed the open gates fall by this many factors of ten in this share of the run, at most FASTEST in a step."""
 GUARD = 0.5
-"""Share of the budget by which held-out text may slow closing down: few examples are noisy, and what ships is judged on
-them alone."""
+"""Share of the budget by which held-out text may slow closing down: few examples are noisy, and training repeats its
+own. Once gates are settled all of it counts: what ships is judged on held-out text alone."""
 REOPENING = 0.03
 """Share of the open gates that reopens in a step at full speed, on runs of any length: damage does not wait either."""
 SHRINKING = 0.02
@@ -90,6 +90,7 @@ class Pace:
         held_out: the first held-out loss, in nats; None where none was measured. base_loss: the base's on that text.
         dual_lambda: the worth at which a gate just stays open.
         gain: share of full speed that has been earned.
+        settled: whether no gate moves any more, and what is left of the budget is spent on Δ.
     """
 
     warmup_steps: int
@@ -102,6 +103,7 @@ class Pace:
     dual_lambda: float = 0.0
     throttle: float = 0.0
     gain: float = SLOW_START
+    settled: bool = False
     _average: float = math.nan
     _first_gap: float = 0.0
     _gap: float = 0.0
@@ -115,6 +117,8 @@ class Pace:
     def ema(self) -> float:
         if self.baseline is None:
             return self._average
+        if self.settled:
+            return self._average + self._gap
         return self._average + self._first_gap + min(self._gap - self._first_gap, GUARD * self._room)
 
     @property
@@ -312,7 +316,7 @@ class PacedClosing:
         """Fix the gates where the target is reached, or the last `freeze_fraction` of the run begins."""
         late = self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
         if self.settled_at is None and (late or self.n_open <= self.fewest):
-            self.settled_at = self.completed_steps
+            self.settled_at, self.dual.settled = self.completed_steps, True
             self.loss_weight = FIRST_WEIGHT if self.config.base_kl_weight > 0 else 1.0
 
     def _polish(self, throttle: float) -> None:

@@ -146,7 +146,7 @@ module.aot_signatures = lambda: [
     entry(copy_kernel, 64), entry(copy_kernel, 2048, 24), entry(wrong_kernel, 64), entry(copy_kernel, 64, wgmma=True),
     AotSignature(kernel=copy_kernel, label="lacking", config=LaunchConfig(), signature={"y_ptr": "*fp32"}),
     entry(barrier_kernel, 256, warps=4, types=[("n", "i32")]),
-    entry(barrier_kernel, 256, warps=4, types=[("n", "i32")], loop_barriers=2),
+    entry(barrier_kernel, 256, warps=4, types=[("n", "i32")], loop_barriers=9),
 ]
 sys.modules[module.__name__] = module
 aot.TARGETS["120"] = aot.Target("cuda", 120, 32, -1)
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     assert wgmma == "uses no wgmma"
     assert lacking == "its signature names ['y_ptr'] in vain and lacks ['x_ptr', 'BLOCK']"
     assert shared.startswith("needs ")
-    assert all(re.fullmatch(r"waits at [24] barriers in its loops, at most 0 expected", line) for line in barriers[:2])
+    assert all(re.fullmatch(r"waits at [1-9] barriers in its loops, at most 0 expected", line) for line in barriers[:2])
     assert barriers[2:] == ["None"]
 
 

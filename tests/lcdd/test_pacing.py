@@ -89,6 +89,21 @@ def test_a_held_out_loss_is_the_baseline_and_what_it_adds_is_held_against_the_bu
     assert found.used(1.65) == pytest.approx(0.5)
 
 
+def test_held_out_text_slows_closing_by_half_the_budget_and_once_gates_are_settled_by_all_it_adds() -> None:
+    found = pace()  # room .2: from 1.0 to 1.2
+    for _ in range(4):
+        found.update(1.0)
+    for _ in range(8):
+        found.observe_held_out(1.3)
+    assert found.ema == pytest.approx(1.1)
+    found.settled = True
+    assert found.ema == pytest.approx(1.3, abs=0.005)
+    assert found.update(1.0) < 0
+    for _ in range(12):
+        found.observe_held_out(1.0)
+    assert found.ema == pytest.approx(1.0, abs=0.005)
+
+
 @pytest.mark.parametrize(("loss", "throttle"), [(1.0, 1.0), (1.06, 1.0), (1.11, 0.5), (1.17, 0.0), (1.4, -1.0)])
 def test_the_throttle_follows_the_share_of_the_budget(loss: float, throttle: float) -> None:
     """Budget 1.0 to 1.2: full to .3 of it, none from .8, back at full from 1.5; once the speed has been earned."""
@@ -159,21 +174,18 @@ def test_the_least_worth_closes_first_and_the_most_worth_reopens_first() -> None
 
 
 def test_a_dear_gate_closes_before_one_that_is_worth_less_and_reopens_after_it() -> None:
-    prices = torch.ones(10)
-    prices[5] = 10.0
-    controller = closing(10, steps=40, prices=prices)
-    d_gate = torch.arange(1, 11).float().sqrt()  # gate 5 is worth 6, which at its price counts as .6
-    for _ in range(3):
-        step(controller, d_gate, 0.0)
-    while controller.n_open > 9:
-        step(controller, d_gate, 0.0)
-    assert (~controller.open).nonzero().flatten().tolist() == [5]
-    while controller.n_open > 6:
-        step(controller, d_gate, 0.0)
-    assert (~controller.open).nonzero().flatten().tolist() == [0, 1, 2, 5]
-    while controller.n_open < 8:
-        step(controller, d_gate, 1.0)
-    assert (~controller.open).nonzero().flatten().tolist() == [0, 5]
+    prices = torch.ones(100)
+    prices[90] = 200.0
+    controller = closing(100, prices=prices)
+    d_gate = torch.arange(1, 101).float().sqrt()  # gate 90 is worth 91, which at its price counts as .455
+    cheapest, closed = [gate for gate in range(100) if gate != 90], []
+    for loss in [0.0] * 60 + [1.0] * 15:
+        step(controller, d_gate, loss)
+        closed = (~controller.open).nonzero().flatten().tolist()
+        others = [gate for gate in closed if gate != 90]
+        assert others == cheapest[: len(others)]  # the least worth first, and back the other way round
+        assert (90 in closed) == bool(closed)
+    assert 0 < len(closed) < 100
 
 
 @pytest.mark.parametrize("prices", [torch.ones(3), torch.tensor([1.0, 0.0]), torch.tensor([1.0, math.nan])])
@@ -210,6 +222,7 @@ def test_the_loss_is_weighed_against_the_base_once_no_gate_closes() -> None:
     assert controller.loss_weight == 1.0
     run(controller, [0.0], torch.ones(100))
     assert controller.loss_weight == FIRST_WEIGHT  # the first answer token, which speaks against it, comes in
+    assert controller.dual.settled
     run(controller, [0.0] * 30, torch.ones(100))
     assert controller.loss_weight < 0.5
     low = controller.loss_weight
