@@ -41,7 +41,9 @@ class MatchTarget:
 
     def scaled(self, layers: list[Tensor]) -> list[Tensor]:
         """Residuals [..., D] of each layer in the mean's units."""
-        return layers if self.spread is None else [x / s for x, s in zip(layers, self.spread, strict=True)]
+        if self.spread is None or not layers:
+            return layers
+        return [x / s for x, s in zip(layers, self.spread, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
