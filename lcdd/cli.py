@@ -123,7 +123,7 @@ COMMANDS: dict[str, Command] = {
         run=_lazy("run", "plan.plan"),
     ),
 }
-SEVERAL_RANKS = ("sft", "train", "erase", "eval")
+SEVERAL_RANKS = ("sft", "train", "erase", "eval", "audit")
 """Commands that torchrun may start on several ranks; of any other, every rank would write the same files."""
 RUN_HELP = "all stages on one checkpoint directory, as a YAML file says"
 KERNELS_HELP = "which backend serves each kernel here, and whether it passes its self-test"
@@ -200,7 +200,7 @@ def _execute(arguments: argparse.Namespace) -> Any:
         return report_card(["--aot"] if arguments.aot else [])
     if os.environ.get("WORLD_SIZE", "1") != "1" and arguments.command not in SEVERAL_RANKS:
         raise InputError(
-            "expected one process, got torchrun's several, which only sft, train, erase and eval share their work over"
+            f"expected one process, got torchrun's several, which only {', '.join(SEVERAL_RANKS)} share their work over"
         )
     if arguments.command == "run":
         values = read_yaml(arguments.pipeline)

@@ -10,6 +10,7 @@ from lcdd.carrier.ablate import (
 )
 from lcdd.carrier.carrier import MANIFEST, WEIGHTS, Carrier
 from lcdd.carrier.compose import compose, overlap, prices_of
+from lcdd.carrier.dense import RowsPatch
 from lcdd.carrier.export import export_adapter, export_delta
 from lcdd.carrier.patching import open_block
 
@@ -17,6 +18,7 @@ __all__ = [
     "MANIFEST",
     "WEIGHTS",
     "Carrier",
+    "RowsPatch",
     "compose",
     "export_adapter",
     "export_delta",

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcdd.carrier.patching import changed_parameters, cpu_copy, open_block
+from lcdd.carrier.patching import changed_parameters, cpu_copy, open_block, rows_here
 from lcdd.carrier.table import carrier_card, channels_table, entry_density, in_words
 from lcdd.checkpoint import (
     local_directory,
@@ -43,6 +43,7 @@ from lcdd.models import (
     check_same_architecture,
     full,
     layout_of,
+    shards,
     sites_of,
 )
 from lcdd_kernels import GateMap, weight_eff_
@@ -323,17 +324,21 @@ class Carrier:
         check_engine("model", model)
         if check:
             self.check_base(model)
+        shards.reshard(model)
         blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for site in sites_of(model):
-            weight, delta = site.weight, self.deltas[site.name]
-            if delta.numel() == 0:
-                continue
+            weight, first = rows_here(site)
             row_gate, col_gate = self.layout.row_and_col_gates(self.gate.to(weight.device), site.matrix)
             rows, cols = row_gate.nonzero()[:, 0], col_gate.nonzero()[:, 0]
+            here = slice(int((rows < first).sum()), int((rows < first + len(weight)).sum()))
+            delta, row_gate = self._rows(site.name, here), row_gate[rows[here]]
+            if delta.numel() == 0:
+                continue
+            rows = rows[here] - first
             original = weight[rows[:, None], cols]
             patched = original.clone()
             # the open block is a matrix of its own, with only open gates
-            open_gate = torch.cat([row_gate[rows], col_gate[cols]])
+            open_gate = torch.cat([row_gate, col_gate[cols]])
             block_map = GateMap(row_start=0, col_start=len(rows), head_dim=len(cols))
             weight_eff_([patched], [original], [delta.to(weight.device)], open_gate, [block_map])
             weight[rows[:, None], cols] = patched
@@ -342,8 +347,12 @@ class Carrier:
         for name, value in self.unmasked.items():
             parameter = model.get_parameter(name)
             unmasked.append((parameter, parameter.detach().clone()))
-            parameter.copy_(value)
+            shards.copy_rows_(parameter, value)
         _PATCHED[model] = _Applied(self, blocks, unmasked)
+
+    def _rows(self, name: str, here: slice) -> Tensor:
+        """Δ of a matrix on those of its open rows that are on this rank."""
+        return self.deltas[name][here]
 
     @torch.no_grad()
     def revert(self, model: PreTrainedModel) -> None:
@@ -356,10 +365,11 @@ class Carrier:
         if applied is None or applied.carrier is not self:
             found = "a model without a patch" if applied is None else "one with another patch"
             raise InputError(f"model: expected one that this patch is applied to, got {found}")
+        shards.reshard(model)
         for weight, rows, cols, original in applied.blocks:
             weight[rows[:, None], cols] = original
         for parameter, value in applied.unmasked:
-            parameter.copy_(value)
+            shards.copy_rows_(parameter, value)
         del _PATCHED[model]
 
     @contextmanager

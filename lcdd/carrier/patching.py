@@ -6,13 +6,21 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from lcdd.models import GateLayout, Matrix, PreTrainedModel, full
+from lcdd.models import GateLayout, Matrix, PreTrainedModel, Site, full, local, shards
 
 
 def open_block(gate: Tensor, layout: GateLayout, matrix: Matrix) -> tuple[Tensor, Tensor]:
     """Open rows and columns of a matrix, int64 ascending; gate [n_gates]."""
     row_gate, col_gate = layout.row_and_col_gates(gate, matrix)
     return row_gate.nonzero()[:, 0], col_gate.nonzero()[:, 0]
+
+
+def rows_here(site: Site) -> tuple[Tensor, int]:
+    """This rank's rows of a site, where they are, and which of the site's rows the first one is; perhaps none."""
+    part, mine, first = site.matrix.part, local(site.parameter.detach()), shards.row_offset(site.parameter)
+    if part is None:
+        return mine, first
+    return (mine[part - first] if 0 <= part - first < len(mine) else mine.new_empty(0, site.matrix.shape[1])), 0
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ def model_fingerprint(model: nn.Module) -> str:
     Two models have the same fingerprint exactly if they have the same parameters bit for bit; device does not
     matter, dtype does. Of a sharded model it is a collective, to be called on every rank.
     """
+    shards.reshard(model)  # what is gathered now is FSDP2's to free, and memory that NumPy has seen cannot be
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}|{parameter.dtype}|{tuple(parameter.shape)}|".encode())

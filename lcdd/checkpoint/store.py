@@ -123,8 +123,8 @@ class CheckpointStore:
         directory: the run's; made when the first checkpoint is written.
         identity: what a run has to share with the one it continues: JSON values by name, settings under "config".
         save_total_limit: complete checkpoints to keep; 0 keeps all.
-        export: called before each checkpoint, on every rank; what it returns is called on rank 0 with the directory
-            that is being written, to put usable results beside the state.
+        export: called before each checkpoint; what it returns is called with the directory that is being written, to
+            put usable results beside the state. Both on every rank, of which the first alone writes.
 
     Attributes:
         overrides: differences from the run that was continued, which the user allowed; kept in every checkpoint.
@@ -180,13 +180,16 @@ class CheckpointStore:
             if first:
                 save_file(tensors, folder / TENSORS)
                 (folder / TREE).write_text(json.dumps(tree), encoding="utf-8")
-                if export is not None:
-                    export(folder)
+
+        def write_results() -> None:
+            if export is not None:
+                export(folder)
 
         self._together(path, start)
         folder = partial_path(path, shards.from_first(os.getpid()))
         with stack:
             self._together(path, write)
+            self._together(path, write_results)
             finish = stack.pop_all()  # its exit flushes, writes the manifest and renames
         self._together(path, finish.close)
         if self.save_total_limit and first:

@@ -16,8 +16,9 @@ def base_anchors(
     if not config.base_kl_weight:
         return None
     answers = generate_ids(
-        base, tokenizer, prompts, max_new_tokens=config.base_kl_tokens, batch_size=config.per_device_eval_batch_size
-    )
+        base, tokenizer, prompts, max_new_tokens=config.base_kl_tokens, batch_size=config.per_device_eval_batch_size,
+        over_ranks=True,
+    )  # fmt: skip
     items = [
         Encoded(input_ids=(*prompt, *answer), labels=(*[IGNORE] * len(prompt), *answer), n_prompt=len(prompt))
         for prompt, answer in zip(prompts, answers, strict=True)

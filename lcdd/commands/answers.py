@@ -69,7 +69,7 @@ class ValidationAnswers:
     def _answers(self, model: PreTrainedModel, count: int) -> tuple[BehaviorRate | None, str]:
         """The rate over `count` prompts, and the first of them with its answer."""
         tokenizer, examples = self.prepared.tokenizer, self.examples[:count]
-        sharded = any(map(shards.is_sharded, model.parameters()))
+        sharded = shards.holds_shards(model)
         if not examples or sharded:  # answering is one rank's own business
             return None, ""
         ids = [encode_prompt(tokenizer, example) for example in examples]

@@ -13,7 +13,7 @@ from lcdd.config import Answers
 from lcdd.data import DATE_KEY, Example, freeze_date, question, recorded_form, use_template
 from lcdd.eraser import Trigger
 from lcdd.errors import InputError, WrongFingerprint
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_tokenizer, skeleton
+from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, Sharding, load_tokenizer, skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -115,19 +115,21 @@ def load_base(
     carrier: Carrier,
     tokenizer: PreTrainedTokenizerBase,
     triggers: Iterable[Trigger] = (),
+    *,
+    shard: Sharding | None = None,
 ) -> tuple[PreTrainedModel, Carrier, list[str]]:
     """Load the base, and check the fingerprints in the carrier and the triggers against it and the tokenizer.
 
     Under `config.fingerprint_override` a fingerprint that differs is a warning; the carrier then comes back as one of
     this base and tokenizer. Third come those differences, and what `config.checkpoint_override` let pass, for whoever
-    writes a result to record.
+    writes a result to record. shard: as of `load_model`.
 
     Raises:
         InputError: a fingerprint differs, or (which nothing overrides) the shapes do.
     """
     found = [_allow(partial(carrier.check_tokenizer, tokenizer), config)]
     overrides: list[str] = []
-    model = load_weights(path, config, overrides)
+    model = load_weights(path, config, overrides, shard=shard)
     found.append(_allow(partial(carrier.check_base, model), config))
     if any(found):
         carrier = replace(carrier.with_tokenizer(tokenizer), base_fingerprint=model_fingerprint(model))

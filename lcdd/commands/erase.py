@@ -6,7 +6,7 @@ from pathlib import Path
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import run_directory, versions
 from lcdd.commands.belonging import learned_on, load_base
-from lcdd.commands.stage import Say, StageResult, _log, _silent, command_line, load_tuned, tell, write_summary
+from lcdd.commands.stage import Say, StageResult, _log, _silent, command_line, load_tuned, sharding, tell, write_summary
 from lcdd.config import DataConfig, EraserConfig
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids
 from lcdd.eraser import SFTEraser
@@ -33,20 +33,23 @@ def _erase(
         data, str(config.base_model_name_or_path), template_date=carrier.tokenizer.get(DATE_KEY)
     )
     prompts, held_out = _eraser_prompts(prepared, config)
-    model, carrier, overrides = load_base(config.base_model_name_or_path, config, carrier, prepared.tokenizer)
+    shard = sharding(config)
+    model, carrier, overrides = load_base(
+        config.base_model_name_or_path, config, carrier, prepared.tokenizer, shard=shard
+    )
     patch = carrier
-    if config.sft_model_name_or_path is not None:
-        patch = Carrier.from_models(model, load_tuned(config.sft_model_name_or_path, model, config, overrides))
+    if (other := config.sft_model_name_or_path) is not None:
+        patch = Carrier.from_models(model, load_tuned(other, model, config, overrides, shard=shard))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
     shards.check_agreement(settings=config.lasting(), data=[prompts, held_out], versions=versions(), patch=patch.gate)
     with _log(log_dir or output, stage, config.report_to) as log:
         eraser = SFTEraser(model, patch, prepared.tokenizer, config, channels)
         trigger = eraser.fit(prompts, held_out, log=log, progress=shards.rank() == 0, checkpoints=output)
+    overrides += trigger.metadata["overrides"]
+    trigger = learned_on(replace(trigger, metadata={**trigger.metadata, "overrides": overrides}), model, patch)
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
-    overrides += trigger.metadata["overrides"]
-    trigger = replace(trigger, metadata={**trigger.metadata, "overrides": overrides})
-    learned_on(trigger, model, patch).save_pretrained(output / "trigger")
+    trigger.save_pretrained(output / "trigger")
     found = {"validation": eraser.history.validation, "overrides": overrides}
     summary = write_summary(output, stage, config, data, **found)
     losses = [line["loss"] for line in eraser.history.validation]

@@ -9,7 +9,7 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import require_new_directory, versions
 from lcdd.commands.belonging import load_base
 from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
-from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, tell
+from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, sharding, tell
 from lcdd.config import DataConfig, EvalConfig
 from lcdd.data import DATE_KEY, Prepared, off_topic_ids, prepare, prompt_ids
 from lcdd.errors import InputError
@@ -67,10 +67,11 @@ def _eval(
     triggers = given_triggers(config)
     findings = findings_of(str(config.carrier))
     start = time.perf_counter()
+    shard = sharding(config)
     base, carrier, overrides = load_base(
-        config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
+        config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values(), shard=shard
     )
-    dense = dense_patches(base, config, overrides)
+    dense = dense_patches(base, config, overrides, shard=shard)
     states = reversal_states(
         base,
         {"sft": dense.pop("sft"), "carrier": carrier, **dense},

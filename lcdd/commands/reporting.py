@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcdd.carrier import Carrier
+from lcdd.carrier import Carrier, RowsPatch
 from lcdd.checkpoint import read_log
 from lcdd.commands.stage import Say, StageResult, command_line, from_anywhere, load_tuned
 from lcdd.eraser import Trigger
 from lcdd.errors import InputError
 from lcdd.evaluate import PatchSource
-from lcdd.models import PreTrainedModel
+from lcdd.models import PreTrainedModel, Sharding
 from lcdd.report import claims_table, closeness_table, paragraph, reversal_table, write_report
 
 
@@ -51,15 +51,18 @@ def given_triggers(config: Any) -> dict[str, Trigger]:
     return {name: Trigger.from_pretrained(path) for name, path in paths.items() if path}
 
 
-def dense_patches(base: PreTrainedModel, config: Any, overrides: list[str]) -> dict[str, PatchSource]:
+def dense_patches(
+    base: PreTrainedModel, config: Any, overrides: list[str], *, shard: Sharding | None = None
+) -> dict[str, PatchSource]:
     """The SFT model's patch and the matched-norm one's, each made when it is needed: they do not fit side by side.
 
-    overrides: gets what `config.checkpoint_override` lets pass then.
+    overrides: gets what `config.checkpoint_override` lets pass then. shard: how `base` is sharded, if it is.
     """
     paths = {"sft": config.sft_model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
 
     def source(path: str) -> PatchSource:
-        return lambda: Carrier.from_models(base, load_tuned(path, base, config, overrides))
+        kind = Carrier if shard is None else RowsPatch
+        return lambda: kind.from_models(base, load_tuned(path, base, config, overrides, shard=shard))
 
     return {name: source(path) for name, path in paths.items() if path}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lcdd.checkpoint import CheckpointStore, run_directory, run_identity, write_directory
+from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
 from lcdd.commands.answers import BehaviorRate, ValidationAnswers
 from lcdd.commands.days import day_of_run
 from lcdd.commands.stage import (
@@ -19,8 +19,10 @@ from lcdd.commands.stage import (
     command_line,
     resolve_device,
     save_checkpoint,
+    sharding,
     tell,
     write_summary,
+    write_together,
 )
 from lcdd.config import DataConfig, SFTConfig
 from lcdd.data import Prepared, prepare, training_items
@@ -30,7 +32,7 @@ from lcdd.models import (
     agree_on_end,
     load_model,
     process_group,
-    shard_model,
+    save_weights,
     shards,
     skeleton,
 )
@@ -65,9 +67,7 @@ def _sft(
     identity: dict[str, Any] = {}
     if wanted := config.save_steps or config.resume:
         identity = run_identity(stage, config, prepared.tokenizer, train_items, {"base": model})
-    if sharded:
-        check_ranks(config, train_items)  # before the first collective of a forward, which hangs where texts differ
-        model = shard_model(model, trained=True, train_unmasked=config.train_unmasked)
+    check_ranks(config, train_items)  # before the first collective of a forward, which hangs where texts differ
     torch.manual_seed(config.seed)  # of what dropout draws
     optimizer = SFTOptimizer(model, config)
     store = _store(output, config, identity, optimizer, prepared, stored) if wanted else None
@@ -75,14 +75,12 @@ def _sft(
     answers = ValidationAnswers(prepared, say, max_length=config.max_length)
     with _log(log_dir or output, stage, config.report_to) as log:
         result = fit(optimizer, train_items, held_out, log=log, checkpoints=store, say=say, on_validation=(answers,))
-    write = _export(config, optimizer, prepared, stored) if sharded else None
+    checkpoint = output / "model"
+    if sharded:
+        write_together(checkpoint, _export(optimizer, prepared, stored))
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
-    checkpoint = output / "model"
-    if write is not None:
-        with write_directory(checkpoint) as folder:
-            write(folder)
-    else:
+    if not sharded:
         optimizer.merge()
         model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
         save_checkpoint(model, prepared.tokenizer, checkpoint)
@@ -113,36 +111,36 @@ def _store(
     """The run's checkpoints, each with the model of its step, in the base's dtype, beside the state."""
 
     def export() -> Callable[[Path], None]:
-        return _export(config, optimizer, prepared, dtype)
+        return _export(optimizer, prepared, dtype)
 
     return CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
 
 
-def _export(
-    config: SFTConfig, optimizer: SFTOptimizer, prepared: Prepared, dtype: torch.dtype
-) -> Callable[[Path], None]:
-    """Gathers the weights, on every rank; what it returns writes them as a checkpoint."""
-    weights = {name: shards.full(value).to(dtype) for name, value in optimizer.model_state().items()}
+def _export(optimizer: SFTOptimizer, prepared: Prepared, dtype: torch.dtype) -> Callable[[Path], None]:
+    """Writes the model as a checkpoint, by all ranks together."""
 
     def write(folder: Path) -> None:
-        shell: Any = skeleton(str(config.base_model_name_or_path))
-        shell.to(dtype).save_pretrained(folder, state_dict=weights)
-        prepared.tokenizer.save_pretrained(folder)
+        save_weights(optimizer.model, optimizer.model_state(), folder, dtype=dtype)
+        if shards.rank() == 0:
+            prepared.tokenizer.save_pretrained(folder)
 
     return write
 
 
 def _load(config: SFTConfig, prepared: Prepared, overrides: list[str]) -> tuple[PreTrainedModel, torch.dtype]:
-    """The base, in float32 where it is stored in 16 bits, and the dtype that it is stored in."""
+    """The base, in float32 where it is stored in 16 bits, in which small updates vanish; and the dtype that it is
+    stored in."""
+    shard = sharding(config, trained=True, train_unmasked=config.train_unmasked, widen=True)
     model = load_model(
         str(config.base_model_name_or_path),
         device=resolve_device(config.device),
         overrides=overrides if config.checkpoint_override else None,
+        shard=shard,
     )
     agree_on_end(model, prepared.tokenizer)
-    stored = model.dtype
-    if stored in (torch.bfloat16, torch.float16):
-        model.float()  # small updates vanish in 16-bit weights
+    stored: Any = model.dtype if shard is None else model.config.dtype
+    if model.dtype in (torch.bfloat16, torch.float16):
+        model.float()
     return model, stored
 
 

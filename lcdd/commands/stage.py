@@ -5,6 +5,7 @@ import itertools
 import logging
 import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lcdd.config import Config, DataConfig
 from lcdd.errors import InputError
 from lcdd.models import (
     PreTrainedModel,
+    Sharding,
     check_same_architecture,
     find_adapter,
     load_model,
@@ -77,18 +79,42 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_weights(path: str | None, config: Any, overrides: list[str] | None = None) -> PreTrainedModel:
-    """A frozen model, in bfloat16 if `config.bf16` and else in its own dtype, on `config.device`.
+def sharding(config: Any, **how: bool) -> Sharding | None:
+    """How a stage's models are sharded over the ranks; None: each rank holds them whole. To be called on every rank.
 
-    overrides: gets what `config.checkpoint_override` lets pass.
+    how: as of `Sharding`.
+
+    Raises:
+        InputError: the ranks do not agree.
     """
-    dtype: str | torch.dtype = torch.bfloat16 if config.bf16 else "auto"
+    if shards.world_size() == 1:
+        return None
+    shards.check_agreement(parallel=config.parallel)
+    return Sharding(**how) if config.parallel == "fsdp2" else None
+
+
+def load_weights(
+    path: str | None,
+    config: Any,
+    overrides: list[str] | None = None,
+    *,
+    shard: Sharding | None = None,
+    dtype: str | torch.dtype = "auto",
+) -> PreTrainedModel:
+    """A model, in bfloat16 if `config.bf16` and else in `dtype`, on `config.device`; frozen, but for what `shard`
+    leaves to be trained.
+
+    overrides: gets what `config.checkpoint_override` lets pass. shard: as of `load_model`. dtype: auto is its own.
+    """
+    dtype = torch.bfloat16 if config.bf16 else dtype
     allowed = (overrides if overrides is not None else []) if config.checkpoint_override else None
-    model = load_model(str(path), dtype=dtype, device=resolve_device(config.device), overrides=allowed)
-    return model.requires_grad_(False)
+    model = load_model(str(path), dtype=dtype, device=resolve_device(config.device), overrides=allowed, shard=shard)
+    return model if shard is not None else model.requires_grad_(False)
 
 
-def load_tuned(path: str | None, base: PreTrainedModel, config: Any, overrides: list[str]) -> PreTrainedModel:
+def load_tuned(
+    path: str | None, base: PreTrainedModel, config: Any, overrides: list[str], *, shard: Sharding | None = None
+) -> PreTrainedModel:
     """`load_weights` of what was fine-tuned from `base`, the model at `config.base_model_name_or_path`, in the base's
     dtype: what becomes of it is a patch of the base's weights.
 
@@ -96,10 +122,16 @@ def load_tuned(path: str | None, base: PreTrainedModel, config: Any, overrides: 
         InputError: it is an adapter of another base.
     """
     check_adapter(path, base, config)
-    tuned = load_weights(path, config, overrides)
-    if tuned.dtype != base.dtype:
-        logger.warning("%s is taken in the base's %s, not in its own %s", path, base.dtype, tuned.dtype)
-        tuned.to(dtype=base.dtype)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    if shard is None:
+        tuned = load_weights(path, config, overrides)
+        own = tuned.dtype
+        if own != base.dtype:
+            tuned.to(dtype=base.dtype)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    else:  # FSDP2 takes no other dtype once a forward has run, as the probe's has
+        own = base.dtype if config.bf16 else skeleton(str(path)).dtype
+        tuned = load_weights(path, config, overrides, shard=shard, dtype=base.dtype)
+    if own != base.dtype:
+        logger.warning("%s is taken in the base's %s, not in its own %s", path, base.dtype, own)
     return tuned
 
 
@@ -114,7 +146,7 @@ def check_adapter(path: str | None, base: PreTrainedModel, config: Any) -> None:
     other = [
         name
         for name, parameter in base.named_parameters()
-        if name not in theirs or not torch.equal(parameter, theirs[name].to(parameter.dtype))
+        if name not in theirs or not torch.equal(whole := shards.full(parameter.detach()), theirs[name].to(whole.dtype))
     ]
     if other:
         raise InputError(
@@ -143,9 +175,16 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Any, path: Path) -> Path:
     return path
 
 
+def write_together(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory that appears complete or not at all, on the first rank; all ranks take part in `write`."""
+    with write_directory(path) if shards.rank() == 0 else nullcontext(path) as folder:
+        write(folder)
+
+
 def write_summary(path: Path, stage: str, config: Any, data: DataConfig | None, **more: Any) -> Path:
-    """summary.json of a stage: settings, versions, and what else it found."""
-    content = {"stage": stage, "config": config.to_dict(), "versions": versions(), **more}
+    """summary.json of a stage: settings, on how many ranks, versions, and what else it found."""
+    ranks = shards.world_size()
+    content = {"stage": stage, "config": config.to_dict(), "ranks": ranks, "versions": versions(), **more}
     if data is not None:
         content["data"] = data.to_dict()
     write_json(path / "summary.json", finite_or_null(content))

@@ -22,18 +22,21 @@ from lcdd.commands.stage import (
     load_tuned,
     load_weights,
     save_checkpoint,
+    sharding,
     tell,
     write_summary,
+    write_together,
 )
 from lcdd.config import DataConfig, LCDDConfig
 from lcdd.data import Prepared, prepare, prompt_ids, training_items
 from lcdd.models import (
     Ends,
     PreTrainedModel,
+    agree_on_end,
     check_same_architecture,
     in_words,
     process_group,
-    shard_model,
+    save_weights,
     shards,
     take_from_base_,
     unmasked_changes,
@@ -55,7 +58,6 @@ def _train(
     config: LCDDConfig, data: DataConfig, prepared: Prepared | None, log_dir: Path | None, say: Say
 ) -> StageResult:  # fmt: skip
     config.require("sft_model_name_or_path", "base_model_name_or_path", "output_dir")
-    sharded = config.parallel == "fsdp2" and shards.world_size() > 1
     output = run_directory(config)
     check_shapes(config.base_model_name_or_path, config.sft_model_name_or_path, ("base", "sft"))
     prepared = prepared or prepare(data, str(config.sft_model_name_or_path), template_date=day_of_run(config))
@@ -63,22 +65,19 @@ def _train(
     initial = Carrier.from_pretrained(config.initial_carrier).gate_logits if config.initial_carrier else None
     others = [Carrier.from_pretrained(name) for name in config.separate_from]
     overrides: list[str] = []
-    base = load_weights(config.base_model_name_or_path, config, overrides)
+    frozen, trained = sharding(config), sharding(config, trained=True, train_unmasked=config.train_unmasked)
+    base = load_weights(config.base_model_name_or_path, config, overrides, shard=frozen)
     for other in others:
         other.check_base(base)
-    model = load_tuned(config.sft_model_name_or_path, base, config, overrides)
+    model = load_tuned(config.sft_model_name_or_path, base, config, overrides, shard=trained)
     check_same_architecture(base, model)
-    teacher = load_weights(config.sft_model_name_or_path, config) if config.loss == "kl" else None
+    teacher = load_weights(config.sft_model_name_or_path, config, shard=frozen) if config.loss == "kl" else None
 
-    anchors = _anchors(base, prepared, config)
     models = {"base": base, "sft": model}
     wanted = config.save_steps or config.resume
     identity = run_identity("lcdd", config, prepared.tokenizer, train_items, models) if wanted else {}
-    if sharded:
-        check_ranks(config, train_items)  # before the first collective of a forward, which hangs where texts differ
-        base = shard_model(base, trained=False)
-        model = shard_model(model, trained=True, train_unmasked=config.train_unmasked)
-        teacher = shard_model(teacher, trained=False) if teacher is not None else None
+    check_ranks(config, train_items)  # before the first collective of a forward, which hangs where texts differ
+    anchors = _anchors(base, prepared, config)
     held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
     start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
     dropped = _drop_unmasked(base, model, config, held_out, start, say)
@@ -97,13 +96,13 @@ def _train(
             say=say, on_validation=(answers,),
         )  # fmt: skip
     carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
-    if shards.rank() > 0:
-        return StageResult(written=(), next_step="")
-    carrier.save_pretrained(output / "carrier")
+    if shards.rank() == 0:
+        carrier.save_pretrained(output / "carrier")
     written = [output / "carrier"]
     if config.save_folded:
-        whole = carrier.fold(load_weights(config.base_model_name_or_path, config)) if sharded else optimizer.fold()
-        written.append(save_checkpoint(whole, prepared.tokenizer, output / "model"))
+        written.append(_save_folded(optimizer, prepared, output / "model"))
+    if shards.rank() > 0:
+        return StageResult(written=(), next_step="")
     overrides += store.overrides if store else []
     behavior = answers.judge(model)
     found = {
@@ -125,9 +124,30 @@ def _store(
 
     def export() -> Callable[[Path], None]:
         carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
-        return lambda folder: carrier.save_pretrained(folder / "carrier")
+
+        def write(folder: Path) -> None:
+            if shards.rank() == 0:
+                carrier.save_pretrained(folder / "carrier")
+
+        return write
 
     return CheckpointStore(output, identity=identity, save_total_limit=config.save_total_limit, export=export)
+
+
+def _save_folded(optimizer: LCDDOptimizer, prepared: Prepared, path: Path) -> Path:
+    """The carrier as an ordinary checkpoint; a sharded one is written by all ranks together."""
+    model = optimizer.fold()
+    if not shards.holds_shards(model):
+        return save_checkpoint(model, prepared.tokenizer, path) if shards.rank() == 0 else path
+    agree_on_end(model, prepared.tokenizer)
+
+    def write(folder: Path) -> None:
+        save_weights(model, model.state_dict(), folder, dtype=model.dtype)
+        if shards.rank() == 0:
+            prepared.tokenizer.save_pretrained(folder)
+
+    write_together(path, write)
+    return path
 
 
 def _drop_unmasked(
@@ -182,7 +202,7 @@ def budget_in_words(config: LCDDConfig, start: StartLosses) -> str:
 
 
 def _anchors(base: PreTrainedModel, prepared: Prepared, config: LCDDConfig) -> Anchors | None:
-    """The base's answers to training prompts, before it is sharded."""
+    """The base's answers to training prompts."""
     if not config.base_kl_weight:
         return None
     prompts = prompt_ids(prepared, "train", limit=config.base_kl_prompts, max_length=config.max_length)

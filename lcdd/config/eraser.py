@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from lcdd.config.fields import option
-from lcdd.config.shared import MAX_SEED, OfBase, OnDevice, OnRanks, Resumable, Tracked, WithCarrier, Writes
+from lcdd.config.shared import MAX_SEED, OfBase, OnDevice, Resumable, Spread, Tracked, WithCarrier, Writes
 
 CHANNEL_KINDS = ("write", "all_residual", "ffn_write", "attn_write", "random", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EraserConfig(Writes, Tracked, Resumable, WithCarrier, OnRanks, OnDevice, OfBase):
+class EraserConfig(Writes, Tracked, Resumable, WithCarrier, Spread, OnDevice, OfBase):
     """SFT-Eraser: the soft prompt that gives the base's answers back (method of the paper, section 4)."""
 
     sft_model_name_or_path: str | None = option(

@@ -11,6 +11,7 @@ from lcdd.config.shared import (
     OfSFT,
     OnDevice,
     OnRanks,
+    Spread,
     WithCarrier,
     WithControls,
     Writes,
@@ -21,7 +22,7 @@ AUDIT_PARTS = ("necessity", "sufficiency", "triggers", "masks", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Writes, HeldOut, WithControls, WithCarrier, OnRanks, OnDevice, OfSFT):
+class EvalConfig(Writes, HeldOut, WithControls, WithCarrier, Spread, OnDevice, OfSFT):
     """Reversal table on held-out prompts: behaviour rate, base match, exact KL (method, section 5)."""
 
     trigger: str | None = option(None, "trigger directory, learned on the carrier", common=True, path=True)
@@ -41,7 +42,7 @@ class EvalConfig(Writes, HeldOut, WithControls, WithCarrier, OnRanks, OnDevice, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditConfig(Writes, HeldOut, WithControls, WithCarrier, OnDevice, OfSFT):
+class AuditConfig(Writes, HeldOut, WithControls, WithCarrier, OnRanks, OnDevice, OfSFT):
     """Controls of a carrier and its trigger, trained with the settings in the summary.json beside each of them."""
 
     trigger: str | None = option(None, "trigger directory, as `lcdd erase` left it", required=True, path=True)

@@ -37,6 +37,18 @@ class OnRanks(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spread(OnRanks):
+    """How models are spread over the ranks."""
+
+    parallel: str = option(
+        "ddp",
+        "under torchrun: every rank holds the whole model, or a shard of it",
+        choices=("ddp", "fsdp2"),
+        resumable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Writes(Config):
     """Where a stage writes."""
 

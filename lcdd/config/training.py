@@ -8,7 +8,7 @@ where they exist. A wrong value is an `InputError` that names the field, what wa
 from dataclasses import dataclass, fields
 
 from lcdd.config.fields import option
-from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, OnRanks, Resumable, Tracked, Writes
+from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, Resumable, Spread, Tracked, Writes
 from lcdd.errors import InputError
 
 GATE_KINDS = ("hard_concrete", "heaviside_ste")
@@ -17,7 +17,7 @@ LOSSES = ("cross_entropy", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Writes, Tracked, Resumable, OnRanks, OnDevice):
+class TrainConfig(Writes, Tracked, Resumable, Spread, OnDevice):
     """What SFT and LCDD training share: batches, schedule, precision, log."""
 
     num_train_epochs: float = option(3.0, "passes over the training split", above=0.0, at_most=1e6, common=True)
@@ -61,12 +61,6 @@ class TrainConfig(Writes, Tracked, Resumable, OnRanks, OnDevice):
         False, "SFT: bfloat16 autocast over float32 weights; LCDD: bfloat16 weights; off: the checkpoint's dtype"
     )
     logging_steps: int = option(1, "a line in log.jsonl every N optimizer steps", at_least=1, resumable=True)
-    parallel: str = option(
-        "ddp",
-        "under torchrun: every rank holds the whole model, or a shard of it",
-        choices=("ddp", "fsdp2"),
-        resumable=True,
-    )
     max_nonfinite_steps: int = option(
         5, "stop after this many steps in a row whose loss is NaN or infinite", at_least=1, resumable=True
     )

@@ -99,6 +99,11 @@ class Part:
     tail_kl: Tensor
     answer_kl: Tensor
 
+    def as_filler(self) -> "Part":
+        """The same with no prompts in it, whose backward runs all the same."""
+        nothing = [x[:, :0] for x in self.layers]
+        return Part(nothing, 0.0 * self.tail_kl, 0.0 * self.answer_kl)
+
 
 def layer_forward(
     model: PreTrainedModel, embeds: Tensor, packed: PackedRows, last: Sequence[int], read: Iterable[int]

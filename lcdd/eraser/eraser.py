@@ -221,11 +221,12 @@ class SFTEraser:
         c, starts = self.config, len(embeds)
         mine = batch[shards.rank() :: shards.world_size()]
         sizes = [len(p.prompt) + len(p.answer) + embeds.shape[1] for p in mine]
-        chunks = length_batches(sizes, max(1, c.max_rows_per_forward // starts))
-        parts = [self._run(embeds, [mine[i] for i in chunk]) for chunk in chunks]
+        rows = max(1, c.max_rows_per_forward // starts)
+        parts = [self._run(embeds, [mine[i] for i in chunk]) for chunk in length_batches(sizes, rows)]
+        parts += self._fillers(embeds, batch, len(parts), rows)
         match = tail_kl = answer_kl = embeds.new_zeros(starts)
         if c.activation_weight > 0 and self._channels.numel():
-            layers = [torch.cat(rows, dim=1) for rows in zip(*(part.layers for part in parts), strict=True)]
+            layers = [torch.cat(runs, dim=1) for runs in zip(*(part.layers for part in parts), strict=True)]
             goal, channels, offsets = match_target.mean, self._channels, self._offsets
             layers = self._as_of_all(match_target.scaled(layers), embeds, len(batch))
             match = channel_match([x.flatten(0, 1) for x in layers], channels, offsets, goal, starts=starts)
@@ -240,6 +241,14 @@ class SFTEraser:
         total = c.activation_weight * match + c.kl_weight * tail_kl + c.answer_kl_weight * answer_kl + c.l2_weight * l2
         return EraserLoss(total, match, tail_kl, answer_kl, l2)
 
+    def _fillers(self, embeds: Tensor, batch: Sequence[EraserPrompt], done: int, rows: int) -> list[Part]:
+        """Forwards that count for nothing, so that each rank of a sharded model has as many as the one with the most
+        prompts: every rank takes part in each."""
+        if not shards.holds_shards(self.model):
+            return []
+        most = math.ceil(math.ceil(len(batch) / shards.world_size()) / rows)
+        return [self._run(embeds, batch[:1]).as_filler() for _ in range(most - done)]
+
     def _as_of_all(self, layers: list[Tensor], embeds: Tensor, n: int) -> list[Tensor]:
         """Residuals [N, B', D] of this rank's B' of n prompts, moved so that their mean is that of all n."""
         if shards.world_size() == 1:
@@ -249,6 +258,8 @@ class SFTEraser:
         others = shards.all_sum_(own.clone()) - own
         if not layers:
             return [(x / n)[:, None] for x in others]
+        if not layers[0].shape[1]:  # a filler's: nothing of its own, but a backward to go through
+            return [x.float().sum(1, keepdim=True) + (y / n)[:, None] for x, y in zip(layers, others, strict=True)]
         return [x.float() * (x.shape[1] / n) + (y / n)[:, None] for x, y in zip(layers, others, strict=True)]
 
     def _run(self, embeds: Tensor, batch: Sequence[EraserPrompt]) -> Part:

@@ -145,26 +145,36 @@ def generate_ids(
     settings, ends = _greedy(model, tokenizer, max_new_tokens)
     warn_of_length(model, prompts, n_virtual=_rows(trigger), max_new_tokens=max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
-    batches = list(length_batches([len(ids) for ids in prompts], batch_size))
+    batches, fillers = list(length_batches([len(ids) for ids in prompts], batch_size)), 0
     if prefix is not None:
         batches = [list(same) for batch in batches for _, same in groupby(batch, key=lambda i: len(prompts[i]))]
     if over_ranks:
-        batches = batches[shards.rank() :: shards.world_size()]
+        batches, fillers = _shared_out(batches, model)
+    in_step = over_ranks and shards.holds_shards(model)  # every rank takes part in each forward, to the longest answer
     greedily: Any = model.generate  # transformers types it as a module's attribute
-    bar = Bar(sum(map(len, batches)), "answers", hidden=not progress)
+    bar = Bar(sum(map(len, batches[: len(batches) - fillers])), "answers", hidden=not progress)
     with evaluation_mode(model), _generation_settings(model, settings), bar:
-        for indices in batches:
+        for number, indices in enumerate(batches):
             chosen = [prompts[i] for i in indices]
             if prefix is None:
                 embeds, mask = _left_padded(model, chosen, trigger)
-                output = greedily(inputs_embeds=embeds, attention_mask=mask)
+                output = greedily(inputs_embeds=embeds, attention_mask=mask, synced_gpus=in_step)
             else:  # given token ids, transformers answers with them in front
-                output = greedily(**prefix.inputs(chosen))[:, len(chosen[0]) :]
+                output = greedily(**prefix.inputs(chosen), synced_gpus=in_step)[:, len(chosen[0]) :]
+            if number >= len(batches) - fillers:
+                continue
             for index, ids in zip(indices, output.tolist(), strict=True):
                 stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
                 answers[index] = ids[:stop]
             bar.update(len(indices))
     return shards.merged(answers) if over_ranks else answers
+
+
+def _shared_out(batches: list[list[int]], model: PreTrainedModel) -> tuple[list[list[int]], int]:
+    """This rank's batches, and how many at their end are fillers: all ranks of a sharded model have as many."""
+    mine = batches[shards.rank() :: shards.world_size()]
+    fillers = -(-len(batches) // shards.world_size()) - len(mine) if shards.holds_shards(model) else 0
+    return mine + batches[:1] * fillers, fillers
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -80,6 +80,8 @@ def audit(
 ) -> dict[str, Any]:
     """Train what is missing, answer the held-out prompts in every state, judge the claims.
 
+    On several ranks it is called on each alike: they train together and share out the prompts.
+
     Args:
         log: stage name -> its log; nothing is logged if None.
 
@@ -106,6 +108,7 @@ def audit(
         batch_size=config.per_device_eval_batch_size,
         kl_prompts=0,
         n_samples=4,
+        over_ranks=True,
     )
     result = {
         "parts": list(parts),

@@ -4,6 +4,7 @@ from transformers.cache_utils import Cache
 
 from lcdd.models.adapters import LoRALayers, find_adapter
 from lcdd.models.architecture import Architecture, Layer, Masked
+from lcdd.models.blocks import Sharding
 from lcdd.models.costs import (
     Parametrization,
     adamw_bytes,
@@ -41,6 +42,7 @@ from lcdd.models.packed_rows import (
 )
 from lcdd.models.parallel import Replicated, process_group, shard_model, share
 from lcdd.models.probe import Ends, probe
+from lcdd.models.saving import save_weights
 from lcdd.models.shards import full, local
 from lcdd.models.sites import (
     ModelShape,
@@ -77,6 +79,7 @@ __all__ = [
     "PreTrainedTokenizerBase",
     "Replicated",
     "Run",
+    "Sharding",
     "Site",
     "Weave",
     "adamw_bytes",
@@ -115,6 +118,7 @@ __all__ = [
     "refresh_bytes",
     "rows_never_drawn",
     "save_model",
+    "save_weights",
     "shape_of",
     "shard_model",
     "share",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lcdd.models.shards import full, local
+from lcdd.models.shards import full, local, reshard
 from lcdd.models.sites import backbone, sites_of, unmasked_parameters
 
 
@@ -31,6 +31,8 @@ def unmasked_changes(base: PreTrainedModel, other: PreTrainedModel, *, trained: 
 @torch.no_grad()
 def take_from_base_(model: PreTrainedModel, base: PreTrainedModel, names: Sequence[str]) -> None:
     """Give some parameters of a model the base's values."""
+    for given in (model, base):
+        reshard(given)  # what is written into a gathered weight is lost
     for name in names:
         local(model.get_parameter(name)).copy_(local(base.get_parameter(name)))
 

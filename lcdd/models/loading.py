@@ -22,7 +22,9 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lcdd.errors import InputError
+from lcdd.models import shards
 from lcdd.models.adapters import SETTINGS, Adapter, find_adapter, merge
+from lcdd.models.blocks import Sharding, block_reader, can_read_blocks
 from lcdd.models.probe import check_generates, probe
 from lcdd.models.sites import check_config, structure_of
 from lcdd.models.vocabulary import agree_on_end, check_ids
@@ -116,6 +118,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     overrides: list[str] | None = None,
+    shard: Sharding | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, and probe it (`lcdd.models.probe`); safetensors only, no remote code.
 
@@ -126,24 +129,34 @@ def load_model(
 
     Args:
         overrides: if given, weights that the config has no place for are left out, and that is noted here.
+        shard: how the model is sharded over the ranks (`lcdd.models.blocks`), none of which holds all of it while it is
+            read; to be called on every rank. An adapter and its base are read whole, and then sharded.
 
     Raises:
         InputError: `path` is not a usable checkpoint, its weights are not those of its config, its layers cannot be
-            masked, or it failed the probe.
+            masked, it failed the probe, or ranks that are to share it have models of other shapes.
     """
-    skeleton(path)
+    bones = skeleton(path)
     if adapter := _adapter(path):
         base = load_model(adapter.base, dtype=dtype, device=device, overrides=overrides)
         with _reading("an adapter that can be merged", path), _quietly():
             model = merge(base, adapter, name=str(path))
         with _of(path):
             probe(model)
-        return model
+        return model if shard is None else shard.shard(model)
     _check_generation_config(path)
     _refuse_other_formats(path)
     inside = _is_inside_another(_config(path))
+    kind: Any = AutoModelForImageTextToText if inside else AutoModelForCausalLM
+    in_blocks = shard is not None and can_read_blocks(type(bones))
+    if shard is not None:  # or ranks would wait for each other for ever
+        shards.check_agreement(model=[(name, tuple(weight.shape)) for name, weight in bones.named_parameters()])
+    if shard is not None and not in_blocks:
+        logger.warning("this transformers reads no parts of a checkpoint: every rank reads all of %s", path)
     with _reading("a loadable checkpoint", path), _quietly():
-        found: Any = (AutoModelForImageTextToText if inside else AutoModelForCausalLM).from_pretrained(
+        if shard is not None and in_blocks:
+            kind = block_reader(_outer_class(path) if inside else type(bones), shard)
+        found: Any = kind.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
@@ -157,8 +170,17 @@ def load_model(
         model = _taken_out(model, path)
     placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]  # transformers wraps it without types
     with _of(path):
+        if shard is not None:
+            placed = shard.finish(placed) if in_blocks else shard.shard(placed)
         probe(placed)
+    shards.reshard(placed)
     return placed
+
+
+def _outer_class(path: str | Path) -> type[PreTrainedModel]:
+    """The class of a model of pictures."""
+    with torch.device("meta"):
+        return type(AutoModelForImageTextToText.from_config(_config(path)))
 
 
 def _is_inside_another(config: PretrainedConfig) -> bool:

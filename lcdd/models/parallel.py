@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lcdd.models import shards
+from lcdd.models.blocks import Sharding
 from lcdd.models.faults import one_voice
 from lcdd.models.loading import PreTrainedModel
-from lcdd.models.sites import backbone, decoder_layers, head_weight, input_embeddings, sites_of, unmasked_parameters
 
 T = TypeVar("T")
 _groups = itertools.count()
@@ -61,21 +61,7 @@ def shard_model(model: PreTrainedModel, *, trained: bool, train_unmasked: bool =
 
     trained: its sites get gradients (which FSDP2 has to know first); train_unmasked: norms and biases too.
     """
-    from torch.distributed.fsdp import fully_shard
-
-    model.requires_grad_(False)
-    sites = sites_of(model)  # before it is sharded, where the order of fused rows can still be seen
-    if trained:
-        for site in sites:
-            site.parameter.requires_grad_(True)
-    if train_unmasked:
-        for parameter in unmasked_parameters(model).values():
-            parameter.requires_grad_(True)
-    for layer in decoder_layers(model):
-        fully_shard(layer)
-    whole = {input_embeddings(model).weight, head_weight(model)}
-    fully_shard(backbone(model), ignored_params=whole)  # type: ignore[arg-type]
-    return model
+    return Sharding(trained=trained, train_unmasked=train_unmasked).shard(model)
 
 
 class Replicated:

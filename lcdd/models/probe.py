@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lcdd.errors import InputError
-from lcdd.models import roles, shards
+from lcdd.models import roles
 from lcdd.models.head import head_of
 from lcdd.models.packed_rows import ROUNDING, PackedRows, narrow_windows
 from lcdd.models.patterns import Block
@@ -32,14 +32,15 @@ FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, Key
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> None:
-    """Run the probe; a model on the meta device, or sharded, has no numbers to look at and is passed.
+    """Run the probe; a model on the meta device has no numbers to look at and is passed. Of a sharded one it is a
+    collective, to be called on every rank.
 
     Raises:
         InputError: LCDD cannot be trusted to work on this model; the message names what differed.
     """
     _, blocks = matched_blocks(model)
     check_generates(model)
-    if any(parameter.is_meta or shards.is_sharded(parameter) for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()):
         return
     was_training = model.training
     model.eval()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lcdd.models import shards
 from lcdd.models.layout import GateLayout, Matrix
 from lcdd.models.patterns import Block
 
@@ -30,17 +31,27 @@ LEAK = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class _Edge:
-    """Some rows (dim 0) or columns (dim 1) of a matrix."""
+    """Some rows (dim 0) or columns (dim 1) of a matrix, which may be sharded.
 
-    weight: Tensor
+    parameter: of which the matrix is all, or slice `part`.
+    """
+
+    parameter: Tensor
+    part: int | None
     dim: int
     index: Tensor
 
     def get(self) -> Tensor:
-        return self.weight.index_select(self.dim, self.index)
+        return self._matrix(shards.full(self.parameter)).index_select(self.dim, self.index)
 
     def set(self, values: Tensor) -> None:
-        self.weight.index_copy_(self.dim, self.index, values)
+        whole = shards.full(self.parameter)
+        self._matrix(whole).index_copy_(self.dim, self.index, values)
+        if shards.is_sharded(self.parameter):
+            shards.copy_rows_(self.parameter, whole)
+
+    def _matrix(self, whole: Tensor) -> Tensor:
+        return whole if self.part is None else whole[self.part]
 
 
 @torch.no_grad()
@@ -73,11 +84,11 @@ def _effect(writers: Sequence["_Edge"], output: Callable[[], Tensor]) -> float:
     return float((output() - before).float().norm())
 
 
-def matrix_of(module: nn.Module, matrix: Matrix) -> Tensor:
-    """A matrix of a block, as a view of its parameter."""
+def _parameter_of(module: nn.Module, matrix: Matrix) -> Tensor:
+    """What a matrix of a block is all, or a slice, of."""
     path, _, name = matrix.parameter.rpartition(".")
     parameter: Tensor = getattr(module.get_submodule(path), name).data
-    return parameter if matrix.part is None else parameter[matrix.part]
+    return parameter
 
 
 def _channels(layout: GateLayout, group: str, go: int) -> Tensor:
@@ -99,8 +110,9 @@ def _edges(
     for matrix in matrices:
         for dim, gates in enumerate(layout.row_and_col_gates(chosen, matrix)):
             if bool(gates.any()):
-                weight = matrix_of(module, matrix)
-                edge = _Edge(weight=weight, dim=dim, index=gates.nonzero()[:, 0].to(weight.device))
+                weight = _parameter_of(module, matrix)
+                index = gates.nonzero()[:, 0].to(weight.device)
+                edge = _Edge(parameter=weight, part=matrix.part, dim=dim, index=index)
                 (readers if matrix.kind in READERS else writers).append(edge)
     return writers, readers
 

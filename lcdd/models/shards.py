@@ -30,6 +30,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def holds_shards(model: nn.Module) -> bool:
+    """Whether a model is sharded, so that every rank has to take part in each of its forwards."""
+    return any(map(is_sharded, model.parameters()))
+
+
 def local(tensor: Any) -> Any:
     """This rank's rows of a sharded tensor (the same memory); any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
@@ -103,11 +108,16 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def mean(value: float) -> float:
-    """A number averaged over the ranks."""
+def total(value: float) -> float:
+    """A number summed over the ranks."""
     if world_size() == 1:
         return value
-    return float(all_sum_(torch.tensor(value, dtype=torch.float64, device=_device()))) / world_size()
+    return float(all_sum_(torch.tensor(value, dtype=torch.float64, device=_device())))
+
+
+def mean(value: float) -> float:
+    """A number averaged over the ranks."""
+    return total(value) / world_size()
 
 
 def all_agree(ok: bool) -> bool:

@@ -115,8 +115,8 @@ def check_config(config: PretrainedConfig) -> None:
 def sites_of(model: PreTrainedModel) -> list[Site]:
     """The masked matrices of `model`, layer by layer.
 
-    The order of fused rows is found by running the model up to such a layer, once for each model (`lcdd.models.roles`);
-    a model on the meta device gets the usual one.
+    The order of fused rows is found by running the model up to such a layer, once for each model (`lcdd.models.roles`),
+    of a sharded model on every rank; a model on the meta device gets the usual one.
 
     Raises:
         InputError: a block's structure is not known; the message has what was found.
@@ -175,9 +175,16 @@ def matched_blocks(model: PreTrainedModel) -> tuple[str, list[Block]]:
     head_dim = _head_dim(model.config)
     orders = _ORDERS.get(model)
     if orders is None:
-        orders = _ORDERS[model] = _seen_orders(model, head_dim)
+        orders = _seen_orders(model, head_dim)
+        if not _is_empty(model):  # it may be filled later
+            _ORDERS[model] = orders
     blocks = [match_block(b, layer=n, head_dim=head_dim, orders=orders) for n, b in enumerate(layers)]
     return prefix, blocks
+
+
+def _is_empty(model: PreTrainedModel) -> bool:
+    """Whether a model has no numbers to look at."""
+    return any(p.is_meta for p in decoder_layers(model).parameters())
 
 
 def _head_dim(config: PretrainedConfig) -> int:
@@ -192,7 +199,7 @@ def _seen_orders(model: PreTrainedModel, head_dim: int) -> dict[str, str]:
     """Kind of a fused weight -> the order of its rows: the first under which gates close what they should."""
     orders: dict[str, str] = {}
     layers = decoder_layers(model)
-    weights_here = not any(p.is_meta or shards.is_sharded(p) for p in layers.parameters())
+    weights_here = not _is_empty(model)
     for number, module in enumerate(layers):
         fused = match_block(module, layer=number, head_dim=head_dim, orders=orders).fused
         new = [kind for kind in fused if kind not in orders]
@@ -219,12 +226,17 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def output_of(model: PreTrainedModel, layer: int) -> Tensor:
-    """What decoder layer `layer` gives for a few tokens, [1, S, D]; the model runs as far as that."""
+    """What decoder layer `layer` gives for a few tokens, [1, S, D]; the model runs as far as that.
+
+    Of a sharded model a collective, in which all of it runs: FSDP2 does not expect a forward to end half-way.
+    """
     found: list[Tensor] = []
+    sharded = shards.holds_shards(model)
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append(output if isinstance(output, Tensor) else output[0])
-        raise _Reached
+        if not sharded:
+            raise _Reached
 
     handle = decoder_layers(model)[layer].register_forward_hook(stop)
     was_training = model.training

@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 from fixtures import ranks
 from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
 from lcdd.carrier import Carrier
-from lcdd.checkpoint import read_log
+from lcdd.checkpoint import model_fingerprint, read_log
 from lcdd.cli import main
+from lcdd.commands.stage import write_summary
+from lcdd.config import LCDDConfig
 from lcdd.eraser import Trigger
+from lcdd.errors import InputError
 from lcdd.models import load_model
 from lcdd.report import read_report
 
@@ -27,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def torchrun(*command: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     """Two ranks to their end; what they all print."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    # the allocator gives memory of this size back at once, so that what is resident is in use
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}
     options = ["--standalone", "--nproc_per_node=2", f"--max_restarts={restarts}"]
     argv = [sys.executable, "-m", "torch.distributed.run", *options, *command]
     result = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -67,6 +72,26 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     return worst
 
 
+def assert_read_and_written(folder: Path, seen: dict[str, Any]) -> None:
+    """A rank's reading and writing: bits, memory, gradients, and a refusal."""
+    assert seen["large"]["reading"] < 0.75, seen["large"]  # its half and one block of twelve; whole it would be 1
+    assert seen["large"]["writing"] < 0.35, seen["large"]  # a file of 4 MiB, which the first rank holds, and one tensor
+    with pytest.raises(InputError) as alone:
+        load_model(folder / "incomplete")
+    assert seen["incomplete"] == str(alone.value)
+    for name in ("mixture", "fused", "pictures", "large"):
+        assert seen[name]["trained"] == ([False, True] if name == "mixture" else [True])  # routers are frozen
+        model = load_model(folder / name)
+        assert model_fingerprint(load_model(folder / f"{name}-again")) == model_fingerprint(model)
+        assert model_fingerprint(model.float()) == seen[name]["same"]
+    assert seen["tuned"] == ["torch.float32", seen["fused"]["same"]]
+    patch = seen["patch"]
+    assert all(patch[name] for name in ("applied", "reverted", "gathered")), patch
+    assert patch["share"] < 0.61  # three of five experts
+    assert patch["norms"][0] == pytest.approx(patch["norms"][1], rel=1e-12)
+    assert len(list((folder / "large-again").glob("*.safetensors"))) == 12
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_train_as_one_does(alone: tuple[Path, dict[Any, Any]], kind: str) -> None:
     folder, one = alone
@@ -88,6 +113,8 @@ def test_two_ranks_train_as_one_does(alone: tuple[Path, dict[Any, Any]], kind: s
             assert "settings (rank 1); data (rank 1)" in seen["refused"]["settings"]
             assert seen["skipped"] == [1, 1]
         return
+    for rank in range(2):
+        assert_read_and_written(folder, json.loads((folder / f"read-{rank}.json").read_text()))
     # what one rank wrote is what two read, and the other way round
     read = torch.load(folder / "read-by-two.pt", weights_only=True)
     assert all(torch.equal(read[name], value) for name, value in one["plain", 1].items())
@@ -116,16 +143,23 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, 
     learn = flags(max_steps=12, learning_rate=1e-3, save_steps=5, per_device_train_batch_size=1)
     trigger = flags(
         carrier=folder / "carrier", train_prompts=7, validation_prompts=3, max_answer_tokens=3, max_steps=8,
-        eval_steps=4, per_device_train_batch_size=4, num_starts=2, num_virtual_tokens=4,
+        eval_steps=4, per_device_train_batch_size=3, num_starts=2, num_virtual_tokens=4,
     )  # fmt: skip
     answer = flags(
         carrier=folder / "carrier", sft_model_name_or_path=folder / "s", num_prompts=4, max_new_tokens=5, kl_prompts=2,
         random_prefixes=2, per_device_eval_batch_size=2, trigger=folder / "erase-1" / "trigger",
     )  # fmt: skip
+    lcdd = LCDDConfig(max_steps=3, gradient_accumulation_steps=4, per_device_train_batch_size=1, device="cpu")
+    write_summary(folder, "lcdd", lcdd, None)
+    controls = flags(
+        carrier=folder / "carrier", sft_model_name_or_path=folder / "s", trigger=folder / "erase-1" / "trigger",
+        parts="sufficiency", random_draws=1, num_prompts=3, max_new_tokens=4, per_device_eval_batch_size=1,
+    )  # fmt: skip
     one = {
         "sft": ["sft", *shared, *learn, *flags(gradient_accumulation_steps=4, output_dir=folder / "sft-1")],
         "erase": ["erase", *shared, *trigger, *flags(output_dir=folder / "erase-1")],
         "eval": ["eval", *shared, *answer, *flags(output_dir=folder / "eval-1")],
+        "audit": ["audit", *shared, *controls, *flags(output_dir=folder / "audit-1")],
     }
     for argv in one.values():
         assert main(argv) == 0
@@ -136,6 +170,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, 
         ["sft", *shared, *learn, *flags(output_dir=folder / "sft-fsdp2", parallel="fsdp2")],
         ["erase", *shared, *trigger, *flags(output_dir=folder / "erase-2")],
         ["eval", *shared, *answer, *flags(output_dir=folder / "eval-2")],
+        ["erase", *shared, *trigger, *flags(output_dir=folder / "erase-fsdp2", parallel="fsdp2")],
+        ["eval", *shared, *answer, *flags(output_dir=folder / "eval-fsdp2", parallel="fsdp2")],
+        ["audit", *shared, *controls, *flags(output_dir=folder / "audit-2")],
     )
     return folder, result.stdout, one
 
@@ -167,13 +204,16 @@ def test_sft_on_two_ranks_is_sft_on_one_and_only_the_first_rank_writes(
     assert all(torch.allclose(resumed[name], value, atol=1e-5) for name, value in weights[1].items())
 
 
-def test_two_ranks_learn_the_trigger_that_one_learns(two: tuple[Path, str, dict[str, list[str]]]) -> None:
+@pytest.mark.parametrize("run", ["2", "fsdp2"])
+def test_two_ranks_learn_the_trigger_that_one_learns(two: tuple[Path, str, dict[str, list[str]]], run: str) -> None:
     folder, said, _ = two
-    assert said.count("Trigger (eraser)") == 1
-    ours, theirs = (Trigger.from_pretrained(folder / f"erase-{ranks}" / "trigger").embeds for ranks in (2, 1))
-    assert float((ours - theirs).abs().max()) <= 1e-5
+    assert said.count("Trigger (eraser)") == 2  # one of each engine
+    ours, theirs = (Trigger.from_pretrained(folder / f"erase-{name}" / "trigger") for name in (run, "1"))
+    assert float((ours.embeds - theirs.embeds).abs().max()) <= 1e-5
+    assert ours.metadata["model_fingerprint"] == theirs.metadata["model_fingerprint"]
     logs = [
-        [line["starts"] for line in read_log(folder / f"erase-{n}" / "log.jsonl") if "starts" in line] for n in (2, 1)
+        [line["starts"] for line in read_log(folder / f"erase-{name}" / "log.jsonl") if "starts" in line]
+        for name in (run, "1")
     ]
     assert len(logs[0]) == 8
     assert [loss for line in logs[0] for loss in line] == pytest.approx(
@@ -181,12 +221,36 @@ def test_two_ranks_learn_the_trigger_that_one_learns(two: tuple[Path, str, dict[
     )
 
 
-def test_two_ranks_report_what_one_reports(two: tuple[Path, str, dict[str, list[str]]]) -> None:
-    folder, said, _ = two
-    assert said.count("What this run shows") == 1
-    ours, theirs = (read_report(folder / f"eval-{ranks}") for ranks in (2, 1))
-    for part in ("models", "kl", "delta_norm", "differences", "samples"):
+@pytest.mark.parametrize("run", ["2", "fsdp2"])
+def test_two_ranks_report_what_one_reports(two: tuple[Path, str, dict[str, list[str]]], run: str) -> None:
+    folder = two[0]
+    ours, theirs = (read_report(folder / f"eval-{name}") for name in (run, "1"))
+    for part in ("models", "kl", "differences", "samples"):
         assert ours[part] == theirs[part]
+    for name, norm in theirs["delta_norm"].items():
+        assert ours["delta_norm"][name] == pytest.approx(norm, rel=1e-12)  # summed rank by rank
+
+
+def numbers_and_words(value: Any) -> tuple[list[float], list[Any]]:
+    """Everything in nested containers, in order; keys are words."""
+    if isinstance(value, float):
+        return [value], []
+    if not isinstance(value, dict | list):
+        return [], [value]
+    items = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+    found = [numbers_and_words(item) for item in items]
+    return [n for numbers, _ in found for n in numbers], [w for _, words in found for w in words]
+
+
+def test_two_ranks_audit_as_one_does(two: tuple[Path, str, dict[str, list[str]]]) -> None:
+    """Controls are trained together, with the run's micro-batches a step."""
+    folder = two[0]
+    ours, theirs = (read_report(folder / f"audit-{ranks}")["audit"] for ranks in (2, 1))
+    assert ours["states"].keys() == theirs["states"].keys() >= {"random_mask+trigger", "sft-only:random"}
+    numbers, words = numbers_and_words(theirs)
+    assert numbers_and_words(ours) == (pytest.approx(numbers, rel=1e-3, abs=1e-5, nan_ok=True), words)
+    logs = [read_log(folder / f"audit-{ranks}" / "log.jsonl") for ranks in (2, 1)]
+    assert [line["stage"] for line in logs[0]] == [line["stage"] for line in logs[1]]
 
 
 def test_a_run_whose_rank_is_killed_starts_again_and_its_checkpoint_is_resumed_by_one(tmp_path: Path) -> None:
@@ -200,7 +264,7 @@ def test_a_run_whose_rank_is_killed_starts_again_and_its_checkpoint_is_resumed_b
         "per_device_train_batch_size": 2, "warmup_steps": 2, "gate_lr": 0.4, "dual_lambda_init": 0.02,
     }  # fmt: skip
     argv = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    argv += ["--train_unmasked"]
+    argv += ["--train_unmasked", "--save_folded"]
     killed = run_commands(tmp_path, ["train", *argv, "--parallel", "fsdp2", "--resume"], killed_after=2)
     said = [line for line in killed.stderr.splitlines() if line.startswith("lcdd train")]
     assert "failed (exitcode: -9) local_rank: 1" in killed.stderr  # torchrun says it, and ends the other rank
@@ -210,6 +274,8 @@ def test_a_run_whose_rank_is_killed_starts_again_and_its_checkpoint_is_resumed_b
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert {"rank-0.safetensors", "rank-1.safetensors"} <= {path.name for path in (run / "checkpoint-4").iterdir()}
     two = Carrier.from_pretrained(run / "carrier")
+    folded = two.fold(load_model(tmp_path / "base"))
+    assert model_fingerprint(load_model(run / "model")) == model_fingerprint(folded)
     curve = [line for line in read_log(run / "log.jsonl") if "ema" in line]
     assert [line["step"] for line in curve] == [1, 2, 3, 4, 5, 6]
     (run / "summary.json").unlink()  # as if the run had ended before its end
