@@ -127,7 +127,7 @@ def test_resumed_equals_uninterrupted(made: Path, tmp_path: Path, monkeypatch: p
 def flags(config: Any, made: Path) -> list[str]:
     found = ["sft" if isinstance(config, SFTConfig) else "train", "--dataset_name", str(made / "data.jsonl")]
     for key, value in config.to_dict().items():
-        if value != getattr(type(config)(), key):
+        if value != type(config)().to_dict()[key]:
             found += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     return found
 
