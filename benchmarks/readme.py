@@ -105,10 +105,9 @@ def real(directory: Path) -> str:
     reports = {
         path.parent.name: json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*/report.json"))
     }
-    prompts = {report["models"]["base"]["n"] for report in reports.values()}
     small = json.loads((directory / "small.json").read_text(encoding="utf-8"))
-    counts = ", ".join(map(str, sorted(prompts)))
-    words = f"Switched off, at the sparsity of `examples/smollm2` ({counts} held-out prompts, greedy answers):"
+    counts = ", ".join(f"{name.replace('_', ' ')} {r['models']['base']['n']}" for name, r in reports.items())
+    words = f"Switched off, at the sparsity of `examples/smollm2` (greedy answers to held-out prompts: {counts}):"
     return "\n".join((small_table(small), "", words, "", switched_table(reports)))
 
 
