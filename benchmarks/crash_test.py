@@ -27,6 +27,8 @@ from lcdd.checkpoint import verify_directory, write_json
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "cpu" / "robustness.json"
 STEPS = 12
+DDP_TIMEOUT = 30
+"""Seconds. No torchrun is here, which would end a rank that waits for one that died before they met."""
 
 
 def in_process(body: Callable[[], None]) -> int:
@@ -72,7 +74,7 @@ def train(folder: Path, output: Path, *, resume: bool, parallel: str = "ddp") ->
         output_dir=str(output),
         max_steps=STEPS, save_steps=2, save_total_limit=2, learning_rate=1e-3, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, warmup_steps=3, gate_lr=0.4, dual_lambda_init=0.02, device="cpu", resume=resume,
-        parallel=parallel,
+        parallel=parallel, ddp_timeout=DDP_TIMEOUT,
     )  # fmt: skip
     pipeline.train(config, DataConfig(dataset_name=str(folder / "data.jsonl")), say=lambda _: None)
 
