@@ -35,14 +35,14 @@ def necessity(cell: Cell) -> Values:
 
 
 def relearning(cell: Cell) -> Values:
-    """Natural logarithm of the steps that SFT takes to the loss budget that LCDD had."""
+    """Natural logarithm of the steps, one at least, that SFT takes to the loss budget that LCDD had."""
     settings, loss = cell.settings.lcdd, cell.loss(cell.patch("sft"))
     allowed = {"loss_budget": settings.loss_budget, "loss_floor": settings.loss_floor}
     target = epsilon_of(loss, cell.loss(None), **allowed)
     found = {}
     for name, patch in {"base": None, **without(cell)}.items():
         model = cell.load_base() if patch is None else cell.folded(patch)
-        found[name] = {"log_steps": math.log(train_to(cell, model, target)[0])}
+        found[name] = {"log_steps": math.log(max(1, train_to(cell, model, target)[0]))}
     return found
 
 
