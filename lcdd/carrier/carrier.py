@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError
@@ -159,16 +159,21 @@ class Carrier:
             InputError: the models differ in architecture or dtype.
         """
         check_same_architecture(base, other, names=("base", "other"))
-        deltas, layout = {}, layout_of(base)
+        deltas = {}
         for ours, theirs in zip(sites_of(base), sites_of(other), strict=True):
             fixed, weight = ours.weight.detach(), theirs.weight.detach()
             if fixed.dtype != weight.dtype:
                 raise InputError(f"other: expected {ours.name}.weight as {fixed.dtype}, got {weight.dtype}")
             wide = torch.promote_types(fixed.dtype, torch.float32)
             deltas[ours.name] = cpu_copy(weight.to(fixed.device, wide) - fixed.to(wide))
+        return cls._all_open(base, other, deltas)
+
+    @classmethod
+    def _all_open(cls, base: PreTrainedModel, other: PreTrainedModel, deltas: dict[str, Tensor]) -> Self:
+        """A patch of `deltas` with every gate open, and of what `other` has changed beside masked matrices."""
+        layout = layout_of(base)
         unmasked, norm = changed_parameters(base, other, masked=layout.parameters)
-        dtype = torch.promote_types(next(iter(deltas.values())).dtype, torch.float32)
-        ones = torch.ones(layout.n_gates, dtype=dtype, device="cpu")
+        ones = torch.ones(layout.n_gates, dtype=next(iter(deltas.values())).dtype, device="cpu")
         return cls(
             layout=layout,
             gate_kind="heaviside_ste",

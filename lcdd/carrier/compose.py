@@ -69,11 +69,12 @@ def prices_of(patches: Sequence[Carrier], layout: GateLayout) -> Tensor:
     Raises:
         InputError: a patch of another layout.
     """
+    prices = torch.ones(layout.n_gates, device="cpu")
     for patch in patches:
         if patch.layout != layout:
             raise InputError(f"patches: expected a carrier {layout.difference(patch.layout)}")
-    taken = torch.stack([patch.gate != 0 for patch in patches]).any(0)
-    return torch.where(taken, DEAR, 1.0)
+        prices[patch.gate != 0] = DEAR
+    return prices
 
 
 def overlap(first: Carrier, second: Carrier) -> dict[str, float]:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lcdd.carrier.carrier import Carrier
-from lcdd.carrier.patching import changed_parameters, rows_here
-from lcdd.checkpoint import model_fingerprint
+from lcdd.carrier.patching import rows_here
 from lcdd.errors import InputError
-from lcdd.models import PreTrainedModel, check_same_architecture, layout_of, shards, sites_of
+from lcdd.models import PreTrainedModel, check_same_architecture, shards, sites_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,26 +33,16 @@ class RowsPatch(Carrier):
         check_same_architecture(base, other, names=("base", "other"))
         for model in (base, other):
             shards.reshard(model)
-        layout, deltas = layout_of(base), {}
+        deltas = {}
         for ours, theirs in zip(sites_of(base), sites_of(other), strict=True):
             (fixed, _), (weight, _) = rows_here(ours), rows_here(theirs)
             wide = torch.promote_types(fixed.dtype, torch.float32)
             deltas[ours.name] = (weight.to(wide) - fixed.to(wide)).cpu()
-        unmasked, norm = changed_parameters(base, other, masked=layout.parameters)
-        finite = all(bool(tensor.isfinite().all()) for tensor in (*deltas.values(), *unmasked.values()))
+        patch = cls._all_open(base, other, deltas)
+        finite = all(bool(tensor.isfinite().all()) for tensor in (*deltas.values(), *patch.unmasked.values()))
         if not shards.all_agree(finite):
             raise InputError("other: expected finite values, got NaN or infinity")
-        ones = torch.ones(layout.n_gates, dtype=next(iter(deltas.values())).dtype, device="cpu")
-        return cls(
-            layout=layout,
-            gate_kind="heaviside_ste",
-            gate_logits=ones.clone(),
-            gate=ones,
-            deltas=deltas,
-            unmasked=unmasked,
-            unmasked_norm=norm,
-            base_fingerprint=model_fingerprint(base),
-        )
+        return patch
 
     def __post_init__(self) -> None:
         """Whole blocks are what a carrier from elsewhere is checked for."""

@@ -5,7 +5,8 @@ generates the command line and the YAML reader from them. TRL's and transformers
 where they exist. A wrong value is an `InputError` that names the field, what was expected and what came.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from lcdd.config.fields import option
 from lcdd.config.shared import MAX_SEED, OfBase, OfSFT, OnDevice, Resumable, Spread, Tracked, Writes
@@ -300,6 +301,12 @@ class LCDDConfig(TrainConfig, OfSFT):
             for item in fields(self)
             if item.metadata["controller"] == controller and getattr(self, item.name) != item.default
         ]
+
+    def under(self, controller: str, **changes: Any) -> "LCDDConfig":
+        """The same with `changes` under that controller, the other one's settings at their defaults."""
+        other = {"paced": "dual", "dual": "paced"}[controller]
+        plain = {item.name: item.default for item in fields(self) if item.name in self.settings_of(other)}
+        return replace(self, **{**plain, "gate_controller": controller, **changes})
 
     def _check_controller(self) -> None:
         if not self.paced:

@@ -225,16 +225,15 @@ class _Runner:
     def _random_mask(self) -> Carrier:
         """LCDD's training of the weights from SFT, on random gates of the carrier's number that stay as they are."""
         channels = random_channels(self.study.carrier, seed=self.config.seed)
-        settings = replace(
-            self.study.lcdd, gate_kind="heaviside_ste", gate_controller="dual", gate_lr=0.0, gating="optimizer",
-            target_sparsity=None, shrink_delta=True, base_kl_weight=0.0,
-        )  # fmt: skip
+        settings = self.study.lcdd.under("dual", gate_kind="heaviside_ste", gate_lr=0.0, gating="optimizer")
         return self._lcdd("random_mask", settings, initial_logits=(channels.float() * 2 - 1) * FIXED_LOGIT)
 
     def _lcdd(self, name: str, settings: LCDDConfig, **more: Any) -> Carrier:
         study = self.study
         # a control that prunes badly, or cannot prune at all, is a result, and must not end the audit
-        settings = replace(settings, save_steps=0, resume=False, early_stop_patience=0, base_kl_weight=0.0)
+        settings = replace(
+            settings, save_steps=0, resume=False, early_stop_patience=0, base_kl_weight=0.0, separate_from=()
+        )
         held_out = self._held_out(settings)
         with self._work(name) as log:
             model, teacher = study.load_sft(), study.load_sft() if settings.distills else None

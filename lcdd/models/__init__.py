@@ -40,7 +40,7 @@ from lcdd.models.packed_rows import (
     packs,
     why_not_packed,
 )
-from lcdd.models.parallel import Replicated, process_group, shard_model, share
+from lcdd.models.parallel import Replicated, process_group, share
 from lcdd.models.probe import Ends, probe
 from lcdd.models.saving import save_weights
 from lcdd.models.shards import full, local
@@ -120,7 +120,6 @@ __all__ = [
     "save_model",
     "save_weights",
     "shape_of",
-    "shard_model",
     "share",
     "sites_of",
     "skeleton",

@@ -12,9 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lcdd.models import shards
-from lcdd.models.blocks import Sharding
 from lcdd.models.faults import one_voice
-from lcdd.models.loading import PreTrainedModel
 
 T = TypeVar("T")
 _groups = itertools.count()
@@ -54,14 +52,6 @@ def share(micro_batches: Sequence[T]) -> list[tuple[T, float]]:
     rounds = -(-len(micro_batches) // ranks)
     mine = [(micro, 1.0) for micro in micro_batches[me::ranks]]
     return mine + [(micro_batches[0], 0.0)] * (rounds - len(mine))
-
-
-def shard_model(model: PreTrainedModel, *, trained: bool, train_unmasked: bool = False) -> PreTrainedModel:
-    """Shard a model's decoder layers over all ranks by FSDP2, in place; embeddings and head stay whole on every rank.
-
-    trained: its sites get gradients (which FSDP2 has to know first); train_unmasked: norms and biases too.
-    """
-    return Sharding(trained=trained, train_unmasked=train_unmasked).shard(model)
 
 
 class Replicated:

@@ -240,6 +240,8 @@ class PacedClosing:
     def __init__(self, gates: Gates, config: LCDDConfig, *, total_steps: int, prices: Tensor | None = None) -> None:
         if total_steps < 1:
             raise InputError(f"total_steps: expected at least 1, got {total_steps}")
+        if config.separate_from and prices is None:
+            raise InputError("prices: expected those of separate_from's carriers (lcdd.carrier.prices_of), got None")
         self.gates, self.config, self.total_steps = gates, config, total_steps
         self.prices = 1.0 if prices is None else _checked(prices, gates.logits.detach())
         self.dual = Pace(

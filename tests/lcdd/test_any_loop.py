@@ -13,7 +13,7 @@ from loops import LAYOUTS, TOKENS, assert_same_run, attach, layouts_of, loss_of,
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from lcdd.models import shard_model
+from lcdd.models import Sharding
 
 STEPS = 5
 
@@ -285,7 +285,7 @@ def test_a_model_sharded_over_one_rank_trains_on_dense_gradients() -> None:
         for sharded in (False, True):
             base, tuned = packable()
             if sharded:
-                base, tuned = shard_model(base, trained=False), shard_model(tuned, trained=True)
+                base, tuned = Sharding().shard(base), Sharding(trained=True).shard(tuned)
             optimizer = attach(base, tuned, "block")
             plain(tuned, optimizer, lambda _: None, parts=2)
             losses.append(optimizer.last_loss)

@@ -195,3 +195,12 @@ def test_a_list_flag_may_be_repeated() -> None:
     add_flags(parser, GenerateConfig)
     arguments = parser.parse_args(["--base_model_name_or_path", "m", "--prompt", "one", "--prompt", "two", "three"])
     assert from_flags(arguments, GenerateConfig)[0].prompt == ("one", "two", "three")
+
+
+def test_under_another_controller_the_other_ones_settings_are_at_their_defaults() -> None:
+    """As the audit's random mask is trained, whatever the carrier was trained with."""
+    paced = LCDDConfig(target_sparsity=0.9, separate_from=("one",), base_kl_weight=1.0, shrink_delta=False, max_steps=7)
+    dual = paced.under("dual", gate_lr=0.0)
+    assert (dual.paced, dual.gate_lr, dual.max_steps) == (False, 0.0, 7)
+    assert dual.settings_of("paced") == []
+    assert dual.under("paced").settings_of("dual") == []

@@ -188,6 +188,11 @@ def test_a_dear_gate_closes_before_one_that_is_worth_less_and_reopens_after_it()
     assert 0 < len(closed) < 100
 
 
+def test_carriers_to_keep_clear_of_are_not_left_out_in_silence() -> None:
+    with pytest.raises(InputError, match=r"^prices: expected those of separate_from's carriers"):
+        closing(2, separate_from=("other",))
+
+
 @pytest.mark.parametrize("prices", [torch.ones(3), torch.tensor([1.0, 0.0]), torch.tensor([1.0, math.nan])])
 def test_prices_that_are_none_are_refused(prices: torch.Tensor) -> None:
     with pytest.raises(InputError, match=r"^prices: expected"):
