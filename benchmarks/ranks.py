@@ -42,7 +42,7 @@ from fixtures import ranks as work
 from fixtures.checkpoints import make_model
 from lcdd.checkpoint import write_json
 from lcdd.config import LCDDConfig
-from lcdd.models import Replicated, process_group, shard_model, shards
+from lcdd.models import Replicated, Sharding, process_group, shards
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.trainer import loss_sum, to_batch
 
@@ -131,7 +131,7 @@ def step_bytes(engine: str, gate_kind: str, closed: float, pack: str) -> int:
     """Of one step of this rank, of a small model with this share of its gates closed."""
     base, model = (make_model("qwen3", vocab_size=200, width=128, seed=seed) for seed in (0, 1))
     if engine == "fsdp2":
-        base, model = shard_model(base, trained=False), shard_model(model, trained=True)
+        base, model = Sharding().shard(base), Sharding(trained=True).shard(model)
     config = LCDDConfig(gate_kind=gate_kind, pack=pack, max_steps=10, device="cpu", gate_controller="dual")
     probe = LCDDOptimizer.attach(model, base, config, total_steps=10)
     n_gates = probe.gates.layout.n_gates
