@@ -10,7 +10,7 @@ from lcdd.carrier.ablate import (
 )
 from lcdd.carrier.carrier import MANIFEST, WEIGHTS, Carrier
 from lcdd.carrier.compose import compose, overlap, prices_of
-from lcdd.carrier.dense import RowsPatch
+from lcdd.carrier.dense import RowsPatch, dense_patch
 from lcdd.carrier.export import export_adapter, export_delta
 from lcdd.carrier.patching import open_block
 
@@ -20,6 +20,7 @@ __all__ = [
     "Carrier",
     "RowsPatch",
     "compose",
+    "dense_patch",
     "export_adapter",
     "export_delta",
     "only_channels",

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lcdd.carrier.carrier import Carrier
-from lcdd.carrier.patching import open_block
 from lcdd.errors import InputError
 from lcdd.models import GROUPS
 
@@ -26,7 +25,7 @@ def with_gates(patch: Carrier, gate: Tensor) -> Carrier:
         raise InputError(f"gate: expected gates open only where the patch's are, {extra} others are open")
     deltas = {}
     for matrix in patch.layout.matrices:
-        before, after = (open_block(values, patch.layout, matrix) for values in (patch.gate, gate))
+        before, after = (patch.open_block(values, matrix) for values in (patch.gate, gate))
         rows, cols = (torch.searchsorted(old, new) for old, new in zip(before, after, strict=True))
         deltas[matrix.name] = patch.deltas[matrix.name][rows][:, cols].contiguous()
     return replace(patch, gate=gate, deltas=deltas)

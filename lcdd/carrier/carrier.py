@@ -37,6 +37,7 @@ from lcdd.errors import InputError, WrongFingerprint
 from lcdd.models import (
     GROUPS,
     GateLayout,
+    Matrix,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     check_engine,
@@ -354,6 +355,10 @@ class Carrier:
             unmasked.append((parameter, parameter.detach().clone()))
             shards.copy_rows_(parameter, value)
         _PATCHED[model] = _Applied(self, blocks, unmasked)
+
+    def open_block(self, gate: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
+        """Rows and columns of a matrix that `gate` [n_gates] leaves open, as far as Δ is here: int64, ascending."""
+        return open_block(gate, self.layout, matrix)
 
     def _rows(self, name: str, here: slice) -> Tensor:
         """Δ of a matrix on those of its open rows that are on this rank."""

@@ -1,7 +1,8 @@
 """A dense patch between two sharded models, of which every rank has its own rows alone."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,16 +12,19 @@ from torch import Tensor
 from lcdd.carrier.carrier import Carrier
 from lcdd.carrier.patching import rows_here
 from lcdd.errors import InputError
-from lcdd.models import PreTrainedModel, check_same_architecture, shards, sites_of
+from lcdd.models import Matrix, PreTrainedModel, check_same_architecture, shards, sites_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RowsPatch(Carrier):
-    """A patch with every gate open, between models that are sharded: to be applied, and not to be saved.
+    """A dense patch between sharded models, or what ablation leaves of one: to be applied, and not to be saved.
 
-    deltas: of each masked matrix this rank's rows [rows here, columns], float32 (float64 beside float64 weights), on
-    the CPU. `delta_norm`, `summary` and `check_base` are collectives, to be called on every rank.
+    spans: of each masked matrix the rows that are on this rank. deltas: Δ on those of them that are open [rows, open
+    columns], float32 (float64 beside float64 weights), on the CPU. Gates are 0 or 1. `delta_norm`, `summary` and
+    `check_base` are collectives, to be called on every rank.
     """
+
+    spans: Mapping[str, range] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -33,12 +37,13 @@ class RowsPatch(Carrier):
         check_same_architecture(base, other, names=("base", "other"))
         for model in (base, other):
             shards.reshard(model)
-        deltas = {}
+        deltas, spans = {}, {}
         for ours, theirs in zip(sites_of(base), sites_of(other), strict=True):
-            (fixed, _), (weight, _) = rows_here(ours), rows_here(theirs)
+            (fixed, first), (weight, _) = rows_here(ours), rows_here(theirs)
+            spans[ours.name] = range(first, first + len(fixed))
             wide = torch.promote_types(fixed.dtype, torch.float32)
             deltas[ours.name] = (weight.to(wide) - fixed.to(wide)).cpu()
-        patch = cls._all_open(base, other, deltas)
+        patch = replace(cls._all_open(base, other, deltas), spans=spans)
         finite = all(bool(tensor.isfinite().all()) for tensor in (*deltas.values(), *patch.unmasked.values()))
         if not shards.all_agree(finite):
             raise InputError("other: expected finite values, got NaN or infinity")
@@ -54,5 +59,16 @@ class RowsPatch(Carrier):
     def save_pretrained(self, directory: str | Path) -> NoReturn:
         raise InputError(f"patch: expected a whole one to save in {str(directory)!r}, got the rows of one rank")
 
+    def open_block(self, gate: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
+        rows, cols = super().open_block(gate, matrix)
+        span = self.spans[matrix.name]
+        return rows[(rows >= span.start) & (rows < span.stop)], cols
+
     def _rows(self, name: str, here: slice) -> Tensor:
         return self.deltas[name]
+
+
+def dense_patch(base: PreTrainedModel, other: PreTrainedModel) -> Carrier:
+    """What turns `base` into `other`, every gate open; of sharded models each rank has its rows alone."""
+    kind = RowsPatch if shards.holds_shards(base) else Carrier
+    return kind.from_models(base, other)

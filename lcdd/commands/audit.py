@@ -10,13 +10,13 @@ from lcdd.carrier import Carrier
 from lcdd.checkpoint import RunLog, require_new_directory, versions
 from lcdd.commands.belonging import load_base
 from lcdd.commands.reporting import curves_of, dense_patches, findings_of, finished, given_triggers, used
-from lcdd.commands.stage import Say, StageResult, _silent, check_adapter, check_shapes, resolve_device, tell
+from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, load_tuned, sharding, tell
 from lcdd.config import AuditConfig, Config, DataConfig, EraserConfig, LCDDConfig, from_mapping
 from lcdd.data import DATE_KEY, Prepared, prepare, prompt_ids, training_items
 from lcdd.errors import InputError
 from lcdd.evaluate import Study, describe
 from lcdd.evaluate import audit as run_audit
-from lcdd.models import load_model, process_group, shards
+from lcdd.models import process_group, shards
 from lcdd.report import assemble
 
 Settings = TypeVar("Settings", bound=Config)
@@ -93,19 +93,14 @@ def _audit(
     )  # fmt: skip
     triggers = given_triggers(config)
     start = time.perf_counter()
+    frozen, trained = sharding(config), sharding(config, trained=True, train_unmasked=lcdd.train_unmasked)
     base, carrier, overrides = load_base(
-        config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values()
+        config.base_model_name_or_path, config, carrier, prepared.tokenizer, triggers.values(), shard=frozen
     )
-    check_adapter(config.sft_model_name_or_path, base, config)
     study = Study(
         base=base,
         tokenizer=prepared.tokenizer,
-        load_sft=lambda: load_model(
-            str(config.sft_model_name_or_path),
-            dtype=base.dtype,
-            device=resolve_device(config.device),
-            overrides=overrides if config.checkpoint_override else None,
-        ),
+        load_sft=lambda: load_tuned(config.sft_model_name_or_path, base, config, overrides, shard=trained),
         carrier=carrier,
         train=train,
         validation=validation,
@@ -113,7 +108,9 @@ def _audit(
         matches=prepared.behavior.matches,
         lcdd=lcdd,
         eraser=eraser,
-        patches={name: patch for name, patch in dense_patches(base, config, overrides).items() if name != "sft"},
+        patches={
+            name: patch for name, patch in dense_patches(base, config, overrides, shard=frozen).items() if name != "sft"
+        },
         triggers=triggers,
     )
     found = run_audit(study, config, say=say, log=lambda stage: _control_log(log_dir or output, stage))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lcdd.carrier import Carrier
+from lcdd.carrier import Carrier, dense_patch
 from lcdd.checkpoint import run_directory, versions
 from lcdd.commands.belonging import learned_on, load_base
 from lcdd.commands.stage import Say, StageResult, _log, _silent, command_line, load_tuned, sharding, tell, write_summary
@@ -39,7 +39,7 @@ def _erase(
     )
     patch = carrier
     if (other := config.sft_model_name_or_path) is not None:
-        patch = Carrier.from_models(model, load_tuned(other, model, config, overrides, shard=shard))
+        patch = dense_patch(model, load_tuned(other, model, config, overrides, shard=shard))
     channels = carrier.channels(config.channel_kind, seed=config.seed)
     shards.check_agreement(settings=config.lasting(), data=[prompts, held_out], versions=versions(), patch=patch.gate)
     with _log(log_dir or output, stage, config.report_to) as log:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcdd.carrier import Carrier, RowsPatch
+from lcdd.carrier import dense_patch
 from lcdd.checkpoint import read_log
 from lcdd.commands.stage import Say, StageResult, command_line, from_anywhere, load_tuned
 from lcdd.eraser import Trigger
@@ -61,8 +61,7 @@ def dense_patches(
     paths = {"sft": config.sft_model_name_or_path, "matched_norm": config.matched_norm_model_name_or_path}
 
     def source(path: str) -> PatchSource:
-        kind = Carrier if shard is None else RowsPatch
-        return lambda: kind.from_models(base, load_tuned(path, base, config, overrides, shard=shard))
+        return lambda: dense_patch(base, load_tuned(path, base, config, overrides, shard=shard))
 
     return {name: source(path) for name, path in paths.items() if path}
 

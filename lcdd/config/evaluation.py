@@ -10,7 +10,6 @@ from lcdd.config.shared import (
     OfBase,
     OfSFT,
     OnDevice,
-    OnRanks,
     Spread,
     WithCarrier,
     WithControls,
@@ -42,7 +41,7 @@ class EvalConfig(Writes, HeldOut, WithControls, WithCarrier, Spread, OnDevice, O
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditConfig(Writes, HeldOut, WithControls, WithCarrier, OnRanks, OnDevice, OfSFT):
+class AuditConfig(Writes, HeldOut, WithControls, WithCarrier, Spread, OnDevice, OfSFT):
     """Controls of a carrier and its trigger, trained with the settings in the summary.json beside each of them."""
 
     trigger: str | None = option(None, "trigger directory, as `lcdd erase` left it", required=True, path=True)

@@ -29,6 +29,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ from lcdd.eraser.search import TriggerSearch, digest_of
 from lcdd.eraser.trigger import Prompt, Trigger
 from lcdd.errors import InputError, Terminated, TrainingStopped
 from lcdd.models import (
+    Head,
     PackedRows,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -113,9 +115,9 @@ class SFTEraser:
         self._channels = torch.cat([indices.to(device, torch.int32) for indices in channels])
         self._offsets = torch.tensor([0, *[len(indices) for indices in channels]]).cumsum(0)
         # the base's distributions need the base's head, also while a patch that changes the head is applied
-        self._base_head = head_of(model).detached()
-        if any(model.get_parameter(name) is head_weight(model) for name in patch.unmasked):
-            self._base_head = self._base_head.cloned()
+        changed = any(model.get_parameter(name) is head_weight(model) for name in patch.unmasked)
+        head = head_of(model)  # measured now, where it is not yet known
+        self._base_head = head.cloned() if changed else None
 
     def fit(
         self,
@@ -282,11 +284,12 @@ class SFTEraser:
         embeddings = torch.cat([shared, tokens.repeat(starts, 1)])
         last = [end - 1 for end in ends]
         hidden, layers = layer_forward(self.model, embeddings, packed, last, chain(*tails, *replies))
-        tail_kl = self._kl(hidden, tails, [p.tail for p in batch], starts)
-        answer_kl = self._kl(hidden, replies, [p.responses for p in batch], starts)
+        kl = partial(self._kl, self._heads(), hidden, starts)
+        tail_kl = kl(tails, [p.tail for p in batch])
+        answer_kl = kl(replies, [p.responses for p in batch])
         if (more := c.first_token_weight - 1) and replies:
             first = [range(reply.start, reply.start + 1) for reply in replies]
-            answer_kl = answer_kl + more * self._kl(hidden, first, [p.responses[:1] for p in batch], starts)
+            answer_kl = answer_kl + more * kl(first, [p.responses[:1] for p in batch])
         return Part([rows.unflatten(0, (starts, -1)) for rows in layers], tail_kl, answer_kl)
 
     def _embed(self, ids: list[int]) -> Tensor:
@@ -299,7 +302,7 @@ class SFTEraser:
         if self.config.max_norm is not None:
             return self.config.max_norm
         rows = token_rows(self.tokenizer, self.model)
-        norms = input_embeddings(self.model).weight.detach()[rows].float().norm(dim=1)
+        norms = shards.full(input_embeddings(self.model).weight.detach())[rows].float().norm(dim=1)
         return self.config.max_norm_ratio * float(norms.median())
 
     def _search(self) -> TriggerSearch:
@@ -310,7 +313,7 @@ class SFTEraser:
             Trigger.random_tokens(self.model, c.num_virtual_tokens, seed=c.seed + SEED_STRIDE * n, skip=special).embeds
             for n in range(c.num_starts)
         ]
-        return TriggerSearch(torch.stack(starts).to(self._base_head.weight.device), c, radius=self.max_norm())
+        return TriggerSearch(torch.stack(starts).to(self._channels.device), c, radius=self.max_norm())
 
     def _store(self, directory: str | Path | None, *, prompts: list[list[list[int]]]) -> CheckpointStore | None:
         """Where the run's state goes and comes from, if it is to; settings, base, patch and prompts identify it."""
@@ -404,15 +407,22 @@ class SFTEraser:
         groups = start_groups(embeds, len(prompts), self.config.max_rows_per_forward)
         return torch.cat([self.loss(group, prompts, match_target).total for group in groups]).tolist()
 
-    def _kl(self, hidden: Tensor, runs: list[range], references: list[Tensor], starts: int) -> Tensor:
+    def _heads(self) -> tuple[Head, Head]:
+        """The model's head and the base's, whole."""
+        head = head_of(self.model).detached().gathered()
+        return head, head if self._base_head is None else self._base_head.gathered()
+
+    def _kl(
+        self, heads: tuple[Head, Head], hidden: Tensor, starts: int, runs: list[range], references: list[Tensor]
+    ) -> Tensor:
         """Each start's KL(base ‖ patched) [N], summed over its runs of positions of `hidden` [tokens, D]; a run is as
         long as its reference. No runs: 0."""
         if not runs:
             return hidden.new_zeros(starts, dtype=torch.float32)
-        head, reference = head_of(self.model).detached(), torch.cat(references)
+        (head, base_head), reference = heads, torch.cat(references)
         students = hidden[torch.tensor(list(chain(*runs)), device=hidden.device)].chunk(starts)
         return torch.stack(
-            [head.kl(student, ref_hidden=reference, ref_head=self._base_head, reduction="sum") for student in students]
+            [head.kl(student, ref_hidden=reference, ref_head=base_head, reduction="sum") for student in students]
         )
 
     def _on_channels(self, layers: Tensor) -> Tensor:

@@ -259,13 +259,17 @@ def _left_padded(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], trigger: Trigger | None
 ) -> tuple[Tensor, Tensor]:
     """Embeddings [B, T + S, D] with zero rows in front, and their attention mask."""
-    rows = [prompt_embeds(model, ids, trigger) for ids in prompts]
-    width = max(len(row) for row in rows)
-    embeds = rows[0].new_zeros(len(rows), width, rows[0].shape[1])
-    mask = torch.zeros(len(rows), width, dtype=torch.int64, device=embeds.device)
-    for index, row in enumerate(rows):
-        embeds[index, width - len(row) :] = row
-        mask[index, width - len(row) :] = 1
+    together = [token for ids in prompts for token in ids]  # of a sharded model one collective, on every rank
+    tokens = prompt_embeds(model, together, None)
+    n_virtual, width = _rows(trigger), max(map(len, prompts)) + _rows(trigger)
+    embeds = tokens.new_zeros(len(prompts), width, tokens.shape[1])
+    mask = torch.zeros(len(prompts), width, dtype=torch.int64, device=embeds.device)
+    for index, row in enumerate(tokens.split([len(ids) for ids in prompts])):
+        start = width - len(row)
+        embeds[index, start:] = row
+        mask[index, start - n_virtual :] = 1
+        if trigger is not None:
+            embeds[index, start - n_virtual : start] = trigger.embeds.to(row)
     return embeds, mask
 
 

@@ -29,7 +29,7 @@ from lcdd.checkpoint import (
 )
 from lcdd.data import Example
 from lcdd.errors import InputError, WrongFingerprint
-from lcdd.models import PreTrainedModel, check_rows, input_embeddings, shape_of
+from lcdd.models import PreTrainedModel, check_rows, input_embeddings, shape_of, shards
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -81,7 +81,7 @@ class Trigger:
     @classmethod
     def random_tokens(cls, model: PreTrainedModel, n_tokens: int, *, seed: int, skip: Sequence[int] = ()) -> "Trigger":
         """Embeddings of `n_tokens` random real tokens (never one of `skip`): an eraser's start, and the control."""
-        table = input_embeddings(model).weight.detach()
+        table = shards.full(input_embeddings(model).weight.detach())
         allowed = torch.ones(table.shape[0], dtype=torch.bool)
         allowed[[token for token in skip if token < table.shape[0]]] = False
         choices = allowed.nonzero()[:, 0]
@@ -247,7 +247,7 @@ def prompt_embeds(model: PreTrainedModel, prompt_ids: Sequence[int], trigger: Tr
     """[T + S, D] in the model's dtype: what a server that takes embeddings is given for one prompt."""
     table = input_embeddings(model)
     check_rows(prompt_ids, table.weight.shape[0], where="prompt")
-    embeds = table(torch.as_tensor(prompt_ids, device=table.weight.device))
+    embeds = table(torch.as_tensor(prompt_ids, dtype=torch.int64, device=table.weight.device))
     if trigger is None:
         return embeds
     trigger.check_fits(model)

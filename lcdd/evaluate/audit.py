@@ -17,7 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lcdd.carrier import Carrier, only_channels, random_channels, without_channels, without_group, without_layer
+from lcdd.carrier import (
+    Carrier,
+    dense_patch,
+    only_channels,
+    random_channels,
+    without_channels,
+    without_group,
+    without_layer,
+)
 from lcdd.checkpoint import RunLog
 from lcdd.config import AuditConfig, EraserConfig, LCDDConfig, SFTConfig, TrainConfig
 from lcdd.data import Encoded
@@ -210,7 +218,7 @@ class _Runner:
     # ------------------------------------------------------------------ patches
 
     def _sft(self) -> Carrier:
-        patch = Carrier.from_models(self.study.base, self.study.load_sft())
+        patch = dense_patch(self.study.base, self.study.load_sft())
         self._describe("sft", patch)
         return patch
 
@@ -255,7 +263,7 @@ class _Runner:
         with self._work("continued_sft") as log:
             model = study.load_sft()
             fit(SFTOptimizer(model, settings), study.train, self._held_out(settings), log=log, progress=False)
-            patch = Carrier.from_models(study.base, model)
+            patch = dense_patch(study.base, model)
         self._describe("continued_sft", patch)
         return patch
 

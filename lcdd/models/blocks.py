@@ -3,7 +3,8 @@
 The model is made on the meta device. Its checkpoint is read a block at a time (a decoder layer, or what is outside of
 them) by transformers itself, which finds the weights of a block in all files and has it whole to rename, join, split,
 stack and transpose them: any checkpoint that one process reads gives the same bits. A layer is sharded as soon as all
-of it is there, so that a rank holds its shards, one block, and embeddings and head.
+of it is there, so that a rank holds its shards and one block. Embeddings and head, which losses and triggers read
+outside of any forward of the model, are rows over the ranks too, and whole for as long as somebody reads them.
 """
 
 import inspect
@@ -11,15 +12,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcdd.errors import InputError
-from lcdd.models.sites import backbone, decoder_layers, head_weight, input_embeddings, sites_of, unmasked_parameters
+from lcdd.models import shards
+from lcdd.models.sites import backbone, decoder_layers, input_embeddings, sites_of, unmasked_parameters
 
 READS = ("model", "state_dict", "checkpoint_files", "load_config")
 """What transformers' function that reads weights into a model is called with."""
@@ -27,7 +29,7 @@ READS = ("model", "state_dict", "checkpoint_files", "load_config")
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How a model is sharded by FSDP2: decoder layers over all ranks, by rows; embeddings and head whole on each.
+    """How a model is sharded over all ranks, by rows: its decoder by FSDP2, embeddings and head by `spread_rows`.
 
     trained: its sites get gradients (which FSDP2 has to know first); train_unmasked: norms and biases too. widen:
     weights of 16 bits become float32; `model.config.dtype` stays.
@@ -79,9 +81,38 @@ class Sharding:
                     f"parallel: expected one dtype in what is trained of layer {number} under fsdp2, got "
                     f"{' and '.join(dtypes)}; take ddp"
                 )
-        whole = {input_embeddings(model).weight, head_weight(model)}
-        fully_shard(backbone(model), ignored_params=whole)  # type: ignore[arg-type]
+        ends = spread_rows([input_embeddings(model), model.get_output_embeddings()])
+        fully_shard(backbone(model), ignored_params=ends)
         return model
+
+
+def spread_rows(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Keep the frozen weights of modules as rows over all ranks, each weight whole while its module runs; returns them.
+
+    FSDP2's own unit is one module, and tied weights are in two, of which either runs without the other.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    spread: dict[Tensor, nn.Parameter] = {}
+    for module in modules:
+        weight = cast(Tensor, module.weight)
+        if weight not in spread:
+            mesh = init_device_mesh(weight.device.type, (shards.world_size(),))
+            rows = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+            spread[weight] = nn.Parameter(rows.clone(), requires_grad=False)  # or it were a view of all of it
+        module.weight = spread[weight]
+        module.register_forward_pre_hook(_make_whole)
+        module.register_forward_hook(_let_go, always_call=True)
+    return set(spread.values())
+
+
+def _make_whole(module: nn.Module, _args: Any) -> None:
+    module.__dict__["weight"] = shards.full(cast(Tensor, module._parameters["weight"]))  # is found before the parameter
+
+
+def _let_go(module: nn.Module, _args: Any, _output: Any) -> None:
+    module.__dict__.pop("weight", None)
 
 
 def block_of(name: str) -> int:

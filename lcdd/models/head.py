@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcdd.errors import InputError
+from lcdd.models import shards
 from lcdd.models.sites import backbone, head_weight, own_attention, probe_ids
 from lcdd_kernels import linear_cross_entropy, linear_kl
 
@@ -30,7 +31,8 @@ CLOSE = 1e-5
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Head:
-    """A model's head: weight [V, D], frozen bias [V] or None, what the product is multiplied by, where it is capped."""
+    """A model's head: weight [V, D] (whole, or rows over the ranks), frozen bias [V] or None, what the product is
+    multiplied by, where it is capped."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -68,15 +70,19 @@ class Head:
         """The same, without gradients."""
         return replace(self, weight=self.weight.detach())
 
+    def gathered(self) -> "Head":
+        """The same with all of a weight that is rows over the ranks, for several losses; then a collective."""
+        return replace(self, weight=shards.full(self.weight))
+
     def cloned(self) -> "Head":
         """The same with tensors of its own, which later writes into the model do not reach, and without gradients."""
         bias = None if self.bias is None else self.bias.clone()
         return replace(self, weight=self.weight.detach().clone(), bias=bias)
 
     def _as(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Weight, and the losses' other keywords, in the dtype of hidden states."""
+        """All of the weight, and the losses' other keywords, in the dtype of hidden states; a collective if sharded."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return self.weight.to(hidden.dtype), {"bias": bias, "scale": self.scale, "softcap": self.softcap}
+        return shards.full(self.weight).to(hidden.dtype), {"bias": bias, "scale": self.scale, "softcap": self.softcap}
 
 
 def head_of(model: PreTrainedModel) -> Head:

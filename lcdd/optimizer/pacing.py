@@ -86,7 +86,10 @@ class Pace:
     ε - baseline, so that the reaction depends neither on the scale of the loss nor on the number of gates or steps.
 
     Attributes:
-        ema: average of the recent losses plus what held-out text adds to it, in nats; it is held against ε.
+        ema: average of the recent losses plus what held-out text adds to it, in nats; it is held against ε. Where
+            batches are so noisy that no average of `LONGEST` is worth the budget (free text), held-out text, which is
+            the same every time, says how high the loss is, and the average only how far it has moved since, beyond its
+            noise.
         held_out: the first held-out loss, in nats; None where none was measured. base_loss: the base's on that text.
         dual_lambda: the worth at which a gate just stays open.
         gain: share of full speed that has been earned.
@@ -107,6 +110,7 @@ class Pace:
     _average: float = math.nan
     _first_gap: float = 0.0
     _gap: float = 0.0
+    _anchor: float | None = None  # the average when held-out text was last looked at
     _rise: float = 0.0
     _noise: float = 0.0
     _least_noise: float = 0.0
@@ -117,9 +121,11 @@ class Pace:
     def ema(self) -> float:
         if self.baseline is None:
             return self._average
-        if self.settled:
-            return self._average + self._gap
-        return self._average + self._first_gap + min(self._gap - self._first_gap, GUARD * self._room)
+        moved = self._average - (self._anchor or 0.0)
+        average = self._average - math.copysign(min(self._doubt, abs(moved)), moved)
+        if self.settled or self._trust == 1:
+            return average + self._gap
+        return average + self._first_gap + min(self._gap - self._first_gap, GUARD / (1 - self._trust) * self._room)
 
     @property
     def epsilon(self) -> float | None:
@@ -139,6 +145,18 @@ class Pace:
         assert self.baseline is not None
         assert self.epsilon is not None
         return max(self.epsilon - self.baseline, 1e-12)
+
+    @property
+    def _doubt(self) -> float:
+        """Noise that the longest average still has beyond its share of the budget, in nats; 0 without held-out text."""
+        if self._anchor is None:
+            return 0.0
+        return max(0.0, self._noise / math.sqrt(LONGEST) - NOISE_SHARE * self._room)
+
+    @property
+    def _trust(self) -> float:
+        """In held-out text, from 0 (a guard) to 1 (it alone says how high the loss is): by the noise of the batches."""
+        return min(1.0, self._doubt / (NOISE_SHARE * self._room))
 
     def update(self, loss: float) -> float:
         """Account for one optimizer step's loss, in nats; returns the throttle.
@@ -166,7 +184,9 @@ class Pace:
         if self.held_out is None:
             self.held_out = loss
         if self.baseline is not None:
-            self._gap = 0.5 * (self._gap + loss - self._average)  # the average is noisy
+            self._anchor = self._average
+            share = 0.5 * (1 + self._trust)  # what the average is wrong by is not in what it has moved since
+            self._gap = (1 - share) * self._gap + share * (loss - self._average)
 
     def _warm_up(self, loss: float) -> None:
         """Mean and spread of the losses so far, by Welford's recurrence; the last one sets the baseline."""
@@ -189,8 +209,10 @@ class Pace:
         self._rise = 0.5 * self._rise + 0.5 * (self._average - before)
 
     def _decide(self, loss: float) -> float:
-        used = self.used(self.ema + HORIZON * max(0.0, self._rise))
-        alarm = self.used(min(loss, self._last_loss)) > BACK  # two in a row are no noise
+        used = self.used(self.ema + max(0.0, HORIZON * self._rise - self._doubt))
+        alarm = (
+            self.used(min(loss, self._last_loss) - math.sqrt(LONGEST) * self._doubt) > BACK
+        )  # two in a row: no noise
         was_over, self._over = self._over, alarm or used > OVER
         if self._over:
             self.gain = self.gain if was_over else max(SLOW_START, SLOW_DOWN * self.gain)

@@ -81,6 +81,8 @@ def assert_read_and_written(folder: Path, seen: dict[str, Any]) -> None:
     assert seen["incomplete"] == str(alone.value)
     for name in ("mixture", "fused", "pictures", "large"):
         assert seen[name]["trained"] == ([False, True] if name == "mixture" else [True])  # routers are frozen
+        assert seen[name]["ends"] == [False, True]  # frozen, and shared out
+        assert seen[name]["held"] <= 0.61 * seen[name]["of"]  # three of five experts
         model = load_model(folder / name)
         assert model_fingerprint(load_model(folder / f"{name}-again")) == model_fingerprint(model)
         assert model_fingerprint(model.float()) == seen[name]["same"]
@@ -88,7 +90,9 @@ def assert_read_and_written(folder: Path, seen: dict[str, Any]) -> None:
     patch = seen["patch"]
     assert all(patch[name] for name in ("applied", "reverted", "gathered")), patch
     assert patch["share"] < 0.61  # three of five experts
-    assert patch["norms"][0] == pytest.approx(patch["norms"][1], rel=1e-12)
+    assert patch["ablated"] == {"only_channels": True, "without_channels": True}
+    for ours, theirs in patch["norms"]:
+        assert ours == pytest.approx(theirs, rel=1e-12)
     assert len(list((folder / "large-again").glob("*.safetensors"))) == 12
 
 
@@ -155,11 +159,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, 
         carrier=folder / "carrier", sft_model_name_or_path=folder / "s", trigger=folder / "erase-1" / "trigger",
         parts="sufficiency", random_draws=1, num_prompts=3, max_new_tokens=4, per_device_eval_batch_size=1,
     )  # fmt: skip
+    tuned = flags(sft_model_name_or_path=folder / "s")
     one = {
         "sft": ["sft", *shared, *learn, *flags(gradient_accumulation_steps=4, output_dir=folder / "sft-1")],
         "erase": ["erase", *shared, *trigger, *flags(output_dir=folder / "erase-1")],
         "eval": ["eval", *shared, *answer, *flags(output_dir=folder / "eval-1")],
         "audit": ["audit", *shared, *controls, *flags(output_dir=folder / "audit-1")],
+        "erase_sft": ["erase", *shared, *trigger, *tuned, *flags(output_dir=folder / "erase_sft-1")],
     }
     for argv in one.values():
         assert main(argv) == 0
@@ -173,6 +179,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, 
         ["erase", *shared, *trigger, *flags(output_dir=folder / "erase-fsdp2", parallel="fsdp2")],
         ["eval", *shared, *answer, *flags(output_dir=folder / "eval-fsdp2", parallel="fsdp2")],
         ["audit", *shared, *controls, *flags(output_dir=folder / "audit-2")],
+        ["audit", *shared, *controls, *flags(output_dir=folder / "audit-fsdp2", parallel="fsdp2")],
+        ["erase", *shared, *trigger, *tuned, *flags(output_dir=folder / "erase_sft-fsdp2", parallel="fsdp2")],
     )
     return folder, result.stdout, one
 
@@ -204,17 +212,15 @@ def test_sft_on_two_ranks_is_sft_on_one_and_only_the_first_rank_writes(
     assert all(torch.allclose(resumed[name], value, atol=1e-5) for name, value in weights[1].items())
 
 
-@pytest.mark.parametrize("run", ["2", "fsdp2"])
+@pytest.mark.parametrize("run", ["erase-2", "erase-fsdp2", "erase_sft-fsdp2"])
 def test_two_ranks_learn_the_trigger_that_one_learns(two: tuple[Path, str, dict[str, list[str]]], run: str) -> None:
     folder, said, _ = two
-    assert said.count("Trigger (eraser)") == 2  # one of each engine
-    ours, theirs = (Trigger.from_pretrained(folder / f"erase-{name}" / "trigger") for name in (run, "1"))
+    assert said.count("Trigger (eraser)") == 3  # one of each run
+    names = run, f"{run.partition('-')[0]}-1"
+    ours, theirs = (Trigger.from_pretrained(folder / name / "trigger") for name in names)
     assert float((ours.embeds - theirs.embeds).abs().max()) <= 1e-5
     assert ours.metadata["model_fingerprint"] == theirs.metadata["model_fingerprint"]
-    logs = [
-        [line["starts"] for line in read_log(folder / f"erase-{name}" / "log.jsonl") if "starts" in line]
-        for name in (run, "1")
-    ]
+    logs = [[line["starts"] for line in read_log(folder / name / "log.jsonl") if "starts" in line] for name in names]
     assert len(logs[0]) == 8
     assert [loss for line in logs[0] for loss in line] == pytest.approx(
         [loss for line in logs[1] for loss in line], rel=1e-5
@@ -242,14 +248,15 @@ def numbers_and_words(value: Any) -> tuple[list[float], list[Any]]:
     return [n for numbers, _ in found for n in numbers], [w for _, words in found for w in words]
 
 
-def test_two_ranks_audit_as_one_does(two: tuple[Path, str, dict[str, list[str]]]) -> None:
+@pytest.mark.parametrize("run", ["2", "fsdp2"])
+def test_two_ranks_audit_as_one_does(two: tuple[Path, str, dict[str, list[str]]], run: str) -> None:
     """Controls are trained together, with the run's micro-batches a step."""
     folder = two[0]
-    ours, theirs = (read_report(folder / f"audit-{ranks}")["audit"] for ranks in (2, 1))
+    ours, theirs = (read_report(folder / f"audit-{ranks}")["audit"] for ranks in (run, 1))
     assert ours["states"].keys() == theirs["states"].keys() >= {"random_mask+trigger", "sft-only:random"}
     numbers, words = numbers_and_words(theirs)
     assert numbers_and_words(ours) == (pytest.approx(numbers, rel=1e-3, abs=1e-5, nan_ok=True), words)
-    logs = [read_log(folder / f"audit-{ranks}" / "log.jsonl") for ranks in (2, 1)]
+    logs = [read_log(folder / f"audit-{ranks}" / "log.jsonl") for ranks in (run, 1)]
     assert [line["stage"] for line in logs[0]] == [line["stage"] for line in logs[1]]
 
 

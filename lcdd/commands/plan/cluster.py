@@ -53,24 +53,27 @@ def link_of(config: PlanConfig, device: Device) -> Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Of one rank in an optimizer step. Bytes: of gradients, of weights gathered for a forward or for a backward, and
-    of gates (the optimizer's own all-reduce). Hops: of the rings that they go through."""
+    """Of one rank in an optimizer step. Bytes: of gradients, of layers' weights gathered for forward or backward, of
+    embeddings and head (gathered for a forward and a loss), and of gates (the optimizer's own all-reduce). Hops: of the
+    rings that they go through."""
 
     gradients: float = 0.0
     gradient_hops: int = 0
     weights: float = 0.0
     weight_hops: int = 0
+    ends: float = 0.0
+    end_hops: int = 0
     gates: float = 0.0
     gate_hops: int = 0
 
     @property
     def sent(self) -> float:
-        """All of it: weights are gathered twice."""
-        return self.gradients + 2 * self.weights + self.gates
+        """All of it: layers' weights are gathered twice."""
+        return self.gradients + 2 * self.weights + self.ends + self.gates
 
     def seconds(self, link: Link) -> float:
         """Over a link, one after the other."""
-        return link.seconds(self.sent, self.gradient_hops + 2 * self.weight_hops + self.gate_hops)
+        return link.seconds(self.sent, self.gradient_hops + 2 * self.weight_hops + self.end_hops + self.gate_hops)
 
 
 def traffic_of(model: Architecture, config: PlanConfig, *, packed: bool) -> Traffic:
@@ -88,12 +91,15 @@ def traffic_of(model: Architecture, config: PlanConfig, *, packed: bool) -> Traf
         return replace(own, gradients=sent, gradient_hops=both * max(1, round(size / BUCKET_BYTES)))
     times = config.gradient_accumulation_steps * len(model.layers)
     layers = sum(count * layer.parameters for layer, count in model.kinds.items())
+    ends, micro, item = 2 * model.vocab_size * model.width, config.gradient_accumulation_steps, _item(config)
     return replace(
         own,
-        gradients=config.gradient_accumulation_steps * costs.collective_bytes(size, item=1, gpus=gpus),
-        weights=config.gradient_accumulation_steps * costs.collective_bytes(layers, item=_item(config), gpus=gpus),
+        gradients=micro * costs.collective_bytes(size, item=1, gpus=gpus),
+        weights=micro * costs.collective_bytes(layers, item=item, gpus=gpus),
+        ends=micro * costs.collective_bytes(ends, item=item, gpus=gpus),
         gradient_hops=ring * times,
         weight_hops=ring * times,
+        end_hops=2 * ring * micro,
     )
 
 
@@ -134,6 +140,7 @@ def waiting(traffic: Traffic, link: Link, work: Work, config: PlanConfig) -> flo
         last = work.backward / config.gradient_accumulation_steps
         return gates + max(0.0, gradients - last)
     weights = link.seconds(traffic.weights, traffic.weight_hops)
+    gates += link.seconds(traffic.ends, traffic.end_hops)  # nothing runs beside them
     return gates + max(0.0, weights - work.forward) + max(0.0, weights + gradients - work.backward)
 
 

@@ -197,6 +197,7 @@ def memory_of(case: Case, provider: str) -> Memory:
         at_loss = at_backward = all_masks
     loss = costs.loss_bytes(model, case.tokens, item=e, chunk_rows=case.chunk_rows)
     loss += costs.final_norm_activations(model, case.tokens, item=e)
+    loss += e * model.vocab_size * model.width if case.shards > 1 else 0  # the head, gathered
     before = grads if again else 0.0
     moments = {
         "the loss": {"gradients": before, "masks": at_loss, "activations": saved, "loss": loss},
@@ -222,8 +223,8 @@ def _state(case: Case, provider: str) -> dict[str, float]:
     if provider == "unfused":  # its base is a buffer, and FSDP2 shards parameters alone
         held["base"] = case.masked * e
     held["moments"] = 2 * case.masked * case.m / gpus
-    if gpus > 1:  # two layers' weights and a layer's gradients whole, and the ends, which stay gathered
-        held["gathered by FSDP2"] = e * (3 * model.largest_layer + model.parameters - case.masked)
+    if gpus > 1:  # two layers' weights and a layer's gradients whole
+        held["gathered by FSDP2"] = e * 3 * model.largest_layer
     return held
 
 
