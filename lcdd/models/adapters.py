@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file
 
 from lcdd.errors import InputError
+from lcdd.models import shards
 from lcdd.models.probe import check_close, logits_of
 from lcdd.models.sites import probe_ids, sites_of
 
@@ -89,8 +90,8 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
         raise InputError(f"model: expected {WEIGHTS} in the adapter {name!r}, found none; no other format is read")
     if adapter.settings.get("layer_replication"):
         raise InputError(f"model: expected an adapter with its base's layers, {name!r} replicates some of them")
-    before = {key: (p.shape, p.dtype) for key, p in model.named_parameters()}
-    ids = probe_ids(model)
+    before = {key: (p.shape, p.dtype, p.requires_grad) for key, p in model.named_parameters()}
+    ids, sharded = probe_ids(model), shards.holds_shards(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT warns of is checked below
         wrapped = peft.PeftModel.from_pretrained(model, str(adapter.folder))
@@ -102,7 +103,12 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
         loaded = wrapped.load_adapter(str(adapter.folder), adapter_name=wrapped.active_adapter)
         _check_keys(loaded, wrapped.base_model.prefix, name)
         expected = logits_of(wrapped, ids)
-        merged: PreTrainedModel = wrapped.base_model.merge_and_unload(safe_merge=True)
+        if sharded:
+            shards.reshard(model)
+            _add_rows(wrapped.base_model)
+        merged: PreTrainedModel = (
+            wrapped.base_model.unload() if sharded else wrapped.base_model.merge_and_unload(safe_merge=True)
+        )
     after = dict(merged.named_parameters())
     for key in sorted(before.keys() ^ after.keys()) or [k for k, p in after.items() if p.shape != before[k][0]]:
         raise InputError(
@@ -110,9 +116,28 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
             "own head where the base's is its embeddings, or rows for new tokens)"
         )
     for key, parameter in after.items():
-        parameter.data = parameter.data.to(before[key][1])
+        if not sharded:
+            parameter.data = parameter.data.to(before[key][1])
+        parameter.requires_grad_(before[key][2])
     check_close(f"merged logits of {name!r}", logits_of(merged, ids), expected, than="the adapter's")
     return merged
+
+
+def can_merge_rows(adapter: Adapter) -> bool:
+    """Whether all that an adapter does is to add products to weights, which each rank can do to its rows alone."""
+    more = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
+    others = adapter.settings.get("bias", "none") != "none" or any(adapter.settings.get(name) for name in more)
+    return adapter.kind == "LORA" and not others
+
+
+def _add_rows(tuner: nn.Module) -> None:
+    """Add every layer's product to this rank's rows of its weight, in PEFT's arithmetic."""
+    for layer in tuner.modules():
+        for name in getattr(layer, "active_adapters", ()) if hasattr(layer, "get_delta_weight") else ():
+            weight: Any = layer.get_base_layer().weight  # type: ignore[operator]
+            delta = layer.get_delta_weight(name)  # type: ignore[operator]
+            rows, first = shards.local(weight.detach()), shards.row_offset(weight)
+            rows += delta[first : first + len(rows)].to(rows.dtype)
 
 
 def _check_keys(loaded: Any, prefix: str, name: str) -> None:

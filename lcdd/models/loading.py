@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from lcdd.errors import InputError
 from lcdd.models import shards
-from lcdd.models.adapters import SETTINGS, Adapter, find_adapter, merge
+from lcdd.models.adapters import SETTINGS, Adapter, can_merge_rows, find_adapter, merge
 from lcdd.models.blocks import Sharding, block_reader, can_read_blocks
 from lcdd.models.probe import check_generates, probe
 from lcdd.models.sites import check_config, structure_of
@@ -130,7 +130,8 @@ def load_model(
     Args:
         overrides: if given, weights that the config has no place for are left out, and that is noted here.
         shard: how the model is sharded over the ranks (`lcdd.models.blocks`), none of which holds all of it while it is
-            read; to be called on every rank. An adapter and its base are read whole, and then sharded.
+            read; to be called on every rank. Only an adapter that does more than add products to weights (DoRA, an own
+            head), or whose weights are widened, is merged into a whole base, which is sharded then.
 
     Raises:
         InputError: `path` is not a usable checkpoint, its weights are not those of its config, its layers cannot be
@@ -138,12 +139,14 @@ def load_model(
     """
     bones = skeleton(path)
     if adapter := _adapter(path):
-        base = load_model(adapter.base, dtype=dtype, device=device, overrides=overrides)
+        in_rows = shard if shard is not None and not shard.widen and can_merge_rows(adapter) else None
+        base = load_model(adapter.base, dtype=dtype, device=device, overrides=overrides, shard=in_rows)
         with _reading("an adapter that can be merged", path), _quietly():
             model = merge(base, adapter, name=str(path))
         with _of(path):
             probe(model)
-        return model if shard is None else shard.shard(model)
+        shards.reshard(model)
+        return model if shard is None or in_rows is not None else shard.shard(model)
     _check_generation_config(path)
     _refuse_other_formats(path)
     inside = _is_inside_another(_config(path))

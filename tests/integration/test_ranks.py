@@ -87,6 +87,8 @@ def assert_read_and_written(folder: Path, seen: dict[str, Any]) -> None:
         assert model_fingerprint(load_model(folder / f"{name}-again")) == model_fingerprint(model)
         assert model_fingerprint(model.float()) == seen[name]["same"]
     assert seen["tuned"] == ["torch.float32", seen["fused"]["same"]]
+    assert seen["adapter"].pop("reading") < 0.85  # and what the forward that it is checked by gathers
+    assert seen["adapter"] == {"same": True, "trained": [True], "base": False}
     patch = seen["patch"]
     assert all(patch[name] for name in ("applied", "reverted", "gathered")), patch
     assert patch["share"] < 0.61  # three of five experts
