@@ -228,7 +228,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
             self._masked.settle(self.gates)
         if not fixed:
             self._announce_gates()
-        super().zero_grad()
+        self._drop_gradients()
         self.skipped_in_a_row = 0
         self.last_loss, self.grad_norm = found.loss, found.norm
 
@@ -278,9 +278,15 @@ class LCDDOptimizer(torch.optim.Optimizer):
                 f"{action}: the optimizer is detached from its model, by fold() or detach(); attach anew"
             )
 
+    def _drop_gradients(self) -> None:
+        """`zero_grad` without all that torch asks every parameter; the device may be waiting."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def _skip(self, reason: str) -> None:
         """Count a step that is not taken."""
-        super().zero_grad()
+        self._drop_gradients()
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         logger.warning("step skipped: %s", reason)
