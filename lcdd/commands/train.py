@@ -42,7 +42,7 @@ from lcdd.models import (
     unmasked_changes,
 )
 from lcdd.optimizer import LCDDOptimizer, epsilon_of
-from lcdd.trainer import Anchors, HeldOut, StartLosses, TrainResult, check_ranks, compress, total_steps
+from lcdd.trainer import Anchors, HeldOut, StartLosses, TrainResult, behavior_lost, check_ranks, compress, total_steps
 
 
 def train(
@@ -80,6 +80,8 @@ def _train(
     anchors = _anchors(base, prepared, config)
     held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
     start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
+    answers = ValidationAnswers(prepared, say, max_length=config.max_length)
+    before = answers.judge(model)
     dropped = _drop_unmasked(base, model, config, held_out, start, say)
     ends = Ends.of(base, model)
     steps = total_steps(config, len(train_items))
@@ -88,7 +90,6 @@ def _train(
     optimizer.check_ends(ends)
 
     store = _store(output, config, identity, optimizer, prepared) if wanted else None
-    answers = ValidationAnswers(prepared, say, max_length=config.max_length)
     with _log(log_dir or output, "lcdd", config.report_to) as log:
         say(budget_in_words(config, start))
         result = compress(
@@ -105,6 +106,8 @@ def _train(
         return StageResult(written=(), next_step="")
     overrides += store.overrides if store else []
     behavior = answers.judge(model)
+    if before and behavior and not result.findings:
+        result = dataclasses.replace(result, findings=tuple(behavior_lost(before.rate, behavior.ci95, config)))
     found = {
         "result": dataclasses.asdict(result),
         "carrier": carrier.summary(),

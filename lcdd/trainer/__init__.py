@@ -3,7 +3,7 @@
 from lcdd.trainer.anchors import Anchors
 from lcdd.trainer.batches import step_batches, total_steps
 from lcdd.trainer.compress import compress
-from lcdd.trainer.diagnose import Finding, diagnose
+from lcdd.trainer.diagnose import Finding, behavior_lost, diagnose
 from lcdd.trainer.fit import StartLosses, TrainResult, fit
 from lcdd.trainer.guards import check_labels, check_ranks, is_out_of_memory
 from lcdd.trainer.loop import Loop
@@ -25,6 +25,7 @@ __all__ = [
     "Loop",
     "StartLosses",
     "TrainResult",
+    "behavior_lost",
     "check_labels",
     "check_ranks",
     "completion_loss",

@@ -16,7 +16,7 @@ NOISE_AUC = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that is wrong: `code` is dead_carrier, over_pruned, stalled or noise_chosen."""
+    """One thing that is wrong: `code` is dead_carrier, over_pruned, stalled, noise_chosen or behavior_lost."""
 
     code: str
     message: str
@@ -108,6 +108,24 @@ def diagnose(
     if sparsity < STALLED_SPARSITY and not findings:
         findings.append(Finding(code="stalled", message=_stalled(config, sparsity, dual_lambda, ema, epsilon)))
     return findings
+
+
+def behavior_lost(before: float, after: tuple[float, float], config: LCDDConfig) -> list[Finding]:
+    """Whether the behaviour went although the loss kept within its budget: of long answers few tokens decide.
+
+    before: the SFT model's rate of it. after: the interval of the carrier's, on the same prompts.
+    """
+    if after[1] >= KEPT_SHARE * before:
+        return []
+    held = " or --base_kl_weight 0 (the base's answers are held on to at the behaviour's cost)"
+    return [
+        Finding(
+            code="behavior_lost",
+            message=f"Behaviour lost: of the validation prompts' answers {before:.0%} showed it before LCDD, now it is "
+            f"{after[0]:.0%} to {after[1]:.0%}, within the loss budget. Change: a smaller --loss_budget (now "
+            f"{config.loss_budget:g}) or --loss_floor (now {config.loss_floor:g}){held if config.base_kl_weight else ''}.",
+        )
+    ]
 
 
 def _stalled(config: LCDDConfig, sparsity: float, dual_lambda: float, ema: float, epsilon: float | None) -> str:

@@ -1,5 +1,6 @@
 """Runs that go wrong on the demo's model are found and explained on screen."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,13 @@ def test_an_over_pruned_run_is_explained(sft, tmp_path: Path, capsys) -> None:
     out = lcdd(sft, tmp_path / "out", capsys, *argv)
     assert "WARNING Over-pruned" in out
     assert "--loss_budget" in out
+
+
+def test_a_behaviour_that_went_within_the_budget_is_told(sft, tmp_path: Path, capsys) -> None:
+    """A fifth of what SFT learned may go: no loss objects, but no answer shows the behaviour any more."""
+    out = lcdd(sft, tmp_path / "out", capsys, "--max_steps", "120", "--loss_floor", "3.0")
+    assert "LCDD: 0 of 32 validation answers show the behaviour" in out
+    assert "WARNING Behaviour lost: of the validation prompts' answers 100% showed it before LCDD" in out
+    assert "a smaller --loss_budget (now 0.2) or --loss_floor (now 3)" in out
+    findings = json.loads((tmp_path / "out" / "summary.json").read_text())["result"]["findings"]
+    assert [finding["code"] for finding in findings] == ["behavior_lost"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lcdd.config import LCDDConfig
 from lcdd.report import auc
-from lcdd.trainer import diagnose
+from lcdd.trainer import behavior_lost, diagnose
 
 SOUND = {
     "config": LCDDConfig(), "loss_base": 6.0, "loss_sft": 0.01, "loss_carrier": 0.02, "sparsity": 0.9,
@@ -48,6 +48,13 @@ def test_a_sound_run_has_no_findings() -> None:
 )
 def test_findings(changes: dict, expected: list[str]) -> None:
     assert codes(**changes) == expected
+
+
+@pytest.mark.parametrize(("after", "lost"), [((0.07, 0.32), True), ((0.6, 0.809), True), ((0.64, 0.91), False)])
+def test_a_behaviour_is_lost_where_nine_tenths_of_it_are_out_of_reach(after: tuple[float, float], lost: bool) -> None:
+    found = behavior_lost(0.9, after, LCDDConfig(base_kl_weight=1.0))
+    assert [finding.code for finding in found] == ["behavior_lost"] * lost
+    assert all("--base_kl_weight 0" in finding.message for finding in found)
 
 
 def test_the_words_name_numbers_and_remedies() -> None:
