@@ -140,13 +140,19 @@ def weight_eff_fwd_kernel(
         row64 = rows.to(tl.int64)[:, None]
         inside = row_in[:, None] & col_in[None, :]
         row_gate = tl.load(row_gate_ptr + rows, mask=row_in, other=0.0)
-        base = tl.load(base_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
-        delta = tl.load(delta_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
+        at = row64 * n_cols + cols[None, :]
+        if (
+            WEIGHT.primitive_bitwidth != BASE.primitive_bitwidth
+            or WEIGHT.primitive_bitwidth != DELTA.primitive_bitwidth
+        ):
+            at = tl.max_contiguous(at, (1, 4))  # vectors alike: or their layouts meet in shared memory
+        base = tl.load(base_ptr + at, mask=inside, other=0.0)
+        delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
         weight = _weight_eff(base, delta, row_gate[:, None] * col_gate[None, :], WEIGHT)
         if differ_ptr is None:
-            tl.store(weight_ptr + row64 * n_cols + cols[None, :], weight, mask=inside)
+            tl.store(weight_ptr + at, weight, mask=inside)
         else:
-            found = tl.load(weight_ptr + row64 * n_cols + cols[None, :], mask=inside, other=0.0)
+            found = tl.load(weight_ptr + at, mask=inside, other=0.0)
             differs += (inside & (found != weight)).to(tl.int32)
     if differ_ptr is not None:
         tl.store(differ_ptr + tile, tl.sum(tl.sum(differs, axis=1), axis=0))

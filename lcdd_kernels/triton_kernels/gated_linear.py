@@ -124,6 +124,8 @@ def gated_linear_grad_kernel(
         r = tl.load(gate_ptr + row_start + rows, mask=rows < n_rows, other=0.0)
         inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
         offset = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
+        if grad_ptr.dtype.element_ty.primitive_bitwidth != delta_ptr.dtype.element_ty.primitive_bitwidth:
+            offset = tl.max_contiguous(offset, (1, 4))  # vectors alike: or their layouts meet in shared memory
         grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         if NEED_GATES:
             delta = tl.load(delta_ptr + offset, mask=inside, other=0.0).to(tl.float32)
