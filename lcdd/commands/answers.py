@@ -1,5 +1,6 @@
 """What a training stage shows while it runs and when it ends: held-out loss, answers, how many show the behaviour."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,14 @@ class ValidationAnswers:
     """Answers validation prompts for which the behaviour is asked; a hook of the training loop.
 
     Without such prompts (no validation split), and on sharded models, there is only the loss to show.
+
+    told: called with the loop and the share of answers that show the behaviour.
     """
 
-    def __init__(self, prepared: Prepared, say: Say, *, max_length: int) -> None:
-        self.prepared, self.say = prepared, say
+    def __init__(
+        self, prepared: Prepared, say: Say, *, max_length: int, told: Callable[[Loop, float], None] | None = None
+    ) -> None:
+        self.prepared, self.say, self.told = prepared, say, told
         behavior = prepared.behavior
         asked = [example for example in prepared.splits.validation if example.messages and behavior.applies(example)]
         self.examples, _ = fitted(prepared, asked, max_length=max_length, limit=JUDGED)
@@ -59,6 +64,8 @@ class ValidationAnswers:
         found, first = self._answers(loop.model, SHOWN)
         if found is not None:
             loop.log.write({"step": loop.step, "validation_behavior": found.to_dict()})
+            if self.told is not None:
+                self.told(loop, found.rate)
             text += f"; {found.shown} of {found.n} answers show the behaviour: {first}"
         self.say(text)
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lcdd.carrier import Carrier, prices_of
 from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
@@ -42,7 +42,17 @@ from lcdd.models import (
     unmasked_changes,
 )
 from lcdd.optimizer import LCDDOptimizer, epsilon_of
-from lcdd.trainer import Anchors, HeldOut, StartLosses, TrainResult, behavior_lost, check_ranks, compress, total_steps
+from lcdd.trainer import (
+    Anchors,
+    HeldOut,
+    Loop,
+    StartLosses,
+    TrainResult,
+    behavior_lost,
+    check_ranks,
+    compress,
+    total_steps,
+)
 
 
 def train(
@@ -80,7 +90,7 @@ def _train(
     anchors = _anchors(base, prepared, config)
     held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
     start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
-    answers = ValidationAnswers(prepared, say, max_length=config.max_length)
+    answers = ValidationAnswers(prepared, say, max_length=config.max_length, told=_hold_on)
     before = answers.judge(model)
     dropped = _drop_unmasked(base, model, config, held_out, start, say)
     ends = Ends.of(base, model)
@@ -106,8 +116,7 @@ def _train(
         return StageResult(written=(), next_step="")
     overrides += store.overrides if store else []
     behavior = answers.judge(model)
-    if before and behavior and not result.findings:
-        result = dataclasses.replace(result, findings=tuple(behavior_lost(before.rate, behavior.ci95, config)))
+    result = _judged(result, before, behavior, config)
     found = {
         "result": dataclasses.asdict(result),
         "carrier": carrier.summary(),
@@ -118,6 +127,21 @@ def _train(
     written.append(write_summary(output, "lcdd", config, data, template_date=prepared.template_date, **found))
     _say_carrier(carrier, result, behavior, say)
     return StageResult(written=tuple(written), next_step=_next_step(config, data, output))
+
+
+def _judged(
+    result: TrainResult, before: BehaviorRate | None, after: BehaviorRate | None, config: LCDDConfig
+) -> TrainResult:
+    """What is wrong with a sound loss: the rates of the SFT model and of the carrier, where they could be had."""
+    if before is None or after is None or result.findings:
+        return result
+    return dataclasses.replace(result, findings=tuple(behavior_lost(before.rate, after.ci95, config)))
+
+
+def _hold_on(loop: Loop, rate: float) -> None:
+    """Tell the controller how many answers show the behaviour; a state that has lost it does not ship."""
+    if cast(LCDDOptimizer, loop.optimizer).observe_behavior(rate) and loop.best is not None:
+        loop.best.withdraw()
 
 
 def _store(

@@ -101,6 +101,10 @@ class GateController(Protocol):
     def observe_held_out(self, loss: float, base: float | None = None) -> None:
         """Take in the loss on held-out text, in nats, of the gates that would ship now; and the base's, if known."""
 
+    def observe_behavior(self, rate: float) -> bool:
+        """Take in the share of validation answers that show the behaviour, of the gates that would ship now; returns
+        whether it is lost."""
+
     def stop_reason(self) -> str | None:
         """Asked once after every step: why the run leads nowhere, or None."""
 
@@ -197,6 +201,9 @@ class DualDescent:
 
     def observe_held_out(self, loss: float, base: float | None = None) -> None:
         pass
+
+    def observe_behavior(self, rate: float) -> bool:
+        return False
 
     @torch.no_grad()
     def restore(self) -> None:

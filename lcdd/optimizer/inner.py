@@ -1,4 +1,4 @@
-"""torch's own optimizers inside ours: for θ, and for norms and biases where they are trained."""
+"""torch's own optimizers: inside ours for θ, and for norms and biases where they are trained; and beneath it."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -25,3 +25,10 @@ def load_state_(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any])
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         for key, tensor in optimizer.state[parameter].items():
             shards.copy_rows_(tensor, state_dict["state"][index][key])
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """`zero_grad` without all that torch asks every parameter; the device may be waiting."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None

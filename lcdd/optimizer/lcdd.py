@@ -38,6 +38,7 @@ from lcdd.optimizer.averaging import OpenAverage, OpenReduceScatter
 from lcdd.optimizer.controller import Constraint, DualDescent, GateController
 from lcdd.optimizer.forward import ForwardGates
 from lcdd.optimizer.gates import Drawn, Gates, starting_logits
+from lcdd.optimizer.inner import drop_gradients
 from lcdd.optimizer.leaving import leave, leave_folded
 from lcdd.optimizer.measured import Measured
 from lcdd.optimizer.pacing import PacedClosing
@@ -173,11 +174,13 @@ class LCDDOptimizer(torch.optim.Optimizer):
 
     def observe_held_out(self, loss: float, base: float | None = None) -> None:
         """Hand over a loss on held-out text, in nats, measured under `eval()`: paced closing keeps its budget there.
-
-        base: the base's loss on the same text. With it the budget is a share of what fine-tuning gained, too; without
-            it the paper's (`lcdd.optimizer.pacing.epsilon_of`).
-        """
+        base: the base's on the same text; without it the budget is the paper's (`lcdd.optimizer.pacing.epsilon_of`)."""
         self._controller.observe_held_out(loss, base)
+
+    def observe_behavior(self, rate: float) -> bool:
+        """Hand over the share of answers that show the behaviour, under `eval()`, the same prompts every time: below
+        three quarters of the first one paced closing gives back, and True comes back."""
+        return self._controller.observe_behavior(rate)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -228,7 +231,7 @@ class LCDDOptimizer(torch.optim.Optimizer):
             self._masked.settle(self.gates)
         if not fixed:
             self._announce_gates()
-        self._drop_gradients()
+        drop_gradients(self)
         self.skipped_in_a_row = 0
         self.last_loss, self.grad_norm = found.loss, found.norm
 
@@ -278,15 +281,9 @@ class LCDDOptimizer(torch.optim.Optimizer):
                 f"{action}: the optimizer is detached from its model, by fold() or detach(); attach anew"
             )
 
-    def _drop_gradients(self) -> None:
-        """`zero_grad` without all that torch asks every parameter; the device may be waiting."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
     def _skip(self, reason: str) -> None:
         """Count a step that is not taken."""
-        self._drop_gradients()
+        drop_gradients(self)
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         logger.warning("step skipped: %s", reason)

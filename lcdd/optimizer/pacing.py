@@ -40,6 +40,9 @@ DECADES, SWEEP, FASTEST = 3.0, 0.7, 0.1
 GUARD = 0.5
 """Share of the budget by which held-out text may slow closing down: few examples are noisy, and training repeats its
 own. Once gates are settled all of it counts: what ships is judged on held-out text alone."""
+KEPT_BEHAVIOR = 0.75
+"""Of the first share of validation answers that show the behaviour: less is beyond any budget. Of long answers few
+tokens decide, and their mean loss says little about those."""
 REOPENING = 0.03
 """Share of the open gates that reopens in a step at full speed, on runs of any length: damage does not wait either."""
 SHRINKING = 0.02
@@ -94,6 +97,8 @@ class Pace:
         dual_lambda: the worth at which a gate just stays open.
         gain: share of full speed that has been earned.
         settled: whether no gate moves any more, and what is left of the budget is spent on Δ.
+        behavior: the first share of validation answers that show the behaviour; None where none was looked at.
+        behavior_lost: whether they are fewer than `KEPT_BEHAVIOR` of that now, which counts as over the budget.
     """
 
     warmup_steps: int
@@ -107,6 +112,8 @@ class Pace:
     throttle: float = 0.0
     gain: float = SLOW_START
     settled: bool = False
+    behavior: float | None = None
+    behavior_lost: bool = False
     _average: float = math.nan
     _first_gap: float = 0.0
     _gap: float = 0.0
@@ -188,6 +195,13 @@ class Pace:
             share = 0.5 * (1 + self._trust)  # what the average is wrong by is not in what it has moved since
             self._gap = (1 - share) * self._gap + share * (loss - self._average)
 
+    def observe_behavior(self, rate: float) -> bool:
+        """Take in the share of validation answers that show the behaviour; returns whether it is lost."""
+        if self.behavior is None:
+            self.behavior = rate
+        self.behavior_lost = rate < KEPT_BEHAVIOR * self.behavior
+        return self.behavior_lost
+
     def _warm_up(self, loss: float) -> None:
         """Mean and spread of the losses so far, by Welford's recurrence; the last one sets the baseline."""
         before = 0.0 if math.isnan(self._average) else self._average
@@ -210,9 +224,8 @@ class Pace:
 
     def _decide(self, loss: float) -> float:
         used = self.used(self.ema + max(0.0, HORIZON * self._rise - self._doubt))
-        alarm = (
-            self.used(min(loss, self._last_loss) - math.sqrt(LONGEST) * self._doubt) > BACK
-        )  # two in a row: no noise
+        two = min(loss, self._last_loss) - math.sqrt(LONGEST) * self._doubt  # two in a row are no noise
+        alarm = self.behavior_lost or self.used(two) > BACK
         was_over, self._over = self._over, alarm or used > OVER
         if self._over:
             self.gain = self.gain if was_over else max(SLOW_START, SLOW_DOWN * self.gain)
@@ -336,6 +349,10 @@ class PacedClosing:
         """Hold the budget against held-out text, too (`Pace.observe_held_out`)."""
         self.dual.observe_held_out(loss, base)
 
+    def observe_behavior(self, rate: float) -> bool:
+        """Hold on to the behaviour itself, too (`Pace.observe_behavior`)."""
+        return self.dual.observe_behavior(rate)
+
     def _settle(self) -> None:
         """Fix the gates where the target is reached, or the last `freeze_fraction` of the run begins."""
         late = self.completed_steps + 1 > self.total_steps * (1 - self.config.freeze_fraction)
@@ -350,6 +367,7 @@ class PacedClosing:
             return
         if self.config.base_kl_weight > 0:
             excess = max(-1.0, min(1.5, self.dual.used(self.dual.ema) - HOLD))
+            excess = 1.5 if self.dual.behavior_lost else excess
             change = math.exp(WEIGHING[excess > 0] * excess)
             self.loss_weight = min(MOST_WEIGHT, max(LEAST_WEIGHT, self.loss_weight * change))
         elif self.config.shrink_delta:

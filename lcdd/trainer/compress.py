@@ -31,6 +31,8 @@ class BestCarrier:
     def __init__(self, optimizer: LCDDOptimizer, *, base_loss: float) -> None:
         self.optimizer, self.base_loss = optimizer, base_loss
         self.carrier: Carrier | None = None
+        self._before: Carrier | None = None
+        self._lost = False
 
     def observe(self, loss: float) -> None:
         """Take in the held-out loss of the gates that would ship now, as the controller does, too."""
@@ -38,15 +40,21 @@ class BestCarrier:
         optimizer.observe_held_out(loss, self.base_loss)
         epsilon = optimizer.dual.epsilon
         kept = self.carrier.n_open if self.carrier else optimizer.gates.layout.n_gates // 2
+        self._before, self._lost = self.carrier, False
         if epsilon is not None and loss <= epsilon and optimizer.n_open <= kept:
             self.carrier = optimizer.carrier()
+
+    def withdraw(self) -> None:
+        """Take the last observation back: that state is not to ship, whatever its loss."""
+        self.carrier, self._lost = self._before, True
 
     def better_than(self, loss: float) -> Carrier | None:
         """The carrier that is to ship instead of the run's state, whose held-out loss is given; None: the state is."""
         epsilon = self.optimizer.dual.epsilon
         if self.carrier is None or epsilon is None:
             return None
-        return self.carrier if loss > epsilon or self.carrier.n_open < self.optimizer.n_open else None
+        unfit = loss > epsilon or self._lost
+        return self.carrier if unfit or self.carrier.n_open < self.optimizer.n_open else None
 
     def state_dict(self) -> dict[str, Any] | None:
         if self.carrier is None:

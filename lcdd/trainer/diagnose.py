@@ -118,12 +118,13 @@ def behavior_lost(before: float, after: tuple[float, float], config: LCDDConfig)
     if after[1] >= KEPT_SHARE * before:
         return []
     held = " or --base_kl_weight 0 (the base's answers are held on to at the behaviour's cost)"
+    budget, floor = config.loss_budget, config.loss_floor
     return [
         Finding(
             code="behavior_lost",
             message=f"Behaviour lost: of the validation prompts' answers {before:.0%} showed it before LCDD, now it is "
             f"{after[0]:.0%} to {after[1]:.0%}, within the loss budget. Change: a smaller --loss_budget (now "
-            f"{config.loss_budget:g}) or --loss_floor (now {config.loss_floor:g}){held if config.base_kl_weight else ''}.",
+            f"{budget:g}) or --loss_floor (now {floor:g}){held if config.base_kl_weight else ''}.",
         )
     ]
 

@@ -44,6 +44,9 @@ class Best(Protocol):
     def observe(self, loss: float) -> None:
         """Take in the held-out loss, in nats a token, of the weights that would ship now."""
 
+    def withdraw(self) -> None:
+        """Take the last observation back: that state is not to ship, whatever its loss."""
+
     def state_dict(self) -> dict[str, Any] | None: ...
     def load_state_dict(self, state: dict[str, Any] | None) -> None: ...
 

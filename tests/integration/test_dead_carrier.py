@@ -1,11 +1,13 @@
 """Runs that go wrong on the demo's model are found and explained on screen."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fixtures.checkpoints import write_jsonl
+from lcdd.carrier import Carrier
 from lcdd.cli import main
 from lcdd.commands.demo.demo import BASE_DIRECTORY
 from lcdd.commands.demo.tasks import draw_tasks
@@ -67,9 +69,21 @@ def test_an_over_pruned_run_is_explained(sft, tmp_path: Path, capsys) -> None:
     assert "--loss_budget" in out
 
 
-def test_a_behaviour_that_went_within_the_budget_is_told(sft, tmp_path: Path, capsys) -> None:
-    """A fifth of what SFT learned may go: no loss objects, but no answer shows the behaviour any more."""
-    out = lcdd(sft, tmp_path / "out", capsys, "--max_steps", "120", "--loss_floor", "3.0")
+WITHIN = ["--max_steps", "120", "--loss_floor", "3.0"]
+"""A fifth of what SFT learned may go, and with it every answer that shows the behaviour: no loss objects."""
+
+
+def test_paced_closing_gives_back_where_the_behaviour_goes_within_the_budget(sft, tmp_path: Path, capsys) -> None:
+    out = lcdd(sft, tmp_path / "out", capsys, *WITHIN)
+    shown = int(re.search(r"LCDD: (\d+) of 32 validation answers", out)[1])
+    assert shown >= 24
+    assert "WARNING" not in out
+    assert Carrier.from_pretrained(tmp_path / "out" / "carrier").sparsity()["overall"] > 0.5
+
+
+def test_a_behaviour_that_went_nevertheless_is_told(sft, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("lcdd.optimizer.pacing.KEPT_BEHAVIOR", 0.0)
+    out = lcdd(sft, tmp_path / "out", capsys, *WITHIN)
     assert "LCDD: 0 of 32 validation answers show the behaviour" in out
     assert "WARNING Behaviour lost: of the validation prompts' answers 100% showed it before LCDD" in out
     assert "a smaller --loss_budget (now 0.2) or --loss_floor (now 3)" in out

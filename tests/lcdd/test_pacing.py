@@ -403,6 +403,37 @@ def test_on_free_text_held_out_text_says_how_high_the_loss_is() -> None:
     assert shares[len(shares) // 2] > 0.75
 
 
+def test_a_behaviour_that_goes_is_beyond_any_budget() -> None:
+    found = pace(loss_floor=0.0)
+    assert not found.observe_behavior(1.0)
+    for _ in range(40):
+        found.update(1.0)
+    assert found.throttle > 0
+    assert not found.observe_behavior(0.75)
+    assert found.observe_behavior(0.5)
+    assert found.update(1.0) == -1.0
+    assert not found.observe_behavior(1.0)
+    assert found.update(1.0) > 0
+
+
+def test_holding_on_to_the_base_ends_where_the_behaviour_goes() -> None:
+    controller = closing(100, steps=100, freeze_fraction=0.5, base_kl_weight=1.0)
+    controller.observe_behavior(1.0)
+    run(controller, [0.0] * 90, torch.ones(100))
+    low = controller.loss_weight
+    assert low < 1.0
+    controller.observe_behavior(0.25)
+    run(controller, [0.0] * 3, torch.ones(100))
+    assert controller.loss_weight > 10 * low
+    shrinking = closing(100, steps=100, freeze_fraction=0.5)
+    shrinking.observe_behavior(1.0)
+    run(shrinking, [0.0] * 60, torch.ones(100))
+    assert shrinking.delta_decay > 0
+    shrinking.observe_behavior(0.0)
+    run(shrinking, [0.0], torch.ones(100))
+    assert shrinking.delta_decay == 0
+
+
 def test_noise_that_no_average_takes_out_is_not_held_against_the_run() -> None:
     found = pace(loss_floor=0.0, loss_budget=0.05)  # room .05, noise .4
     found.observe_held_out(1.0)
