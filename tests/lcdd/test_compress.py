@@ -84,6 +84,10 @@ def test_a_better_carrier_on_the_way_ships_bit_for_bit(models) -> None:
     assert torch.equal(again.gate, kept.gate)
     assert all(torch.equal(again.deltas[name], kept.deltas[name]) for name in kept.deltas)
     assert best.better_than(0.0) is None or kept.n_open < optimizer.n_open
+    optimizer.eval()
+    best.observe(0.0)
+    best.withdraw()  # the behaviour was gone there: the one before ships, whatever this one's loss
+    assert best.better_than(0.0) is found
 
 
 def test_a_loss_over_the_budget_and_a_mostly_open_carrier_are_not_kept(models) -> None:
