@@ -6,7 +6,7 @@ is as good, else the best one seen.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lcdd.carrier import Carrier
 from lcdd.checkpoint import CheckpointStore, RunLog
@@ -14,6 +14,7 @@ from lcdd.data import Encoded
 from lcdd.errors import InputError
 from lcdd.models import PreTrainedModel, shards
 from lcdd.optimizer import LCDDOptimizer
+from lcdd.optimizer.pacing import Pace
 from lcdd.report import auc
 from lcdd.trainer.anchors import Anchors
 from lcdd.trainer.diagnose import diagnose
@@ -32,7 +33,6 @@ class BestCarrier:
         self.optimizer, self.base_loss = optimizer, base_loss
         self.carrier: Carrier | None = None
         self._before: Carrier | None = None
-        self._lost = False
 
     def observe(self, loss: float) -> None:
         """Take in the held-out loss of the gates that would ship now, as the controller does, too."""
@@ -40,20 +40,20 @@ class BestCarrier:
         optimizer.observe_held_out(loss, self.base_loss)
         epsilon = optimizer.dual.epsilon
         kept = self.carrier.n_open if self.carrier else optimizer.gates.layout.n_gates // 2
-        self._before, self._lost = self.carrier, False
+        self._before = self.carrier
         if epsilon is not None and loss <= epsilon and optimizer.n_open <= kept:
             self.carrier = optimizer.carrier()
 
     def withdraw(self) -> None:
         """Take the last observation back: that state is not to ship, whatever its loss."""
-        self.carrier, self._lost = self._before, True
+        self.carrier = self._before
 
     def better_than(self, loss: float) -> Carrier | None:
         """The carrier that is to ship instead of the run's state, whose held-out loss is given; None: the state is."""
         epsilon = self.optimizer.dual.epsilon
         if self.carrier is None or epsilon is None:
             return None
-        unfit = loss > epsilon or self._lost
+        unfit = loss > epsilon or cast(Pace, self.optimizer.dual).behavior_lost
         return self.carrier if unfit or self.carrier.n_open < self.optimizer.n_open else None
 
     def state_dict(self) -> dict[str, Any] | None:

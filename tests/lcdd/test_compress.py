@@ -86,7 +86,9 @@ def test_a_better_carrier_on_the_way_ships_bit_for_bit(models) -> None:
     assert best.better_than(0.0) is None or kept.n_open < optimizer.n_open
     optimizer.eval()
     best.observe(0.0)
-    best.withdraw()  # the behaviour was gone there: the one before ships, whatever this one's loss
+    assert optimizer.observe_behavior(1.0) is False
+    assert optimizer.observe_behavior(0.5) is True
+    best.withdraw()  # the behaviour is gone there: the one before ships, whatever this one's loss
     assert best.better_than(0.0) is found
 
 
