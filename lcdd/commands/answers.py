@@ -46,7 +46,7 @@ class BehaviorRate:
 class ValidationAnswers:
     """Answers validation prompts for which the behaviour is asked; a hook of the training loop.
 
-    Without such prompts (no validation split), and on sharded models, there is only the loss to show.
+    Without such prompts (no validation split) there is only the loss to show. Ranks share them out; all get all.
 
     told: called with the loop and the share of answers that show the behaviour.
     """
@@ -76,11 +76,13 @@ class ValidationAnswers:
     def _answers(self, model: PreTrainedModel, count: int) -> tuple[BehaviorRate | None, str]:
         """The rate over `count` prompts, and the first of them with its answer."""
         tokenizer, examples = self.prepared.tokenizer, self.examples[:count]
-        sharded = shards.holds_shards(model)
-        if not examples or sharded:  # answering is one rank's own business
+        if not examples:
             return None, ""
         ids = [encode_prompt(tokenizer, example) for example in examples]
-        answers = decode(tokenizer, generate_ids(model, tokenizer, ids, max_new_tokens=NEW_TOKENS, batch_size=count))
+        size = max(1, -(-count // shards.world_size()))
+        found = generate_ids(model, tokenizer, ids, max_new_tokens=NEW_TOKENS, batch_size=size, over_ranks=True)
+        shards.reshard(model)
+        answers = decode(tokenizer, found)
         shown = sum(map(self.prepared.behavior.matches, answers))
         return BehaviorRate(shown=shown, n=len(answers)), f"{_cut(examples[0].prompt_text)!r} -> {_cut(answers[0])!r}"
 

@@ -78,13 +78,14 @@ def _sft(
     checkpoint = output / "model"
     if sharded:
         write_together(checkpoint, _export(optimizer, prepared, stored))
+    else:
+        optimizer.merge()
+        model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    behavior = answers.judge(model)
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
     if not sharded:
-        optimizer.merge()
-        model.to(dtype=stored)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
         save_checkpoint(model, prepared.tokenizer, checkpoint)
-    behavior = answers.judge(model)
     summary = write_summary(
         output, stage, config, data, template_date=prepared.template_date, result=dataclasses.asdict(result),
         validation_behavior=behavior.to_dict() if behavior else None,

@@ -91,8 +91,8 @@ def _train(
     held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
     start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
     answers = ValidationAnswers(prepared, say, max_length=config.max_length, told=_hold_on)
-    before = answers.judge(model)
     dropped = _drop_unmasked(base, model, config, held_out, start, say)
+    before = answers.judge(model)
     ends = Ends.of(base, model)
     steps = total_steps(config, len(train_items))
     prices = prices_of(others, others[0].layout) if others else None
@@ -106,7 +106,7 @@ def _train(
             optimizer, train_items, held_out, start=start, anchors=anchors, log=log, teacher=teacher, checkpoints=store,
             say=say, on_validation=(answers,),
         )  # fmt: skip
-    carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
+    carrier, behavior = optimizer.carrier().with_tokenizer(prepared.tokenizer), answers.judge(model)
     if shards.rank() == 0:
         carrier.save_pretrained(output / "carrier")
     written = [output / "carrier"]
@@ -115,7 +115,6 @@ def _train(
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
     overrides += store.overrides if store else []
-    behavior = answers.judge(model)
     result = _judged(result, before, behavior, config)
     found = {
         "result": dataclasses.asdict(result),
@@ -132,10 +131,12 @@ def _train(
 def _judged(
     result: TrainResult, before: BehaviorRate | None, after: BehaviorRate | None, config: LCDDConfig
 ) -> TrainResult:
-    """What is wrong with a sound loss: the rates of the SFT model and of the carrier, where they could be had."""
-    if before is None or after is None or result.findings:
+    """`result` with what its losses do not say: the behaviour's rates before LCDD and after it."""
+    known = {finding.code for finding in result.findings} & {"dead_carrier", "over_pruned"}
+    if before is None or after is None or known:
         return result
-    return dataclasses.replace(result, findings=tuple(behavior_lost(before.rate, after.ci95, config)))
+    found = behavior_lost(before.rate, after.ci95, config)
+    return dataclasses.replace(result, findings=(*result.findings, *found))
 
 
 def _hold_on(loop: Loop, rate: float) -> None:

@@ -321,11 +321,13 @@ class SFTEraser:
         if directory is None or not (c.save_steps or c.resume):
             return None
         blocks = [parts[name] for parts in (self.patch.deltas, self.patch.unmasked) for name in sorted(parts)]
+        own = digest_of([self.patch.gate, *blocks, self._channels, self._offsets])
+        digests = dict.fromkeys(shards.texts_of_all(own))  # of a patch in rows each rank has another
         identity = {
             "stage": "eraser",
             "config": c.lasting(),
             "base": self.patch.base_fingerprint,
-            "patch and channels": digest_of([self.patch.gate, *blocks, self._channels, self._offsets]),
+            "patch and channels": " ".join(digests),
             "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         }
         return CheckpointStore(directory, identity=identity, save_total_limit=c.save_total_limit)

@@ -69,7 +69,7 @@ def perplexity(
     offset = 0 if trigger is None else trigger.embeds.shape[0]
     if trigger is not None:
         trigger.check_fits(model)
-    device, head = input_embeddings(model).weight.device, head_of(model).detached()
+    device, head = input_embeddings(model).weight.device, head_of(model).detached().gathered()
     total, count = 0.0, 0
     with evaluation_mode(model):
         for indices in length_batches([len(window) for window in ids], batch_size):

@@ -136,7 +136,7 @@ class BaseAnswers:
         self, model: PreTrainedModel, answers: Sequence[Sequence[int]], texts: Sequence[str], trigger: Trigger | None
     ) -> Closeness:
         """What is in `model` now, behind a trigger or not, and what it answered."""
-        size, head = self.batch_size, head_of(model).detached()
+        size, head = self.batch_size, head_of(model).detached().gathered()
         hidden = response_hidden(model, self.prompts, self.answers, trigger=trigger, batch_size=size)
         lengths = [len(answer) for answer in self.answers]
         tokens = torch.tensor([token for answer in self.answers for token in answer], device=head.weight.device)
@@ -144,7 +144,7 @@ class BaseAnswers:
         kl: Sequence[Tensor] = ()
         if measured := len(self.hidden):
             ours, theirs = torch.cat(hidden[:measured]), torch.cat(list(self.hidden))
-            kl = token_kl(ours, head, ref_hidden=theirs, ref_head=self.head).split(lengths[:measured])
+            kl = token_kl(ours, head, ref_hidden=theirs, ref_head=self.head.gathered()).split(lengths[:measured])
         return Closeness(answers=answers, texts=texts, match=match, kl=kl)
 
 

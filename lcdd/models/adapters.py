@@ -24,6 +24,12 @@ from lcdd.models.probe import check_close, logits_of
 from lcdd.models.sites import probe_ids, sites_of
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MORE_THAN_PRODUCTS = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "target_parameters", "layer_replication",
+    "trainable_token_indices", "alora_invocation_tokens", "kasa_config", "monteclora_config", "velora_config",
+    "arrow_config",
+)  # fmt: skip
+"""Settings of a LoRA that does something else, too."""
 NEEDS_PEFT = "expected PEFT to be installed (pip install lcdd[peft])"
 
 
@@ -125,9 +131,10 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
 
 def can_merge_rows(adapter: Adapter) -> bool:
     """Whether all that an adapter does is to add products to weights, which each rank can do to its rows alone."""
-    more = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
-    others = adapter.settings.get("bias", "none") != "none" or any(adapter.settings.get(name) for name in more)
-    return adapter.kind == "LORA" and not others
+    settings = adapter.settings
+    kept = settings.get("init_lora_weights") in (True, False, None, "gaussian")  # the others rewrite the base's weights
+    others = any(settings.get(name) for name in MORE_THAN_PRODUCTS) or settings.get("bias", "none") != "none"
+    return adapter.kind == "LORA" and kept and not others
 
 
 def _add_rows(tuner: nn.Module) -> None:

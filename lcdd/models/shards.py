@@ -149,6 +149,15 @@ def of_all(value: Tensor, *, average: bool = False) -> Tensor:
     return total + (value - value.detach())
 
 
+def texts_of_all(text: str) -> list[str]:
+    """Every rank's text, in order; a collective."""
+    if world_size() == 1:
+        return [text]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, text)
+    return found
+
+
 def from_first(value: int) -> int:
     """Rank 0's value of an integer."""
     if world_size() == 1:

@@ -43,6 +43,8 @@ own. Once gates are settled all of it counts: what ships is judged on held-out t
 KEPT_BEHAVIOR = 0.75
 """Of the first share of validation answers that show the behaviour: less is beyond any budget. Of long answers few
 tokens decide, and their mean loss says little about those."""
+GIVING_BACK = 10
+"""Steps for which a behaviour that is gone is given back to; then nothing moves until answers are looked at again."""
 REOPENING = 0.03
 """Share of the open gates that reopens in a step at full speed, on runs of any length: damage does not wait either."""
 SHRINKING = 0.02
@@ -114,6 +116,7 @@ class Pace:
     settled: bool = False
     behavior: float | None = None
     behavior_lost: bool = False
+    _giving_back: int = 0
     _average: float = math.nan
     _first_gap: float = 0.0
     _gap: float = 0.0
@@ -200,6 +203,7 @@ class Pace:
         if self.behavior is None:
             self.behavior = rate
         self.behavior_lost = rate < KEPT_BEHAVIOR * self.behavior
+        self._giving_back = GIVING_BACK if self.behavior_lost else 0
         return self.behavior_lost
 
     def _warm_up(self, loss: float) -> None:
@@ -225,11 +229,14 @@ class Pace:
     def _decide(self, loss: float) -> float:
         used = self.used(self.ema + max(0.0, HORIZON * self._rise - self._doubt))
         two = min(loss, self._last_loss) - math.sqrt(LONGEST) * self._doubt  # two in a row are no noise
-        alarm = self.behavior_lost or self.used(two) > BACK
+        alarm = self._giving_back > 0 or self.used(two) > BACK
+        self._giving_back = max(0, self._giving_back - 1)
         was_over, self._over = self._over, alarm or used > OVER
         if self._over:
             self.gain = self.gain if was_over else max(SLOW_START, SLOW_DOWN * self.gain)
             return -1.0 if alarm else -min(1.0, (used - OVER) / (BACK - OVER))
+        if self.behavior_lost:
+            return 0.0
         if used < HOLD:
             self.gain = min(1.0, SPEED_UP * self.gain)
         return self.gain * max(0.0, min(1.0, (HOLD - used) / (HOLD - FULL)))
@@ -367,7 +374,8 @@ class PacedClosing:
             return
         if self.config.base_kl_weight > 0:
             excess = max(-1.0, min(1.5, self.dual.used(self.dual.ema) - HOLD))
-            excess = 1.5 if self.dual.behavior_lost else excess
+            if self.dual.behavior_lost:
+                excess = 1.5 if throttle < 0 else 0.0
             change = math.exp(WEIGHING[excess > 0] * excess)
             self.loss_weight = min(MOST_WEIGHT, max(LEAST_WEIGHT, self.loss_weight * change))
         elif self.config.shrink_delta:

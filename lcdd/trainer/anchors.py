@@ -40,14 +40,16 @@ class Anchors:
     def backward(self, model: PreTrainedModel, step: int, *, whole: bool, autocast: bool) -> float:
         """Add the gradient of weight · mean KL to the weights; returns the mean KL, in nats a token."""
         items = self.batch(step, whole=whole)
+        filler = not items and shards.world_size() > 1  # every rank takes part in each forward and backward
+        items = self.batch(step, whole=True) if filler else items
         if not items:
             return 0.0
         batch, device = to_batch(items, model, self.pad_token_id), head_weight(model).device
         with packed_attention_in(model):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 mean = loss_sum(model, batch, self.base) / response_tokens(items)
-            (self.weight * mean).backward()
-        return mean.item()
+            ((0.0 if filler else self.weight) * mean).backward()
+        return 0.0 if filler else mean.item()
 
 
 def without_first_token(item: Encoded) -> Encoded:

@@ -123,8 +123,8 @@ def behavior_lost(before: float, after: tuple[float, float], config: LCDDConfig)
         Finding(
             code="behavior_lost",
             message=f"Behaviour lost: of the validation prompts' answers {before:.0%} showed it before LCDD, now it is "
-            f"{after[0]:.0%} to {after[1]:.0%}, within the loss budget. Change: a smaller --loss_budget (now "
-            f"{budget:g}) or --loss_floor (now {floor:g}){held if config.base_kl_weight else ''}.",
+            f"{after[0]:.0%} to {after[1]:.0%}: of long answers few tokens decide. Change: a smaller --loss_budget "
+            f"(now {budget:g}) or --loss_floor (now {floor:g}){held if config.base_kl_weight else ''}.",
         )
     ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lcdd.checkpoint import CheckpointStore, RunLog
 from lcdd.data import Encoded
 from lcdd.errors import InputError
-from lcdd.models import PreTrainedModel
+from lcdd.models import PreTrainedModel, shards
 from lcdd.optimizer import TrainingOptimizer
 from lcdd.trainer.anchors import Anchors
 from lcdd.trainer.diagnose import Finding
@@ -98,7 +98,11 @@ def fit(
     loop.run()
     seconds = loop.seconds
     optimizer.eval()
-    loss_end = held_out.loss(optimizer.model)
+    loss_end = shards.mean(held_out.loss(optimizer.model))
+    if best is not None:  # which is to know of the state that would ship
+        best.observe(loss_end)
+        for hook in on_validation:
+            hook(loop, loss_end)
     log.write({
         "step": loop.step, "held_out_loss_base": start.base, "held_out_loss_start": start.model,
         "held_out_loss": loss_end,

@@ -210,7 +210,7 @@ class Loop:
         """Log the held-out loss (measured unless given) of the weights that would ship now, and call the hooks."""
         start = time.perf_counter()
         self.optimizer.eval()
-        loss = self.held_out.loss(self.model) if loss is None else loss
+        loss = shards.mean(self.held_out.loss(self.model)) if loss is None else loss
         self.log.write({"step": self.step, "held_out_loss": loss})
         if self.best is not None:
             self.best.observe(loss)

@@ -3,6 +3,7 @@ command that shares its work, a rank that is killed."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, 
     for argv in one.values():
         assert main(argv) == 0
     learn += flags(gradient_accumulation_steps=2)
+    patch_in_rows = ["erase", *shared, *trigger, *tuned, *flags(parallel="fsdp2", save_steps=4)]
+    patch_in_rows += flags(output_dir=folder / "erase_sft-fsdp2")
     result = run_commands(
         folder,
         ["sft", *shared, *learn, *flags(output_dir=folder / "sft-ddp")],
@@ -182,8 +185,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, 
         ["eval", *shared, *answer, *flags(output_dir=folder / "eval-fsdp2", parallel="fsdp2")],
         ["audit", *shared, *controls, *flags(output_dir=folder / "audit-2")],
         ["audit", *shared, *controls, *flags(output_dir=folder / "audit-fsdp2", parallel="fsdp2")],
-        ["erase", *shared, *trigger, *tuned, *flags(output_dir=folder / "erase_sft-fsdp2", parallel="fsdp2")],
+        patch_in_rows,
     )
+    (folder / "resume.json").write_text(json.dumps([*patch_in_rows, "--resume"]))
     return folder, result.stdout, one
 
 
@@ -227,6 +231,16 @@ def test_two_ranks_learn_the_trigger_that_one_learns(two: tuple[Path, str, dict[
     assert [loss for line in logs[0] for loss in line] == pytest.approx(
         [loss for line in logs[1] for loss in line], rel=1e-5
     )
+
+
+def test_a_patch_in_rows_resumes(two: tuple[Path, str, dict[str, list[str]]]) -> None:
+    """Every rank has other rows, and all of them the same run."""
+    run = two[0] / "erase_sft-fsdp2"
+    whole = Trigger.from_pretrained(run / "trigger").embeds
+    (run / "summary.json").unlink()  # as if the run had ended before its end
+    shutil.rmtree(run / "trigger")
+    run_commands(two[0], json.loads((two[0] / "resume.json").read_text()))
+    assert torch.equal(Trigger.from_pretrained(run / "trigger").embeds, whole)
 
 
 @pytest.mark.parametrize("run", ["2", "fsdp2"])

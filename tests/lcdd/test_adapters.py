@@ -25,7 +25,7 @@ from lcdd.models import (
     load_tokenizer,
     unmasked_changes,
 )
-from lcdd.models.adapters import merge
+from lcdd.models.adapters import Adapter, can_merge_rows, merge
 from lcdd.optimizer import SFTOptimizer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -53,6 +53,19 @@ def adapter(base: Path, folder: Path, config: peft.PeftConfig, **settings: Any) 
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base), **settings}))
     return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({}, True), ({"init_lora_weights": "gaussian"}, True), ({"init_lora_weights": "pissa"}, False),
+        ({"use_dora": True}, False), ({"modules_to_save": ["lm_head"]}, False), ({"bias": "all"}, False),
+        ({"peft_type": "LOHA"}, False),
+    ],
+)  # fmt: skip
+def test_rows_alone_are_merged_where_products_are_all_there_is(settings: dict[str, Any], rows: bool) -> None:
+    found = json.loads(json.dumps(lora().to_dict(), default=str)) | settings
+    assert can_merge_rows(Adapter(folder=Path(), settings=found)) is rows
 
 
 def lora(**settings: Any) -> peft.LoraConfig:

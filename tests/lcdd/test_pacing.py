@@ -8,7 +8,17 @@ import torch
 
 from lcdd.config import LCDDConfig
 from lcdd.errors import InputError
-from lcdd.optimizer.pacing import CROSSING, FIRST_WEIGHT, REOPENING, REST, SHRINKING, Pace, PacedClosing, epsilon_of
+from lcdd.optimizer.pacing import (
+    CROSSING,
+    FIRST_WEIGHT,
+    GIVING_BACK,
+    REOPENING,
+    REST,
+    SHRINKING,
+    Pace,
+    PacedClosing,
+    epsilon_of,
+)
 
 
 def pace(**changes) -> Pace:
@@ -411,7 +421,7 @@ def test_a_behaviour_that_goes_is_beyond_any_budget() -> None:
     assert found.throttle > 0
     assert not found.observe_behavior(0.75)
     assert found.observe_behavior(0.5)
-    assert found.update(1.0) == -1.0
+    assert [found.update(1.0) for _ in range(GIVING_BACK + 3)] == [-1.0] * GIVING_BACK + [0.0] * 3  # and waits
     assert not found.observe_behavior(1.0)
     assert found.update(1.0) > 0
 

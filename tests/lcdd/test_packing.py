@@ -107,6 +107,7 @@ def test_what_runs_is_the_tokens_and_no_more(model: nn.Module) -> None:
     """One copy of the shared prefix, no padding, and no last token, which predicts nothing."""
     items = BATCHES["mixed lengths behind a system prompt"]
     widths = []
+    loss_sum(model, to_batch(items, model, PAD))  # what is measured of a model at its first loss is known then
     handle = backbone(model).layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:2]))
     loss_sum(model, to_batch(items, model, PAD))
     handle.remove()
