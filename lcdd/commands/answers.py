@@ -48,20 +48,27 @@ class ValidationAnswers:
 
     Without such prompts (no validation split) there is only the loss to show. Ranks share them out; all get all.
 
-    told: called with the loop and the share of answers that show the behaviour.
+    shown: prompts that are answered on the way. told: called with the loop and the share of those answers that show the
+    behaviour.
     """
 
     def __init__(
-        self, prepared: Prepared, say: Say, *, max_length: int, told: Callable[[Loop, float], None] | None = None
+        self,
+        prepared: Prepared,
+        say: Say,
+        *,
+        max_length: int,
+        shown: int = SHOWN,
+        told: Callable[[Loop, float], None] | None = None,
     ) -> None:
-        self.prepared, self.say, self.told = prepared, say, told
+        self.prepared, self.say, self.shown, self.told = prepared, say, shown, told
         behavior = prepared.behavior
         asked = [example for example in prepared.splits.validation if example.messages and behavior.applies(example)]
         self.examples, _ = fitted(prepared, asked, max_length=max_length, limit=JUDGED)
 
     def __call__(self, loop: Loop, loss: float) -> None:
         text = f"step {loop.step} of {loop.steps}: held-out loss {loss:.4f}"
-        found, first = self._answers(loop.model, SHOWN)
+        found, first = self._answers(loop.model, self.shown)
         if found is not None:
             loop.log.write({"step": loop.step, "validation_behavior": found.to_dict()})
             if self.told is not None:

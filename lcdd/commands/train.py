@@ -54,6 +54,9 @@ from lcdd.trainer import (
     total_steps,
 )
 
+HELD_ON = 8
+"""Validation prompts that are answered on the way: by fewer it is hard to tell whether the behaviour is still there."""
+
 
 def train(
     config: LCDDConfig, data: DataConfig, *, prepared: Prepared | None = None, log_dir: Path | None = None,
@@ -83,14 +86,13 @@ def _train(
     check_same_architecture(base, model)
     teacher = load_weights(config.sft_model_name_or_path, config, shard=frozen) if config.loss == "kl" else None
 
-    models = {"base": base, "sft": model}
-    wanted = config.save_steps or config.resume
+    wanted, models = config.save_steps or config.resume, {"base": base, "sft": model}
     identity = run_identity("lcdd", config, prepared.tokenizer, train_items, models) if wanted else {}
     check_ranks(config, train_items)  # before the first collective of a forward, which hangs where texts differ
     anchors = _anchors(base, prepared, config)
     held_out = HeldOut.of(train_items, validation_items, config, pad_token_id=prepared.tokenizer.pad_token_id)
     start = StartLosses(base=held_out.loss(base), model=held_out.loss(model))
-    answers = ValidationAnswers(prepared, say, max_length=config.max_length, told=_hold_on)
+    answers = ValidationAnswers(prepared, say, max_length=config.max_length, shown=HELD_ON, told=_hold_on)
     dropped = _drop_unmasked(base, model, config, held_out, start, say)
     before = answers.judge(model)
     ends = Ends.of(base, model)
@@ -98,6 +100,8 @@ def _train(
     prices = prices_of(others, others[0].layout) if others else None
     optimizer = LCDDOptimizer.attach(model, base, config, total_steps=steps, initial_logits=initial, prices=prices)
     optimizer.check_ends(ends)
+    if before:  # of more answers than are looked at on the way
+        optimizer.observe_behavior(before.rate)
 
     store = _store(output, config, identity, optimizer, prepared) if wanted else None
     with _log(log_dir or output, "lcdd", config.report_to) as log:
@@ -107,9 +111,9 @@ def _train(
             say=say, on_validation=(answers,),
         )  # fmt: skip
     carrier, behavior = optimizer.carrier().with_tokenizer(prepared.tokenizer), answers.judge(model)
-    if shards.rank() == 0:
-        carrier.save_pretrained(output / "carrier")
     written = [output / "carrier"]
+    if shards.rank() == 0:
+        carrier.save_pretrained(*written)
     if config.save_folded:
         written.append(_save_folded(optimizer, prepared, output / "model"))
     if shards.rank() > 0:
