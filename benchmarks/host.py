@@ -3,9 +3,10 @@
     python -m benchmarks.host                    one JSON line, and the record in results/cpu/host.json
     python -m benchmarks.host --base REV         the same of another commit beside it, in turns
 
-Every launch of a kernel is stubbed, matrices are small, and the seconds that sorting all gates takes (the device's) are
-left out: what is left is Python, checks, tables and torch's own dispatch, which a GPU would have to wait for. Two models of Qwen3-0.6B's blocks, 28 and 32 layers (196 and 224
-matrices), under both gate controllers, with dense gradients (every gate open) and packed ones (80% closed).
+Every launch of a kernel is stubbed, matrices are small, and the seconds that sorting all gates takes (the device's)
+are left out: what is left is Python, checks, tables and torch's own dispatch, which a GPU would have to wait for. Two
+models of Qwen3-0.6B's blocks, 28 and 32 layers (196 and 224 matrices), under both gate controllers, with dense
+gradients (every gate open) and packed ones (80% closed).
 
 A wait is a call that returns values of a device's tensor to the host. On the CPU such calls look like those on tensors
 that live on the host in any case: these, and checks that look at values on the CPU alone, are left out.
