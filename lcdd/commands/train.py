@@ -113,7 +113,7 @@ def _train(
     carrier, behavior = optimizer.carrier().with_tokenizer(prepared.tokenizer), answers.judge(model)
     written = [output / "carrier"]
     if shards.rank() == 0:
-        carrier.save_pretrained(*written)
+        carrier.save_pretrained(output / "carrier")
     if config.save_folded:
         written.append(_save_folded(optimizer, prepared, output / "model"))
     if shards.rank() > 0:

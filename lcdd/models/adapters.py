@@ -109,12 +109,13 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
         loaded = wrapped.load_adapter(str(adapter.folder), adapter_name=wrapped.active_adapter)
         _check_keys(loaded, wrapped.base_model.prefix, name)
         expected = logits_of(wrapped, ids)
+        merged: PreTrainedModel
         if sharded:
             shards.reshard(model)
             _add_rows(wrapped.base_model)
-        merged: PreTrainedModel = (
-            wrapped.base_model.unload() if sharded else wrapped.base_model.merge_and_unload(safe_merge=True)
-        )
+            merged = wrapped.base_model.unload()
+        else:
+            merged = wrapped.base_model.merge_and_unload(safe_merge=True)
     after = dict(merged.named_parameters())
     for key in sorted(before.keys() ^ after.keys()) or [k for k, p in after.items() if p.shape != before[k][0]]:
         raise InputError(

@@ -43,6 +43,8 @@ own. Once gates are settled all of it counts: what ships is judged on held-out t
 KEPT_BEHAVIOR = 0.75
 """Of the first share of validation answers that show the behaviour: less is beyond any budget. Of long answers few
 tokens decide, and their mean loss says little about those."""
+TELLING = 0.5
+"""A behaviour that the SFT model itself shows in fewer answers than this is not missed by looking at a few."""
 GIVING_BACK = 10
 """Steps for which a behaviour that is gone is given back to; then nothing moves until answers are looked at again."""
 REOPENING = 0.03
@@ -202,7 +204,7 @@ class Pace:
         """Take in the share of validation answers that show the behaviour; returns whether it is lost."""
         if self.behavior is None:
             self.behavior = rate
-        self.behavior_lost = rate < KEPT_BEHAVIOR * self.behavior
+        self.behavior_lost = self.behavior >= TELLING and rate < KEPT_BEHAVIOR * self.behavior
         self._giving_back = GIVING_BACK if self.behavior_lost else 0
         return self.behavior_lost
 

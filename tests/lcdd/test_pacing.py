@@ -426,6 +426,16 @@ def test_a_behaviour_that_goes_is_beyond_any_budget() -> None:
     assert found.update(1.0) > 0
 
 
+def test_a_behaviour_that_sft_shows_in_few_answers_is_not_missed_in_a_few() -> None:
+    """None of eight where one in five is expected: no reason to wait for ever."""
+    found = pace(loss_floor=0.0)
+    assert not found.observe_behavior(0.2)
+    assert not found.observe_behavior(0.0)
+    for _ in range(40):
+        found.update(1.0)
+    assert found.throttle > 0
+
+
 def test_holding_on_to_the_base_ends_where_the_behaviour_goes() -> None:
     controller = closing(100, steps=100, freeze_fraction=0.5, base_kl_weight=1.0)
     controller.observe_behavior(1.0)
