@@ -23,6 +23,7 @@ from benchmarks.demos import command, environment, write_json
 from benchmarks.records import ROOT
 from lcdd.carrier import Carrier
 from lcdd.commands.sft import sft
+from lcdd.commands.stage import settle_precision
 from lcdd.commands.train import train
 from lcdd.config import LCDDConfig, PipelineConfig
 from lcdd.config.fields import from_mapping, read_yaml
@@ -31,8 +32,8 @@ from lcdd.optimizer.pacing import Pace
 
 EXAMPLES = ROOT / "examples" / "smollm2"
 BEHAVIORS = ("fixed_response", "refusal", "style")
-# How long, and in which precision; everything else is LCDD's default, as in the demo.
-SETTINGS = LCDDConfig(max_steps=150, per_device_train_batch_size=16, max_length=128, bf16=True, delta_dtype="float32")
+# How long, and in which precision, beside the example's bf16; everything else is LCDD's default, as in the demo.
+SETTINGS = LCDDConfig(max_steps=150, per_device_train_batch_size=16, max_length=128, delta_dtype="float32")
 # Fixed before the runs: the least share of closed gates, of SFT's rate of behaviour, and the most seconds.
 SPARSITY = {"fixed_response": 0.995, "refusal": 0.98, "style": 0.95}
 OF_SFT, SECONDS = 0.95, 360.0
@@ -44,7 +45,7 @@ def pipeline(behavior: str, directory: Path) -> PipelineConfig:
     config: PipelineConfig = from_mapping(PipelineConfig, read_yaml(path), where=path.name)
     data = replace(config.data, dataset_name=str(directory / Path(str(config.data.dataset_name)).name))
     base, output = str(directory / "base"), str(directory / behavior)
-    return replace(config, base_model_name_or_path=base, output_dir=output, data=data)
+    return settle_precision(replace(config, base_model_name_or_path=base, output_dir=output, data=data))
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def compress(config: PipelineConfig, folder: Path, seed: int, tuned: Path) -> fl
     clock = folder / "seconds.json"
     if not clock.is_file():
         settings = replace(
-            SETTINGS, seed=seed, base_model_name_or_path=config.base_model_name_or_path,
+            SETTINGS, seed=seed, bf16=config.train.bf16, base_model_name_or_path=config.base_model_name_or_path,
             sft_model_name_or_path=str(tuned / "model"), output_dir=str(folder),
         )  # fmt: skip
         start = time.perf_counter()
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             "what": "LCDD alone on SmolLM2-135M-Instruct, default settings; figures of the validation split",
             "command": command("smollm2", sys.argv[1:] if argv is None else argv),
             "environment": environment() | {"threads": torch.get_num_threads()},
-            "settings": SETTINGS.lasting(),
+            "settings": SETTINGS.lasting() | {"bf16": config.train.bf16},
             "runs": rows,
             "open_gates_across_seeds": gate_overlap(of_seeds) if len(of_seeds) > 1 else None,
         })  # fmt: skip

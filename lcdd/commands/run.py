@@ -22,7 +22,7 @@ from lcdd.commands.eval import eval_, text_and_harness
 from lcdd.commands.ledger import Ledger, has_run
 from lcdd.commands.reporting import open_page
 from lcdd.commands.sft import sft
-from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, resolve_device, tell
+from lcdd.commands.stage import Say, StageResult, _silent, check_shapes, resolve_device, settle_precision, tell
 from lcdd.commands.train import train
 from lcdd.config import PipelineConfig, TrainConfig
 from lcdd.data import Prepared, off_topic_ids, prepare, prompt_ids, training_items
@@ -37,6 +37,7 @@ def run(config: PipelineConfig, *, say: Say = tell) -> StageResult:
     config.require("base_model_name_or_path", "output_dir")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("run: expected one process, got torchrun's several; run `lcdd sft` and `lcdd train` under it")
+    config = settle_precision(config)
     base, sft_model = str(config.base_model_name_or_path), config.sft_model_name_or_path
     resumed = has_run(Path(str(config.output_dir)), resume=config.resume)
     if sft_model is not None:

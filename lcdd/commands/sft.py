@@ -35,6 +35,7 @@ from lcdd.models import (
     save_weights,
     shards,
     skeleton,
+    warn_of_emulation,
 )
 from lcdd.optimizer import SFTOptimizer
 from lcdd.trainer import HeldOut, TrainResult, check_ranks, fit
@@ -132,9 +133,12 @@ def _load(config: SFTConfig, prepared: Prepared, overrides: list[str]) -> tuple[
     """The base, in float32 where it is stored in 16 bits, in which small updates vanish; and the dtype that it is
     stored in."""
     shard = sharding(config, trained=True, train_unmasked=config.train_unmasked, widen=True)
+    device = resolve_device(config.device)
+    if config.bf16:
+        warn_of_emulation(device, asked=True)
     model = load_model(
         str(config.base_model_name_or_path),
-        device=resolve_device(config.device),
+        device=device,
         overrides=overrides if config.checkpoint_override else None,
         shard=shard,
     )

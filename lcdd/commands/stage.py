@@ -19,12 +19,13 @@ from lcdd.checkpoint import (
     write_json,
 )
 from lcdd.checkpoint.identity import versions
-from lcdd.config import Config, DataConfig
+from lcdd.config import SECTIONS, Config, DataConfig, PipelineConfig
 from lcdd.errors import InputError
 from lcdd.models import (
     PreTrainedModel,
     Sharding,
     check_same_architecture,
+    computes_bf16,
     find_adapter,
     load_model,
     load_model_type,
@@ -32,6 +33,7 @@ from lcdd.models import (
     shape_of,
     shards,
     skeleton,
+    warn_of_emulation,
 )
 from lcdd.report import paragraph, terminal_width
 
@@ -79,6 +81,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def settle_precision(config: PipelineConfig) -> PipelineConfig:
+    """The settings with each section's own bf16, as `precision` asks for on the devices that are here."""
+    if config.precision is None:
+        return config
+    devices = {resolve_device(getattr(config, section).device) for section in SECTIONS}
+    auto = config.precision == "auto" and all(computes_bf16(device) for device in devices)
+    return config.with_bf16(auto or config.precision == "bfloat16")
+
+
 def sharding(config: Any, **how: bool) -> Sharding | None:
     """How a stage's models are sharded over the ranks; None: each rank holds them whole. To be called on every rank.
 
@@ -108,7 +119,10 @@ def load_weights(
     """
     dtype = torch.bfloat16 if config.bf16 else dtype
     allowed = (overrides if overrides is not None else []) if config.checkpoint_override else None
-    model = load_model(str(path), dtype=dtype, device=resolve_device(config.device), overrides=allowed, shard=shard)
+    device = resolve_device(config.device)
+    model = load_model(str(path), dtype=dtype, device=device, overrides=allowed, shard=shard)
+    if model.dtype == torch.bfloat16:
+        warn_of_emulation(device, asked=config.bf16)
     return model if shard is not None else model.requires_grad_(False)
 
 

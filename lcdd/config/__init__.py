@@ -21,7 +21,7 @@ from lcdd.config.fields import (
     read_yaml,
     type_name,
 )
-from lcdd.config.pipeline import DemoConfig, PipelineConfig, PlanConfig
+from lcdd.config.pipeline import SECTIONS, DemoConfig, PipelineConfig, PlanConfig
 from lcdd.config.shared import Answers
 from lcdd.config.training import GATE_KINDS, LCDDConfig, SFTConfig, TrainConfig
 
@@ -29,6 +29,7 @@ __all__ = [
     "BEHAVIOR_NAMES",
     "CHANNEL_KINDS",
     "GATE_KINDS",
+    "SECTIONS",
     "Answers",
     "AuditConfig",
     "ChatConfig",

@@ -1,6 +1,6 @@
 """Settings of the demo, the plan and the pipeline of all stages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lcdd.config.data import DataConfig
 from lcdd.config.eraser import EraserConfig
@@ -12,6 +12,8 @@ from lcdd.errors import InputError
 
 PLAN_DTYPES = ("float32", "bfloat16", "float16")
 LINKS = ("nvlink", "pcie", "400gbe", "100gbe")
+PRECISIONS = ("auto", "bfloat16", "checkpoint")
+SECTIONS = ("sft", "train", "erase", "eval", "audit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,12 @@ class PipelineConfig(Writes, OfBase):
         True,
         "also run the controls: the same trigger optimisation on plain SFT and on a matched-norm dense SFT",
     )
+    precision: str | None = option(
+        None,
+        "of every section, instead of a bf16 of its own: bfloat16 (bf16 on); the checkpoint's dtype (bf16 off); auto: "
+        "bfloat16 where the device computes in it, which a CPU without AVX-512 emulates, 10 to 30 times slower",
+        choices=PRECISIONS,
+    )
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "data set and behaviour"})
     sft: SFTConfig = field(default_factory=SFTConfig, metadata={"help": "as `lcdd sft`"})
     train: LCDDConfig = field(default_factory=LCDDConfig, metadata={"help": "as `lcdd train`"})
@@ -110,13 +118,8 @@ class PipelineConfig(Writes, OfBase):
 
     def check(self) -> None:
         super().check()
-        audit = self.audit.bf16 if self.run_audit else self.eval.bf16
-        if not self.train.bf16 == self.erase.bf16 == self.eval.bf16 == audit:
-            raise InputError(
-                f"PipelineConfig.erase.bf16: expected the same bf16 in train, erase, eval and audit, since a carrier "
-                f"belongs to a base of one dtype, got {self.train.bf16}, {self.erase.bf16}, {self.eval.bf16}, {audit}"
-            )
-        for section in ("sft", "train", "erase", "eval", "audit"):
+        self._check_precision()
+        for section in SECTIONS:
             config = getattr(self, section)
             if getattr(config, "resume", False):
                 raise InputError(
@@ -129,3 +132,22 @@ class PipelineConfig(Writes, OfBase):
                         f"PipelineConfig.{section}.{name}: expected nothing, since the pipeline connects its "
                         f"stages itself, got {getattr(config, name)!r}"
                     )
+
+    def _check_precision(self) -> None:
+        own = [section for section in SECTIONS if getattr(self, section).bf16]
+        if self.precision is not None and own:
+            raise InputError(
+                f"PipelineConfig.{own[0]}.bf16: expected nothing beside precision, which is every section's, got true "
+                f"beside {self.precision!r}"
+            )
+        audit = self.audit.bf16 if self.run_audit else self.eval.bf16
+        if not self.train.bf16 == self.erase.bf16 == self.eval.bf16 == audit:
+            raise InputError(
+                f"PipelineConfig.erase.bf16: expected the same bf16 in train, erase, eval and audit, since a carrier "
+                f"belongs to a base of one dtype, got {self.train.bf16}, {self.erase.bf16}, {self.eval.bf16}, {audit}"
+            )
+
+    def with_bf16(self, bf16: bool) -> "PipelineConfig":
+        """The same with `bf16` in every section, as `precision` asked for."""
+        sections = {name: replace(getattr(self, name), bf16=bf16) for name in SECTIONS}
+        return replace(self, precision=None, **sections)

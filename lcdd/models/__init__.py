@@ -41,6 +41,7 @@ from lcdd.models.packed_rows import (
     why_not_packed,
 )
 from lcdd.models.parallel import Replicated, process_group, share
+from lcdd.models.precision import computes_bf16, warn_of_emulation
 from lcdd.models.probe import Ends, probe
 from lcdd.models.saving import save_weights
 from lcdd.models.shards import full, local
@@ -92,6 +93,7 @@ __all__ = [
     "check_rows",
     "check_same_architecture",
     "common_prefix",
+    "computes_bf16",
     "decoder_layers",
     "feed_forwards",
     "find_adapter",
@@ -131,5 +133,6 @@ __all__ = [
     "token_rows",
     "unmasked_changes",
     "unmasked_parameters",
+    "warn_of_emulation",
     "why_not_packed",
 ]

@@ -53,6 +53,11 @@ CLASSES = [
         (lambda: DataConfig(validation_fraction=0.6, test_fraction=0.4), r"validation_fraction \+ test_fraction < 1"),
         (lambda: EvalConfig(matched_norm_trigger="x"), "expected matched_norm_model_name_or_path beside it"),
         (lambda: PipelineConfig(sft=SFTConfig(output_dir="x")), r"PipelineConfig.sft.output_dir: expected nothing"),
+        (lambda: PipelineConfig(precision="float16"), "expected one of auto, bfloat16, checkpoint, got 'float16'"),
+        (
+            lambda: PipelineConfig(precision="auto", eval=EvalConfig(bf16=True)),
+            r"PipelineConfig.eval.bf16: expected nothing beside precision, .* got true beside 'auto'",
+        ),
         (lambda: PipelineConfig(erase=EraserConfig(resume=True)), r"PipelineConfig.erase.resume: expected it off"),
     ],
 )
