@@ -39,6 +39,11 @@ _DENSE: tl.constexpr = tl.constexpr(DENSE)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
 _PANELS: tl.constexpr = tl.constexpr(PANELS)
 
+# A gather has no neighbours, from which Triton 3.6 concludes that lanes may run down its columns: scattered loads, and
+# every tile through shared memory. It is promised two along the row, which only decides the order: a load stays one
+# element wide, since neither the gradient's alignment nor a mask by column allows more (`test_aot` looks at it).
+_GATHERED: tl.constexpr = tl.constexpr(2)
+
 
 # ---------------------------------------------------------------- device functions
 @triton.jit
@@ -230,15 +235,15 @@ def delta_grad_stats_kernel(
             row_open = (row_rank >= 0)[:, None]
             if LAYOUT == _BLOCK:
                 needed = inside & row_open & col_open[None, :]
-                block_at = grad_ptr + packed_row * n_packed + packed_col[None, :]
-                grad = tl.load(block_at, mask=needed, other=0.0).to(tl.float32)
+                block_at = tl.max_contiguous(packed_row * n_packed + packed_col[None, :], (1, _GATHERED))
+                grad = tl.load(grad_ptr + block_at, mask=needed, other=0.0).to(tl.float32)
                 for_rows = grad
             else:
                 needed = inside & (row_open | col_open[None, :])
                 rows_at = grad_ptr + packed_row * n_cols + cols[None, :]
                 grad = tl.load(rows_at, mask=inside & row_open, other=0.0).to(tl.float32)
-                cols_at = grad_cols_ptr + row64 * n_packed + packed_col[None, :]
-                for_rows = tl.load(cols_at, mask=inside & col_open[None, :], other=0.0).to(tl.float32)
+                cols_at = tl.max_contiguous(row64 * n_packed + packed_col[None, :], (1, _GATHERED))
+                for_rows = tl.load(grad_cols_ptr + cols_at, mask=inside & col_open[None, :], other=0.0).to(tl.float32)
         delta = tl.load(delta_ptr + row64 * n_cols + cols[None, :], mask=needed, other=0.0).to(tl.float32)
         row_sum = per_lane(col_gate[None, :] * (delta * for_rows))
         this_step = tl.arange(0, STEPS)[None, None, :] == step
@@ -364,7 +369,8 @@ def delta_adamw_kernel(
             needed = inside & (row_rank >= 0)[:, None] & (col_rank >= 0)[None, :]
             packed_row = row_rank.to(tl.int64)[:, None]
             if LAYOUT == _BLOCK:
-                grad = tl.load(grad_ptr + packed_row * n_packed + packed_col[None, :], mask=needed, other=0.0)
+                block_at = tl.max_contiguous(packed_row * n_packed + packed_col[None, :], (1, _GATHERED))
+                grad = tl.load(grad_ptr + block_at, mask=needed, other=0.0)
             else:
                 grad = tl.load(grad_ptr + packed_row * n_cols + cols[None, :], mask=needed, other=0.0)
         gradient = ((row_old[:, None] * col_old[None, :]) * scale) * grad.to(tl.float32)

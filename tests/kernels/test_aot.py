@@ -185,7 +185,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
-def test_kernels_that_write_weights_do_not_fuse_and_panels_are_stored_in_vectors() -> None:
+def test_weights_are_written_without_fusing_panels_in_vectors_and_gathers_one_by_one() -> None:
     """Bit-identity of W_eff between backends: no fused multiply-add in their PTX, on any target."""
     code = """
 from lcdd_kernels import aot
@@ -206,6 +206,10 @@ from lcdd_kernels.triton_kernels import packed_grad
 pack = next(entry for entry in packed_grad.aot_signatures() if entry.label == "i16 elements aligned")
 ptx = aot._compile(pack, aot.TARGETS["90"]).asm["ptx"]
 print("pack", ptx.count("st.global") - ptx.count("st.global.v4.b32"))
+gather = next(entry for entry in delta_step.aot_signatures() if entry.label == "D fp32 G bf16 block aligned")
+ptx = aot._compile(gather, aot.TARGETS["90"]).asm["ptx"]
+tile = gather.constexprs["BLOCK_M"] * gather.constexprs["BLOCK_N"] // (32 * gather.config.num_warps)
+print("gather", ptx.count("ld.global.b16") - tile)
 """
     done = run_compiling("-c", code)
     assert done.returncode == 0, done.stderr
@@ -216,5 +220,7 @@ print("pack", ptx.count("st.global") - ptx.count("st.global.v4.b32"))
         assert not any(counts), f"{kernel}: fused multiply-adds {counts}"
     # While a compiler is at hand: a panel is stored 16 bytes at a time.
     assert ["pack", "0"] in fused
+    # A packed gradient, the only 16 bits here, one element at a time: `_GATHERED` promises neighbours that are not there.
+    assert ["gather", "0"] in fused
     # The search does find them where they are allowed.
     assert any(int(count) for name, count in fused if name == "delta_grad_stats_kernel")
