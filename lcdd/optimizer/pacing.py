@@ -327,8 +327,7 @@ class PacedClosing:
         if not math.isfinite(loss):
             return []
         seen = self.gates.values != 0  # of a closed gate no gradient is made where gradients are packed
-        squared = d_gate.square().to(self.worth.dtype)
-        self.worth = torch.where(seen, WORTH_BETA * self.worth + (1 - WORTH_BETA) * squared, self.worth)
+        self.worth = torch.where(seen, self._weigh(d_gate), self.worth)
         throttle = self.dual.update(loss)
         if not self.frozen:
             self._move(throttle)
@@ -338,6 +337,10 @@ class PacedClosing:
         self._settle()
         self.draw(evaluation=False)
         return [self._price]
+
+    def _weigh(self, d_gate: Tensor) -> Tensor:
+        """What each gate is worth now, if it is open; compared with other estimates by `benchmarks.importance`."""
+        return WORTH_BETA * self.worth + (1 - WORTH_BETA) * d_gate.square().to(self.worth.dtype)
 
     def step(self, loss: float, seen: Sequence[float]) -> None:
         self.dual.dual_lambda = seen[0]
@@ -404,7 +407,7 @@ class PacedClosing:
     def _reopen(self, count: int) -> None:
         if count > 0:
             ranked = self.worth / self.prices
-            worth, order = torch.where(self.open, -1.0, ranked).sort(stable=True, descending=True)
+            worth, order = torch.where(self.open, -math.inf, ranked).sort(stable=True, descending=True)
             self._turn(order[:count], open_=True)
             self._price = worth[count - 1]
 

@@ -220,7 +220,7 @@ print("gather", ptx.count("ld.global.b16") - tile)
         assert not any(counts), f"{kernel}: fused multiply-adds {counts}"
     # While a compiler is at hand: a panel is stored 16 bytes at a time.
     assert ["pack", "0"] in fused
-    # A packed gradient, the only 16 bits here, one element at a time: `_GATHERED` promises neighbours that are not there.
+    # A packed gradient, the only 16 bits here, one element at a time, although `_GATHERED` promises neighbours.
     assert ["gather", "0"] in fused
     # The search does find them where they are allowed.
     assert any(int(count) for name, count in fused if name == "delta_grad_stats_kernel")
