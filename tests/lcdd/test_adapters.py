@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fixtures.checkpoints import SENTENCES, make_model, make_tokenizer, write_jsonl
 from lcdd.carrier import Carrier
@@ -19,6 +20,7 @@ from lcdd.config import SFTConfig
 from lcdd.errors import InputError
 from lcdd.models import (
     LoRALayers,
+    adapters,
     find_adapter,
     in_words,
     load_model,
@@ -66,6 +68,34 @@ def adapter(base: Path, folder: Path, config: peft.PeftConfig, **settings: Any) 
 def test_rows_alone_are_merged_where_products_are_all_there_is(settings: dict[str, Any], rows: bool) -> None:
     found = json.loads(json.dumps(lora().to_dict(), default=str)) | settings
     assert can_merge_rows(Adapter(folder=Path(), settings=found)) is rows
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_ranks_rows_of_any_layer_get_what_the_whole_layer_gets(half: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear, embedding, and Conv1D, whose weight lies the other way round; here a rank is half of each weight."""
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"linear": nn.Linear(6, 8), "embedding": nn.Embedding(10, 6), "conv": Conv1D(12, 6)})
+    config = peft.LoraConfig(target_modules=list(layers), r=2, init_lora_weights=False)
+    tuner = peft.LoraModel(layers, config, "default")
+    before = {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers.items()}
+
+    def rows(weight: torch.Tensor, part: int = half) -> torch.Tensor:
+        return weight[part * len(weight) // 2 : (part + 1) * len(weight) // 2]
+
+    monkeypatch.setattr(adapters.shards, "local", rows)
+    monkeypatch.setattr(adapters.shards, "row_offset", lambda weight: half * (len(weight) // 2))
+    with torch.no_grad():
+        adapters._add_rows(tuner)
+    found = {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.get_base_layer().weight.data.copy_(before[name])
+    whole = tuner.merge_and_unload()
+    for name, weight in found.items():
+        expected = getattr(whole, name).weight if hasattr(whole, name) else whole[name].weight
+        assert torch.equal(rows(weight), rows(expected)), name
+        assert not torch.equal(rows(weight), rows(before[name])), name
+        assert torch.equal(rows(weight, 1 - half), rows(before[name], 1 - half)), name
 
 
 def lora(**settings: Any) -> peft.LoraConfig:

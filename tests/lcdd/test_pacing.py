@@ -426,6 +426,19 @@ def test_a_behaviour_that_goes_is_beyond_any_budget() -> None:
     assert found.update(1.0) > 0
 
 
+def test_a_behaviour_that_was_lost_before_a_run_was_interrupted_is_lost_after_it() -> None:
+    found = pace(loss_floor=0.0)
+    found.observe_behavior(1.0)
+    for _ in range(40):
+        found.update(1.0)
+    found.observe_behavior(0.5)
+    resumed = pace(loss_floor=0.0)
+    resumed.load_state_dict(found.state_dict())
+    assert resumed.behavior_lost
+    assert [resumed.update(1.0) for _ in range(GIVING_BACK + 3)] == [-1.0] * GIVING_BACK + [0.0] * 3
+    assert not resumed.observe_behavior(0.75)  # of the first share, which came along
+
+
 def test_a_behaviour_that_sft_shows_in_few_answers_is_not_missed_in_a_few() -> None:
     """None of eight where one in five is expected: no reason to wait for ever."""
     found = pace(loss_floor=0.0)
