@@ -44,6 +44,7 @@ from lcdd.models import (
 from lcdd.optimizer import LCDDOptimizer, epsilon_of
 from lcdd.trainer import (
     Anchors,
+    Finding,
     HeldOut,
     Loop,
     StartLosses,
@@ -110,7 +111,12 @@ def _train(
             optimizer, train_items, held_out, start=start, anchors=anchors, log=log, teacher=teacher, checkpoints=store,
             say=say, on_validation=(answers,),
         )  # fmt: skip
-    carrier, behavior = optimizer.carrier().with_tokenizer(prepared.tokenizer), answers.judge(model)
+        behavior = answers.judge(model)
+        lost = _lost(result, before, behavior, config)
+        if lost:
+            log.write({"step": result.steps, "findings": [finding.code for finding in lost]})
+    result = dataclasses.replace(result, findings=(*result.findings, *lost))
+    carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
     written = [output / "carrier"]
     if shards.rank() == 0:
         carrier.save_pretrained(output / "carrier")
@@ -119,7 +125,6 @@ def _train(
     if shards.rank() > 0:
         return StageResult(written=(), next_step="")
     overrides += store.overrides if store else []
-    result = _judged(result, before, behavior, config)
     found = {
         "result": dataclasses.asdict(result),
         "carrier": carrier.summary(),
@@ -132,15 +137,14 @@ def _train(
     return StageResult(written=tuple(written), next_step=_next_step(config, data, output))
 
 
-def _judged(
+def _lost(
     result: TrainResult, before: BehaviorRate | None, after: BehaviorRate | None, config: LCDDConfig
-) -> TrainResult:
-    """`result` with what its losses do not say: the behaviour's rates before LCDD and after it."""
+) -> list[Finding]:
+    """What the losses in `result` do not say: that the answers no longer show the behaviour."""
     known = {finding.code for finding in result.findings} & {"dead_carrier", "over_pruned"}
     if before is None or after is None or known:
-        return result
-    found = behavior_lost(before.rate, after.ci95, config)
-    return dataclasses.replace(result, findings=(*result.findings, *found))
+        return []
+    return behavior_lost(before.rate, after.ci95, config)
 
 
 def _hold_on(loop: Loop, rate: float) -> None:

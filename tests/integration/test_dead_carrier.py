@@ -88,3 +88,5 @@ def test_a_behaviour_that_went_nevertheless_is_told(sft, tmp_path: Path, capsys,
     assert "a smaller --loss_budget (now 0.2) or --loss_floor (now 3)" in out
     findings = json.loads((tmp_path / "out" / "summary.json").read_text())["result"]["findings"]
     assert [finding["code"] for finding in findings] == ["behavior_lost"]
+    log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["findings"] == ["behavior_lost"]
