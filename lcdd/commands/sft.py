@@ -135,7 +135,7 @@ def _load(config: SFTConfig, prepared: Prepared, overrides: list[str]) -> tuple[
     shard = sharding(config, trained=True, train_unmasked=config.train_unmasked, widen=True)
     device = resolve_device(config.device)
     if config.bf16:
-        warn_of_emulation(device, asked=True)
+        warn_of_emulation(device, torch.bfloat16, asked=True)
     model = load_model(
         str(config.base_model_name_or_path),
         device=device,

@@ -25,7 +25,7 @@ from lcdd.models import (
     PreTrainedModel,
     Sharding,
     check_same_architecture,
-    computes_bf16,
+    computes_in,
     find_adapter,
     load_model,
     load_model_type,
@@ -86,7 +86,7 @@ def settle_precision(config: PipelineConfig) -> PipelineConfig:
     if config.precision is None:
         return config
     devices = {resolve_device(getattr(config, section).device) for section in SECTIONS}
-    auto = config.precision == "auto" and all(computes_bf16(device) for device in devices)
+    auto = config.precision == "auto" and all(computes_in(device, torch.bfloat16) for device in devices)
     return config.with_bf16(auto or config.precision == "bfloat16")
 
 
@@ -121,8 +121,7 @@ def load_weights(
     allowed = (overrides if overrides is not None else []) if config.checkpoint_override else None
     device = resolve_device(config.device)
     model = load_model(str(path), dtype=dtype, device=device, overrides=allowed, shard=shard)
-    if model.dtype == torch.bfloat16:
-        warn_of_emulation(device, asked=config.bf16)
+    warn_of_emulation(device, model.dtype, asked=config.bf16)
     return model if shard is not None else model.requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lcdd.carrier import Carrier, prices_of
-from lcdd.checkpoint import CheckpointStore, run_directory, run_identity
+from lcdd.checkpoint import CheckpointStore, RunLog, run_directory, run_identity
 from lcdd.commands.anchors import base_anchors
 from lcdd.commands.answers import BehaviorRate, ValidationAnswers
 from lcdd.commands.days import day_of_run
@@ -44,7 +44,6 @@ from lcdd.models import (
 from lcdd.optimizer import LCDDOptimizer, epsilon_of
 from lcdd.trainer import (
     Anchors,
-    Finding,
     HeldOut,
     Loop,
     StartLosses,
@@ -111,12 +110,8 @@ def _train(
             optimizer, train_items, held_out, start=start, anchors=anchors, log=log, teacher=teacher, checkpoints=store,
             say=say, on_validation=(answers,),
         )  # fmt: skip
-        behavior = answers.judge(model)
-        lost = _lost(result, before, behavior, config)
-        if lost:
-            log.write({"step": result.steps, "findings": [finding.code for finding in lost]})
-    result = dataclasses.replace(result, findings=(*result.findings, *lost))
-    carrier = optimizer.carrier().with_tokenizer(prepared.tokenizer)
+        carrier, behavior = optimizer.carrier().with_tokenizer(prepared.tokenizer), answers.judge(model)
+        result = _judged(result, before, behavior, config, log)
     written = [output / "carrier"]
     if shards.rank() == 0:
         carrier.save_pretrained(output / "carrier")
@@ -137,14 +132,17 @@ def _train(
     return StageResult(written=tuple(written), next_step=_next_step(config, data, output))
 
 
-def _lost(
-    result: TrainResult, before: BehaviorRate | None, after: BehaviorRate | None, config: LCDDConfig
-) -> list[Finding]:
-    """What the losses in `result` do not say: that the answers no longer show the behaviour."""
+def _judged(
+    result: TrainResult, before: BehaviorRate | None, after: BehaviorRate | None, config: LCDDConfig, log: RunLog
+) -> TrainResult:
+    """`result` with what its losses do not say, logged too: the behaviour's rates before LCDD and after it."""
     known = {finding.code for finding in result.findings} & {"dead_carrier", "over_pruned"}
     if before is None or after is None or known:
-        return []
-    return behavior_lost(before.rate, after.ci95, config)
+        return result
+    found = behavior_lost(before.rate, after.ci95, config)
+    if found:
+        log.write({"step": result.steps, "findings": [finding.code for finding in found]})
+    return dataclasses.replace(result, findings=(*result.findings, *found))
 
 
 def _hold_on(loop: Loop, rate: float) -> None:

@@ -41,7 +41,7 @@ from lcdd.models.packed_rows import (
     why_not_packed,
 )
 from lcdd.models.parallel import Replicated, process_group, share
-from lcdd.models.precision import computes_bf16, warn_of_emulation
+from lcdd.models.precision import computes_in, warn_of_emulation
 from lcdd.models.probe import Ends, probe
 from lcdd.models.saving import save_weights
 from lcdd.models.shards import full, local
@@ -93,7 +93,7 @@ __all__ = [
     "check_rows",
     "check_same_architecture",
     "common_prefix",
-    "computes_bf16",
+    "computes_in",
     "decoder_layers",
     "feed_forwards",
     "find_adapter",

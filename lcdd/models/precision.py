@@ -1,4 +1,4 @@
-"""Whether a device computes in bfloat16, or emulates it: a processor without AVX-512 is then 10 to 30 times slower."""
+"""Whether a device computes in 16 bits, or emulates it: a processor without AVX-512 is then 10 to 30 times slower."""
 
 import functools
 import logging
@@ -7,7 +7,7 @@ import time
 import torch
 
 EMULATED = 3.0
-"""A matrix product in bfloat16 that takes this many times float32's is emulated: hardware is near 1 or below."""
+"""A matrix product in 16 bits that takes this many times float32's is emulated: hardware is near 1 or below."""
 PROBE = (64, 512, 512)
 ROUNDS = 3
 
@@ -15,12 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def bf16_slowdown(device_type: str) -> float:
-    """Time of a small matrix product in bfloat16 over that in float32, on this machine; measured once, in
-    milliseconds. Of a GPU it is 1 where the driver says that it has bfloat16, else infinite."""
+def slowdown(device_type: str, dtype: torch.dtype) -> float:
+    """Time of a small matrix product in `dtype` over that in float32 on this machine's processor, measured once, in
+    tenths of a second. Of a GPU it is 1, or infinite where it has no bfloat16 of its own."""
     if device_type == "cuda":
-        return 1.0 if torch.cuda.is_bf16_supported(including_emulation=False) else float("inf")
-    return _seconds(torch.bfloat16) / _seconds(torch.float32)
+        emulated = dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return float("inf") if emulated else 1.0
+    return _seconds(dtype) / _seconds(torch.float32)
 
 
 def _seconds(dtype: torch.dtype) -> float:
@@ -35,20 +36,17 @@ def _seconds(dtype: torch.dtype) -> float:
     return min(found)
 
 
-def computes_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth its name on `device`."""
-    return bf16_slowdown(device.type) < EMULATED
+def computes_in(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `dtype` is worth its name on `device`."""
+    return dtype == torch.float32 or slowdown(device.type, dtype) < EMULATED
 
 
 @functools.cache
-def warn_of_emulation(device: torch.device, *, asked: bool) -> None:
-    """Say, once, that bfloat16 is slow on `device` if it is; `asked`: by a setting, not by the checkpoint's dtype."""
-    if computes_bf16(device):
+def warn_of_emulation(device: torch.device, dtype: torch.dtype, *, asked: bool) -> None:
+    """Say, once, that `dtype` is slow on `device` if it is; `asked`: by `bf16`, not by the checkpoint's own dtype."""
+    if computes_in(device, dtype):
         return
-    times = (
-        f"{bf16_slowdown(device.type):.0f} times slower than float32 in a small product"
-        if device.type == "cpu"
-        else "slow"
-    )
+    name, times = str(dtype).removeprefix("torch."), slowdown(device.type, dtype)
+    slow = f"{times:.0f} times slower than float32 in a small product" if device.type == "cpu" else "slow"
     instead = "leave bf16 out" if asked else "save the checkpoint in float32 first (`model.float().save_pretrained`)"
-    logger.warning("bfloat16 is emulated on this %s, %s: %s, or expect to wait", device.type.upper(), times, instead)
+    logger.warning("%s is emulated on this %s, %s: %s, or expect to wait", name, device.type.upper(), slow, instead)
