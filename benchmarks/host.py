@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.cases import Place
 from benchmarks.cases.shapes import MODELS, make_model
-from benchmarks.records import RESULTS, ROOT, Environment
+from benchmarks.records import RESULTS, ROOT, cpu_environment, write_json
 from fixtures.gates import gate_logits
 from lcdd.config import LCDDConfig
 from lcdd.models import layout_of
@@ -274,10 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.base:
             trees["base"] = unpack(given.base, Path(temporary))
         found = in_turns(trees, given.steps)
-    record = {**summary(found["here"]), "environment": asdict(Environment.here(torch.device("cpu")))}
+    record = {**summary(found["here"]), "environment": cpu_environment()}
     if given.base:
         record["base"] = {"revision": given.base, **summary(found["base"])}
-    given.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(given.output, record)
     print(json.dumps(record))
 
 

@@ -1,6 +1,7 @@
 """The record of a run: claims with verdicts, every model's numbers, and the ten lines that the README has of it."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from benchmarks.claims.cell import Values, read_parts
 from benchmarks.claims.judge import NOT_MEASURED, control_report, interval_of, judge, mean_of, read_claims, regression
 from benchmarks.claims.models import MODELS
 from benchmarks.claims.together import KINDS, SIZES
+from benchmarks.markdown import table
 
 NUMBERS = {
     "gate_sparsity": "gate_sparsity", "entry_sparsity": "entry_sparsity", "delta_norm": "log_norm", "loss": "log_loss",
@@ -108,11 +110,7 @@ def lines(record: Mapping[str, Any], link: str) -> str:
     claims = {row["name"]: row for row in record["claims"]}
     unmeasured = [name for name, row in claims.items() if row.get("why") == NOT_MEASURED]
     cells = len({row["cell"] for row in record["models"]})
-    tally: dict[str, int] = {}
-    for name, row in claims.items():
-        if name in unmeasured:
-            continue
-        tally[row["verdict"]] = tally.get(row["verdict"], 0) + 1
+    tally = Counter(row["verdict"] for name, row in claims.items() if name not in unmeasured)
     counted = ", ".join(f"{count} {verdict}" for verdict, count in tally.items())
     left = f"; {len(unmeasured)} wait for parts that have not been run" if unmeasured else ""
     parts = [
@@ -120,18 +118,13 @@ def lines(record: Mapping[str, Any], link: str) -> str:
         f"[record]({link}):",
         f"{counted}{left}.",
         "",
-        "| claim | number | verdict |",
-        "|---|---|---|",
     ]
-    for name in [name for name in IN_README if claims[name]["estimate"] is not None][:LINES]:
-        row = claims[name]
-        parts.append(f"| {row['statement']} | {_in_words(row)} | {row['verdict']} |")
-    return "\n".join(parts)
+    shown = [row for name in IN_README if (row := claims[name])["estimate"] is not None][:LINES]
+    rows = [[row["statement"], _in_words(row), row["verdict"]] for row in shown]
+    return "\n".join([*parts, *table(["claim", "number", "verdict"], rows)])
 
 
 def _in_words(row: Mapping[str, Any]) -> str:
-    if row["estimate"] is None:
-        return "–"
     pairs = zip(row["estimate"], row["interval"], row["bound"], strict=True)
     return "; ".join(
         f"{value:+.2f} [{low:+.2f}, {high:+.2f}], wanted {' '.join(bound.split()[-2:])}"
