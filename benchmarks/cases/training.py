@@ -10,16 +10,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.cases import Place
-from benchmarks.cases.shapes import fine_tune, make_model, sizes_of, tiny_sizes, title
+from benchmarks.cases.shapes import fine_tune, make_model, sized
 from benchmarks.harness import Case, Check, Lane, Sample, Workload
 from lcdd.carrier import Carrier
 from lcdd.commands.demo.tasks import VOCABULARY, write_tokenizer
 from lcdd.models import load_tokenizer, save_model
 
+MODEL: dict[str, Any] = {"name": "qwen3-0.6b", "layers": 4, "divide": 2}
 MODULES = {"unfused": "benchmarks.unfused_train", "lcdd": "lcdd"}
 
 
@@ -60,8 +62,7 @@ class Run:
     """Checkpoints, data and settings on disk, made once; both trainers start from them."""
 
     def __init__(self, place: Place, folder: Path) -> None:
-        tiny = place.size == "tiny"
-        sizes = tiny_sizes("qwen3-0.6b") if tiny else sizes_of("qwen3-0.6b", layers=4, divide=2)
+        _, sizes = sized(place, **MODEL)
         sizes |= {"vocab_size": len(VOCABULARY), "tie_word_embeddings": False}
         self.folder, self.numbers = folder, itertools.count()
         (folder / "tokenizer").mkdir()
@@ -144,7 +145,7 @@ def whole_process(place: Place) -> Case:
         Lane(provider="unfused", build=lambda: build("unfused"), exempt="what lcdd is checked against"),
         Lane(provider="lcdd", build=lambda: build("lcdd"), verify=verify),
     ]
-    model = "tiny qwen3-0.6b" if place.size == "tiny" else title("qwen3-0.6b", layers=4, divide=2)
+    model, _ = sized(place, **MODEL)
     return Case(
         name="lcdd train, whole process",
         params={"model": model, "steps": 12, "micro_batches": 4, "dtype": "float32"},
