@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.cell import Values, read_parts
-from benchmarks.claims.judge import NOT_MEASURED, control_report, interval_of, judge, mean_of, read_claims, regression
+from benchmarks.claims.judge import NOT_MEASURED, control_report, judge, mean_of, read_claims, regression
 from benchmarks.claims.models import MODELS
 from benchmarks.claims.together import KINDS, SIZES
 from benchmarks.markdown import table
@@ -69,7 +69,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, key in NUMBERS.items():
         if key in values:
-            number = mean_of([values[key]])
+            number = mean_of([values[key]]).value
             found[name] = round(math.exp(number) if key.startswith("log_") else number, 6)
     return found
 
@@ -81,14 +81,11 @@ def means(cells: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
     for state in states:
         quantities = dict.fromkeys(key for values in cells.values() for key in values.get(state, {}))
         rows = {key: [v[state][key] for v in cells.values() if key in v.get(state, {})] for key in quantities}
-        found[state] = {
-            key: {
-                "mean": round(mean_of(row), 5),
-                "interval": [round(end, 5) for end in interval_of(row)],
-                "cells": len(row),
-            }
-            for key, row in rows.items()
-        }
+        found[state] = {}
+        for key, row in rows.items():
+            mean = mean_of(row)
+            interval = [round(mean.low, 5), round(mean.high, 5)]
+            found[state][key] = {"mean": round(mean.value, 5), "interval": interval, "cells": len(row)}
     return found
 
 
@@ -99,9 +96,9 @@ def together(cells: Mapping[str, Values]) -> list[dict[str, Any]]:
         for kind in KINDS:
             found = [values[state] for values in cells.values() if (state := f"{size} {kind}") in values]
             if found:
-                rows.append({"behaviors": size, "kind": kind, "cells": len(found)} | {
-                    key: round(mean_of([row[key] for row in found]), 4) for key in ("intended", "on_topic", "off_topic")
-                })  # fmt: skip
+                asked = ("intended", "on_topic", "off_topic")
+                shares = {key: round(mean_of([row[key] for row in found]).value, 4) for key in asked}
+                rows.append({"behaviors": size, "kind": kind, "cells": len(found), **shares})
     return rows
 
 
