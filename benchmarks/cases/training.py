@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.cases import Place
 from benchmarks.cases.shapes import fine_tune, make_model, sized
-from benchmarks.harness import Case, Check, Lane, Sample, Workload
+from benchmarks.harness import Case, Check, Lane, Sample, Workload, status_bytes
 from lcdd.carrier import Carrier
 from lcdd.commands.demo.tasks import VOCABULARY, write_tokenizer
 from lcdd.models import load_tokenizer, save_model
@@ -38,19 +38,14 @@ class Outcome:
 
 
 def watched(command: Sequence[str]) -> tuple[float, int]:
-    """Run a command: (seconds, peak resident bytes). The peak is read from /proc while it runs, several times a
-    second, because a child's ru_maxrss begins at its parent's. RuntimeError with its output where it fails."""
+    """Run a command: (seconds, peak resident bytes, which is looked at while it runs). RuntimeError with its output
+    where it fails."""
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        status = Path(f"/proc/{child.pid}/status")
         while child.poll() is None:
             time.sleep(0.05)
-            try:
-                lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-            except OSError:  # it has ended, or this is no Linux
-                continue
-            peak = max([peak, *(1024 * int(line.split()[1]) for line in lines)])
+            peak = max(peak, status_bytes("VmHWM", child.pid))
         seconds = time.perf_counter() - start
         if child.returncode:
             output.seek(0)
