@@ -17,7 +17,6 @@ import copy
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.cases import Place
 from benchmarks.cases.shapes import MODELS, make_model
+from benchmarks.compare import bring_benchmarks
 from benchmarks.records import RESULTS, ROOT, cpu_environment, write_json
 from fixtures.gates import gate_logits
 from lcdd.config import LCDDConfig
@@ -252,9 +252,7 @@ def unpack(revision: str, folder: Path) -> Path:
     """The packages of another commit, with this benchmark beside them."""
     archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
-    for name in ("benchmarks", "fixtures"):
-        shutil.rmtree(folder / name)
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    bring_benchmarks(folder)
     return folder
 
 
