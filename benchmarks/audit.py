@@ -12,11 +12,12 @@ differences and claims) and audit.md (the same to read). One run:
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demos import add_arguments, command, environment, read_reports, run_all, write_json
+from benchmarks.demos import add_arguments, command, environment, read_reports, run_all
+from benchmarks.markdown import table
+from benchmarks.records import timestamp, write_json
 
 RUN_KEYS = ("behavior", "seed", "split", "sparsity", "gates", "findings", "timings", "fingerprints")
 
@@ -46,30 +47,29 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         "Intervals (95%) are over seeds: Student's t, or what the runs' own intervals over prompts leave, whichever is "
         "wider. Verdicts come from the numbers alone (`lcdd/evaluate/claims.py`).",
         "",
-        "| claim | " + " | ".join(found) + " |",
-        "|---|" + "---|" * len(found),
     ]
-    verdicts = {name: {claim["name"]: claim for claim in part["claims"]} for name, part in found.items()}
-    for claim in next(iter(verdicts.values())):
-        cells = " | ".join(verdicts[name][claim]["verdict"] for name in found)
-        lines.append(f"| {next(iter(verdicts.values()))[claim]['statement']} | {cells} |")
+    verdicts = [{claim["name"]: claim for claim in part["claims"]} for part in found.values()]
+    judged = [
+        [claim["statement"], *(of_part[name]["verdict"] for of_part in verdicts)] for name, claim in verdicts[0].items()
+    ]
+    lines += table(["claim", *found], judged)
     for name, part in found.items():
-        lines += ["", f"## {name}", "", "| state | behaviour rate | base match |", "|---|---|---|"]
-        for state, row in part["states"].items():
-            cells = []
-            for key in ("behavior_rate", "base_match"):
-                low, high = row[f"{key}_ci95"]
-                cells.append(f"{row[key]:.3f} [{low:.3f}, {high:.3f}]")
-            lines.append(f"| {state} | {' | '.join(cells)} |")
-        lines += ["", "| claim's number | value | verdict |", "|---|---|---|"]
-        for claim in part["claims"]:
-            for row in claim["evidence"]:
-                value = "–"
-                if "value" in row:
-                    low, high = row["ci95"]
-                    value = f"{row['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
-                lines.append(f"| {row['rule']} | {value} | {row['verdict']} |")
+        states = [
+            [state, *(_in_words(row[key], row[f"{key}_ci95"], "") for key in ("behavior_rate", "base_match"))]
+            for state, row in part["states"].items()
+        ]
+        evidence = [
+            [row["rule"], _in_words(row["value"], row["ci95"], "+") if "value" in row else "–", row["verdict"]]
+            for claim in part["claims"] for row in claim["evidence"]
+        ]  # fmt: skip
+        lines += ["", f"## {name}", "", *table(["state", "behaviour rate", "base match"], states)]
+        lines += ["", *table(["claim's number", "value", "verdict"], evidence)]
     return "\n".join(lines) + "\n"
+
+
+def _in_words(value: float, interval: Sequence[float], sign: str) -> str:
+    low, high = interval
+    return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seeds": arguments.seeds,
         "split": arguments.split,
         "prompts": first["audit"]["n_prompts"],
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": timestamp()[:10],
         "environment": environment(),
         "processes": arguments.processes,
         "versions": first["versions"],

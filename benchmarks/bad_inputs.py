@@ -24,7 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from benchmarks.crash_test import write_record
+from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
+from lcdd.cli import main as lcdd
+from lcdd.config import LCDDConfig, SFTConfig
 
 LIMIT_SECONDS = 1.0
 
@@ -220,7 +226,7 @@ def data_cases(folder: Path, generator: random.Random) -> Iterator[Case]:
     yield Case("data: a directory", training(folder, folder), "dataset_name")
     yield Case("data: no file", training(folder, folder / "none.jsonl"), "dataset_name")
     yield Case("data: a name of 5000 letters", training(folder, Path("x" * 5000 + ".jsonl")), "xxx")
-    data = training(folder, folder / "good.jsonl")
+    data = training(folder)
     own = ["--behavior", "own"]
     for name, flags, names in (
         ("no such column", ["--prompt_column", "q", "--completion_column", "a"], "good.jsonl:1"),
@@ -263,8 +269,10 @@ def file_name(name: str) -> str:
     return name.replace(" ", "_").replace("/", "_")
 
 
-def training(folder: Path, data: Path, base: Path | None = None) -> list[str]:
-    return ["sft", "--base_model_name_or_path", str(base or folder / "base"), "--dataset_name", str(data)]
+def training(folder: Path, data: Path | None = None, base: Path | None = None) -> list[str]:
+    """SFT, of what is good but for what is given."""
+    base, data = base or folder / "base", data or folder / "good.jsonl"
+    return ["sft", "--base_model_name_or_path", str(base), "--dataset_name", str(data)]
 
 
 def template_cases(folder: Path) -> Iterator[Case]:
@@ -276,13 +284,13 @@ def template_cases(folder: Path) -> Iterator[Case]:
         names = "good.jsonl:"
         if name in ("not closed", "an unknown tag", "an unknown filter", "not UTF-8", "nothing at all"):
             names = str(path)
-        yield Case(f"template: {name}", [*training(folder, folder / "good.jsonl"), *flags], names)
+        yield Case(f"template: {name}", [*training(folder), *flags], names)
         if name != "only the first turn":
             generate = ["generate", "--base_model_name_or_path", str(folder / "base"), "--prompt", "Hi"]
             yield Case(f"template: generate, {name}", [*generate, *flags], "" if names == "good.jsonl:" else names)
     for name, path in (("a directory", folder), ("no file", folder / "none.jinja")):
         flags = ["--chat_template", str(path)]
-        yield Case(f"template: {name}", [*training(folder, folder / "good.jsonl"), *flags], "chat_template")
+        yield Case(f"template: {name}", [*training(folder), *flags], "chat_template")
 
 
 def model_cases(folder: Path) -> Iterator[Case]:
@@ -292,7 +300,7 @@ def model_cases(folder: Path) -> Iterator[Case]:
         return Path(shutil.copytree(folder / "base", folder / f"model-{file_name(name)}"))
 
     def case(name: str, base: Path) -> Case:
-        return Case(f"model: {name}", training(folder, folder / "good.jsonl", base), str(base))
+        return Case(f"model: {name}", training(folder, base=base), str(base))
 
     for name, entries in CONFIGS.items():
         base = copy(name)
@@ -307,22 +315,17 @@ def model_cases(folder: Path) -> Iterator[Case]:
             (base / file).write_bytes(content)
         # what fails is asked of an example, or a template that is not Jinja of the tokenizer
         names = "good.jsonl:" if name == "a template that fails" else file if "generation" in name else str(base)
-        yield Case(f"model: {name}", training(folder, folder / "good.jsonl", base), "" if "of range" in name else names)
+        yield Case(f"model: {name}", training(folder, base=base), "" if "of range" in name else names)
     for name, entries in TOKENIZER_SETTINGS.items():
         base = copy(f"tokenizer {name}")
         _change(base / "tokenizer_config.json", entries)
         yield case(name, base)
     yield from _vocabulary_cases(folder, copy)
-    yield Case("model: a name without owner", training(folder, folder / "good.jsonl", Path("no-such-model")), "no-such")
+    yield Case("model: a name without owner", training(folder, base=Path("no-such-model")), "no-such")
 
 
 def _vocabulary_cases(folder: Path, copy: Any) -> Iterator[Case]:
     """Tokens without a row, weights without a place."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from fixtures.checkpoints import make_tokenizer
-
     for name, add in {
         "a pad token without a row": lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "<pad>"}),
         "an added token without a row": lambda tokenizer: tokenizer.add_tokens(["<thing>"]),
@@ -332,7 +335,7 @@ def _vocabulary_cases(folder: Path, copy: Any) -> Iterator[Case]:
         tokenizer.add_tokens([f"<{n}>" for n in range(500 - len(tokenizer))])
         add(tokenizer)
         tokenizer.save_pretrained(base)
-        yield Case(f"model: {name}", training(folder, folder / "good.jsonl", base), str(base))
+        yield Case(f"model: {name}", training(folder, base=base), str(base))
     for name, key in {
         "a bias without a place": "model.layers.0.self_attn.q_proj.bias",
         "a layer without a place": "model.layers.7.mlp.up_proj.weight",
@@ -341,7 +344,7 @@ def _vocabulary_cases(folder: Path, copy: Any) -> Iterator[Case]:
         base = copy(name)
         tensors = {**load_file(base / "model.safetensors"), key: torch.ones(4)}
         save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-        yield Case(f"model: {name}", training(folder, folder / "good.jsonl", base), key)
+        yield Case(f"model: {name}", training(folder, base=base), key)
 
 
 def _change(file: Path, entries: dict[str, Any]) -> None:
@@ -351,23 +354,15 @@ def _change(file: Path, entries: dict[str, Any]) -> None:
 
 def setting_cases(folder: Path) -> Iterator[Case]:
     """Every setting of sft and train outside its range, with a wrong choice or type; by flag and by YAML."""
-    from lcdd.config import LCDDConfig, SFTConfig
-
-    good = folder / "good.jsonl"
     for command, config in (("sft", SFTConfig), ("train", LCDDConfig)):
-        start = [command, "--base_model_name_or_path", str(folder / "base"), "--dataset_name", str(good)]
+        start = [command, *training(folder)[1:]]
         if command == "train":
             start += ["--sft_model_name_or_path", str(folder / "base")]
         hints = typing.get_type_hints(config)
         for item in dataclasses.fields(config):
             bounds, hint = item.metadata.get("bounds", {}), str(hints[item.name])
-            values: list[Any] = []
-            if bounds.get("at_least") is not None:
-                values.append(int(bounds["at_least"]) - 1)
-            if bounds.get("above") is not None:
-                values.append(bounds["above"])
-            if bounds.get("below") is not None:
-                values.append(bounds["below"])
+            values: list[Any] = [] if bounds.get("at_least") is None else [int(bounds["at_least"]) - 1]
+            values += [bounds[edge] for edge in ("above", "below") if bounds.get(edge) is not None]
             if item.metadata.get("choices") or "int" in hint or "float" in hint:
                 values.append("nonsense")
             if "float" in hint:
@@ -390,7 +385,7 @@ def yaml_cases(folder: Path) -> Iterator[Case]:
     for name, text in texts.items():
         path = folder / f"{file_name(name)}.yaml"
         path.write_bytes(b"a: \xff\xfe" if text is None else text.encode())
-        yield Case(f"yaml: {name}", [*training(folder, folder / "good.jsonl"), "--config", str(path)])
+        yield Case(f"yaml: {name}", [*training(folder), "--config", str(path)])
         yield Case(f"pipeline: {name}", ["run", str(path)])
     base, data = str(folder / "base"), {"dataset_name": str(folder / "good.jsonl")}
     for name, more in {
@@ -408,15 +403,13 @@ def yaml_cases(folder: Path) -> Iterator[Case]:
 
 def check(case: Case, output: Path) -> str | None:
     """Run one case; what is wrong with how it failed, or None."""
-    from lcdd.cli import main
-
     name = case.name
     where = [] if case.argv[0] == "generate" else ["--output_dir", str(output)]
     out, errors = io.StringIO(), io.StringIO()
     start = time.process_time()  # of this process alone: other programs' load is not the input's
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            code = main([*case.argv, *where])
+            code = lcdd([*case.argv, *where])
     except SystemExit as stop:  # argparse's own errors
         code = int(stop.code or 0)
     except BaseException as error:
@@ -438,13 +431,11 @@ def check(case: Case, output: Path) -> str | None:
 
 def run_cases(folder: Path, *, every: int = 1, seed: int = 0) -> dict[str, Any]:
     """The figures of all cases, or of each `every`-th one."""
-    from fixtures.checkpoints import SENTENCES, save_checkpoint, write_jsonl
-
     save_checkpoint(folder / "base", max_shard_size="5GB")
     write_jsonl(folder / "good.jsonl", list(SENTENCES[:24]))
     makers = (setting_cases, yaml_cases, template_cases, model_cases)
     cases = [*data_cases(folder, random.Random(seed)), *(case for make in makers for case in make(folder))]
-    check(Case("warm-up: imports", training(folder, folder / "good.jsonl", folder / "none")), folder / "output")
+    check(Case("warm-up: imports", training(folder, base=folder / "none")), folder / "output")
     wrong, kinds = [], Counter[str]()
     for number, case in enumerate(cases[::every]):
         kinds[case.name.split(":")[0]] += 1
@@ -460,7 +451,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record = run_cases(Path(folder), seed=arguments.seed)
-    write_record("malformed_inputs", record)
+    write_record({"malformed_inputs": record})
     print(json.dumps(record, indent=2))
     return int(bool(record["wrong"]))
 

@@ -24,9 +24,7 @@ def compare(arguments: argparse.Namespace) -> int:
         tree = Path(temporary) / "tree"
         subprocess.run(["git", "worktree", "add", "--detach", str(tree), arguments.base], cwd=ROOT, check=True)
         try:
-            shutil.rmtree(tree / "benchmarks", ignore_errors=True)
-            ignored = shutil.ignore_patterns("results", "__pycache__")
-            shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=ignored)
+            bring_benchmarks(tree)
             if not _built(tree):
                 print(f"benchmarks: no native library at {arguments.base}; the reference serves there", file=sys.stderr)
             rows: dict[str, list[Record]] = {"base": [], "here": []}
@@ -40,6 +38,13 @@ def compare(arguments: argparse.Namespace) -> int:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
     _print(rows["base"], rows["here"])
     return 0
+
+
+def bring_benchmarks(tree: Path) -> None:
+    """Today's benchmarks, and what they share with the tests, in the place of another commit's."""
+    for name in ("benchmarks", "fixtures"):
+        shutil.rmtree(tree / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
 
 
 def _built(tree: Path) -> bool:

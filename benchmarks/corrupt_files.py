@@ -22,7 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.crash_test import write_record
-from lcdd.checkpoint import SEAL, file_sha256, model_fingerprint, write_manifest
+from fixtures.checkpoints import make_model, make_tokenizer
+from lcdd.carrier import Carrier
+from lcdd.checkpoint import SEAL, CheckpointStore, file_sha256, model_fingerprint, write_manifest
+from lcdd.config import LCDDConfig
+from lcdd.eraser import Trigger
+from lcdd.optimizer import LCDDOptimizer
 
 Loader = Callable[[Path], Any]
 MANIFESTS = {"carrier": "carrier.json", "trigger": "manifest.json", "checkpoint": "manifest.json"}
@@ -33,37 +38,16 @@ GATES = {"gate_init_mean": 0.0, "gate_init_std": 2.0}
 """About half of the gates are closed: a carrier that has something to damage."""
 
 
-def make_targets(folder: Path) -> dict[str, Path]:
-    """A good carrier, trigger and training checkpoint."""
-    from fixtures.checkpoints import make_model, make_tokenizer
-    from lcdd.checkpoint import CheckpointStore
-    from lcdd.config import LCDDConfig
-    from lcdd.eraser import Trigger
-    from lcdd.optimizer import LCDDOptimizer
-
+def make_targets(folder: Path) -> dict[str, tuple[Path, Loader]]:
+    """A good carrier, trigger and training checkpoint; how each is loaded for use with the small base model, whole."""
     base, tuned = make_model("qwen3", layers=1), make_model("qwen3", seed=1, layers=1)
     optimizer = LCDDOptimizer.attach(tuned, base, LCDDConfig(**GATES), total_steps=10)
     optimizer.carrier().with_tokenizer(make_tokenizer()).save_pretrained(folder / "carrier")
-    metadata = {"base_fingerprint": model_fingerprint(base)}
+    fingerprint = model_fingerprint(base)
+    metadata = {"base_fingerprint": fingerprint}
     Trigger.for_model(base, torch.randn(4, 32), metadata=metadata).save_pretrained(folder / "trigger")
     store = CheckpointStore(folder, identity={"stage": "lcdd"})
     store.save(3, {"optimizer": optimizer.state_dict(), "tokens": 3})
-    return {"carrier": folder / "carrier", "trigger": folder / "trigger", "checkpoint": folder / "checkpoint-3"}
-
-
-def loaders() -> dict[str, Loader]:
-    """How each kind is loaded for use against the small base model, whole."""
-    from fixtures.checkpoints import make_model
-    from lcdd.carrier import Carrier
-    from lcdd.checkpoint import CheckpointStore
-    from lcdd.config import LCDDConfig
-    from lcdd.eraser import Trigger
-    from lcdd.optimizer import LCDDOptimizer
-
-    base = make_model("qwen3", layers=1)
-    optimizer = LCDDOptimizer.attach(make_model("qwen3", seed=1, layers=1), base, LCDDConfig(**GATES), total_steps=10)
-
-    fingerprint = model_fingerprint(base)
 
     def trigger(path: Path) -> None:
         found = Trigger.from_pretrained(path)
@@ -75,9 +59,9 @@ def loaders() -> dict[str, Loader]:
         optimizer.load_state_dict(state["optimizer"])
 
     return {
-        "carrier": lambda path: Carrier.from_pretrained(path).check_base(base),
-        "trigger": trigger,
-        "checkpoint": checkpoint,
+        "carrier": (folder / "carrier", lambda path: Carrier.from_pretrained(path).check_base(base)),
+        "trigger": (folder / "trigger", trigger),
+        "checkpoint": (folder / "checkpoint-3", checkpoint),
     }
 
 
@@ -140,19 +124,20 @@ def lie(folder: Path, kind: str, how: str, generator: random.Random) -> Path:
 
 def fuzz(folder: Path, *, mutations: int, seed: int = 0) -> dict[str, Any]:
     """The figures of `mutations` mutations, spread evenly over kinds and ways."""
-    targets, load = make_targets(folder), loaders()
-    for kind, path in targets.items():
-        load[kind](path)  # whole ones are accepted
+    targets = make_targets(folder)
+    for path, load in targets.values():
+        load(path)  # whole ones are accepted
     generator = random.Random(seed)
     record: dict[str, Any] = {"mutations": 0, "refused": 0, "message_names_the_file": 0, "crashes": 0, "accepted": []}
     ways: Counter[str] = Counter()
     kinds, choices = sorted(targets), [*BLIND * 2, *LIES]
     while record["mutations"] < mutations:
         kind, how = kinds[record["mutations"] % 3], choices[(record["mutations"] // 3) % len(choices)]
+        original, load = targets[kind]
         # beside the original and of its own name, so that only the content differs
-        copy = folder / "mutated" / targets[kind].name
+        copy = folder / "mutated" / original.name
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(targets[kind], copy)
+        shutil.copytree(original, copy)
         if how in BLIND:
             path = generator.choice(sorted(p for p in copy.iterdir() if p.is_file()))
             if how == "remove" and kind == "trigger" and path.name == MANIFESTS[kind]:
@@ -166,7 +151,7 @@ def fuzz(folder: Path, *, mutations: int, seed: int = 0) -> dict[str, Any]:
         record["mutations"] += 1
         ways[how] += 1
         try:
-            load[kind](copy)
+            load(copy)
             record["accepted"].append(f"{kind}: {how} {path.name}")
         except ValueError as error:
             record["refused"] += 1
@@ -187,7 +172,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record = fuzz(Path(folder), mutations=arguments.mutations, seed=arguments.seed)
-    write_record("corrupt_files", record)
+    write_record({"corrupt_files": record})
     print(json.dumps(record, indent=2))
     return int(record["refused"] != record["mutations"])
 

@@ -20,12 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from benchmarks.records import RESULTS, read_json
+from fixtures.checkpoints import write_run_inputs
 from lcdd.checkpoint import verify_directory, write_json
+from lcdd.commands import run as pipeline
+from lcdd.config import DataConfig, LCDDConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / "benchmarks" / "results" / "cpu" / "robustness.json"
+RECORD = RESULTS / "cpu" / "robustness.json"
 STEPS = 12
 DDP_TIMEOUT = 30
 """Seconds. No torchrun is here, which would end a rank that waits for one that died before they met."""
@@ -54,21 +58,8 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def make_inputs(folder: Path) -> None:
-    """Two tiny checkpoints and a data set."""
-    from fixtures.checkpoints import SENTENCES, make_tokenizer, save_checkpoint, write_jsonl
-
-    tokenizer = make_tokenizer()
-    save_checkpoint(folder / "base", tokenizer=tokenizer)
-    save_checkpoint(folder / "sft", seed=1, tokenizer=tokenizer)
-    write_jsonl(folder / "data.jsonl", list(SENTENCES[:24]))
-
-
 def train(folder: Path, output: Path, *, resume: bool, parallel: str = "ddp") -> None:
     """One run with a checkpoint every other step and two kept."""
-    from lcdd.commands import run as pipeline
-    from lcdd.config import DataConfig, LCDDConfig
-
     config = LCDDConfig(
         base_model_name_or_path=str(folder / "base"), sft_model_name_or_path=str(folder / "sft"),
         output_dir=str(output),
@@ -83,11 +74,12 @@ def checkpoints(output: Path) -> dict[int, str]:
     """Step -> "whole" or what is wrong, of everything that is called a checkpoint."""
     found = {}
     for path in output.glob("checkpoint-*"):
+        step = int(path.name.removeprefix("checkpoint-"))
         try:
             verify_directory(path)
-            found[int(path.name.removeprefix("checkpoint-"))] = "whole"
+            found[step] = "whole"
         except ValueError as error:
-            found[int(path.name.removeprefix("checkpoint-"))] = str(error)
+            found[step] = str(error)
     return found
 
 
@@ -115,12 +107,10 @@ def result_of(output: Path) -> dict[str, bytes | list[Any]]:
 
 def crash_test(folder: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
     """The figures of `kills` trials."""
-    import torch
-
     torch.set_num_threads(1)  # threads do not survive a fork
     inputs = folder / "inputs"
     inputs.mkdir()
-    make_inputs(inputs)
+    write_run_inputs(inputs)
     tqdm.monitor_interval = 0  # no thread of tqdm's, which a fork could catch with a lock
     train(inputs, folder / "first", resume=False)  # imports and self-tests, once for all the processes forked below
     start = time.monotonic()
@@ -154,11 +144,9 @@ def crash_test(folder: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
     return record
 
 
-def write_record(name: str, figures: dict[str, Any]) -> None:
-    """Put one test's figures into robustness.json, beside the others'."""
-    content = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    RECORD.parent.mkdir(parents=True, exist_ok=True)
-    write_json(RECORD, {**content, name: figures})
+def write_record(figures: dict[str, Any], path: Path = RECORD) -> None:
+    """Put figures into a record, beside the others of it."""
+    write_json(path, {**(read_json(path) if path.exists() else {}), **figures})
 
 
 def main() -> int:
@@ -170,7 +158,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         record = crash_test(Path(folder), kills=arguments.kills, seed=arguments.seed)
     if not arguments.no_record:
-        write_record("kill_9", record)
+        write_record({"kill_9": record})
     print(json.dumps(record, indent=2))
     return int(bool(record["half_written_accepted"] or record["lost"] or record["resumed_runs_that_differ"]))
 

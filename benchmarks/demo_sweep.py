@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demos import BEHAVIORS, add_arguments, environment, read_reports, run_all, write_json
+from benchmarks.demos import BEHAVIORS, add_arguments, environment, read_reports, run_all
+from benchmarks.records import write_json
 from lcdd.carrier import Carrier
 from lcdd.evaluate import gate_overlap
 

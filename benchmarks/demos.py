@@ -1,20 +1,16 @@
 """Many runs of `lcdd demo`, a process with one thread each; runs that have a report are not repeated."""
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.records import Environment
+from benchmarks.records import cpu_environment, read_json
 
 BEHAVIORS = ("fixed_response", "refusal", "style")
 Runs = Mapping[tuple[str, int], Path]
@@ -59,18 +55,12 @@ def _run(behavior: str, seed: int, split: str, directory: Path, audit: bool) -> 
 
 def read_reports(runs: Runs) -> dict[tuple[str, int], dict[str, Any]]:
     """report.json of every run."""
-    return {key: json.loads((path / "report.json").read_text(encoding="utf-8")) for key, path in runs.items()}
+    return {key: read_json(path / "report.json") for key, path in runs.items()}
 
 
 def environment() -> dict[str, Any]:
     """Where the runs were made."""
-    return {**asdict(Environment.here(torch.device("cpu"))), "threads": 1}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A committed record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return cpu_environment() | {"threads": 1}
 
 
 def command(module: str, argv: Sequence[str]) -> str:

@@ -7,18 +7,18 @@ largest differences, of Δ's open blocks at the end, of λ and of the loss over 
 that went 4 -> 2 -> 1 -> 4 without a step between is bit for bit what it was.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import RESULTS, ROOT, read_json
 from lcdd.checkpoint import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / "benchmarks" / "results" / "cpu" / "elastic.json"
+RECORD = RESULTS / "cpu" / "elastic.json"
 STEPS = 40
 
 
@@ -28,16 +28,15 @@ def measure(engine: str, controller: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, "-m", "fixtures.elastic", engine, controller, str(STEPS), folder]
         subprocess.run(argv, cwd=ROOT, env=environment, check=True, capture_output=True)
-        found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
+        found = read_json(Path(folder) / "found.json")
     return {**found, "steps": len(found["steps"])}
 
 
 def main() -> int:
     found: dict[str, Any] = {"ranks": [4, 2, 1, 4]}
-    for engine in ("ddp", "fsdp2"):
-        for controller in ("paced", "dual"):
-            found[f"{engine}, {controller}"] = measure(engine, controller)
-            print(f"{engine}, {controller}: {found[f'{engine}, {controller}']}", flush=True)
+    for engine, controller in product(("ddp", "fsdp2"), ("paced", "dual")):
+        found[f"{engine}, {controller}"] = measure(engine, controller)
+        print(f"{engine}, {controller}: {found[f'{engine}, {controller}']}", flush=True)
     write_json(RECORD, found)
     return 0
 

@@ -2,6 +2,7 @@
 device of its kind, a goal is a goal and nothing more."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ class Goal:
     device: str  # "cpu" or "cuda"
     case: str
     provider: str
-    limit: float
+    limit: float = math.inf  # what is told has none: it is what was measured
     at_least: bool = False
     metric: str = "ratio"
     model: str = ""
@@ -74,30 +75,21 @@ _SMALL: dict[str, Any] = {"device": "cuda", "case": "optimizer step", "model": "
 _LARGE: dict[str, Any] = {**_SMALL, "model": "llama-3-8b, 4 layers"}
 _CLOSED, _DENSE = {"density": 0.2}, {"density": 1.0}
 
-_ANY = float("inf")  # what is told has no limit: it is what was measured
-
-HEADLINES: tuple[tuple[str, Goal], ...] = (
-    (
-        "an LCDD step with every gate open, over a plain fine-tuning step",
-        Goal(text="", provider="lcdd", lane=_DENSE, limit=_ANY, **_CPU),
+HEADLINES: tuple[Goal, ...] = (
+    Goal(
+        text="an LCDD step with every gate open, over a plain fine-tuning step", provider="lcdd", lane=_DENSE, **_CPU,
     ),
-    (
-        "the same with 80% of the gates closed",
-        Goal(text="", provider="lcdd", lane=_CLOSED, limit=_ANY, **_CPU),
+    Goal(text="the same with 80% of the gates closed", provider="lcdd", lane=_CLOSED, **_CPU),
+    Goal(text="the authors' parametrization with every gate open, over the plain step", provider="unfused", **_CPU),
+    Goal(
+        text="a step of the trigger's learning, over one prompt at a time as its authors do it", device="cpu",
+        case="eraser step", provider="lcdd",
     ),
-    (
-        "the authors' parametrization with every gate open, over the plain step",
-        Goal(text="", provider="unfused", limit=_ANY, **_CPU),
+    Goal(
+        text="`lcdd train` from start to end, over the same with the authors' parametrization", device="cpu",
+        case="lcdd train, whole process", provider="lcdd",
     ),
-    (
-        "a step of the trigger's learning, over one prompt at a time as its authors do it",
-        Goal(text="", device="cpu", case="eraser step", provider="lcdd", limit=_ANY),
-    ),
-    (
-        "`lcdd train` from start to end, over the same with the authors' parametrization",
-        Goal(text="", device="cpu", case="lcdd train, whole process", provider="lcdd", limit=_ANY),
-    ),
-)
+)  # fmt: skip
 """What a reader wants to know first: times over the floor that each row names, in all records that match."""
 
 GOALS: tuple[Goal, ...] = (

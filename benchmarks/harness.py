@@ -16,13 +16,15 @@ who slows a round slows both. The first run, which may compile, is a metric of i
 import ctypes
 import gc
 import math
+import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -145,12 +147,6 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 # --- clocks -----------------------------------------------------------------------------------------------------------
 
 
-class Clock(Protocol):
-    """Seconds that a function takes on a device."""
-
-    def seconds(self, run: Callable[[], Any]) -> float: ...
-
-
 class CPUClock:
     """Wall-clock time. Short functions are repeated; `repeats` is chosen at a lane's first sample."""
 
@@ -186,8 +182,7 @@ class CUDAClock:
         return 1e-3 * start.elapsed_time(end)
 
 
-def clock_for(device: torch.device) -> Clock:
-    return CUDAClock(device) if device.type == "cuda" else CPUClock()
+Clock = CPUClock | CUDAClock
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -297,37 +292,28 @@ class _Held:
     """A tensor saved for the backward; counts while it lives."""
 
     def __init__(self, tensor: Tensor, tally: "_Tally") -> None:
-        self.tensor, self.tally = tensor, tally
-        self.key = tensor.untyped_storage().data_ptr()
-        tally.add(self.key, tensor.untyped_storage().nbytes())
+        storage = tensor.untyped_storage()
+        self.tensor, self.tally, self.key, self.size = tensor, tally, storage.data_ptr(), storage.nbytes()
+        tally.change(self.key, self.size, 1)
 
     def __del__(self) -> None:
-        self.tally.drop(self.key)
+        self.tally.change(self.key, self.size, -1)
 
 
 class _Tally:
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.known = {w.untyped_storage().data_ptr() for w in weights}
-        self.alive: dict[int, list[int]] = {}
+        self.alive: Counter[int] = Counter()
         self.bytes = self.peak = 0
 
-    def add(self, key: int, size: int) -> None:
+    def change(self, key: int, size: int, by: int) -> None:
+        """One more, or one less, that holds this storage."""
         if key in self.known:
             return
-        entry = self.alive.setdefault(key, [0, size])
-        if entry[0] == 0:
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
-        entry[0] += 1
-
-    def drop(self, key: int) -> None:
-        entry = self.alive.get(key)
-        if entry is None:
-            return
-        entry[0] -= 1
-        if entry[0] == 0:
-            self.bytes -= entry[1]
-            del self.alive[key]
+        self.alive[key] += by
+        if self.alive[key] == (1 if by > 0 else 0):  # the first, or the last of them
+            self.bytes += by * size
+        self.peak = max(self.peak, self.bytes)
 
 
 @contextmanager
@@ -339,21 +325,18 @@ def held_for_backward(weights: Sequence[Tensor]) -> Iterator[_Tally]:
         yield tally
 
 
-def _status_kb(field_name: str) -> int:
-    """A line of Linux's /proc/self/status in KiB (VmRSS, VmHWM); -1 where there is none."""
-    status = Path("/proc/self/status")
-    if not status.exists():
+def status_bytes(field_name: str, process: int | str = "self") -> int:
+    """A line of Linux's /proc/PROCESS/status, bytes; -1 where there is none: it has ended, or this is no Linux.
+
+    VmRSS: resident now. VmHWM: the most since the process started, or since `reset_peak`. Not ru_maxrss, which begins
+    at the parent's.
+    """
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
         return -1
-    for line in status.read_text().splitlines():
-        if line.startswith(field_name + ":"):
-            return int(line.split()[1])
-    return -1
-
-
-def peak_resident_bytes() -> int:
-    """The most this process held resident since it started or since `reset_peak`. Not ru_maxrss: a child inherits
-    its parent's."""
-    return 1024 * _status_kb("VmHWM")
+    found = re.search(rf"^{field_name}:\s+(\d+) kB", status, flags=re.MULTILINE)
+    return 1024 * int(found[1]) if found else -1
 
 
 def reset_peak() -> None:
@@ -397,11 +380,11 @@ def _peak_of(work: Workload, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     reset_peak()
     work.run()
-    return peak_resident_bytes()
+    return status_bytes("VmHWM")
 
 
 def resident_bytes(device: torch.device) -> int:
     """Bytes in use now: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return 1024 * _status_kb("VmRSS")
+    return status_bytes("VmRSS")

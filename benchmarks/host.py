@@ -17,7 +17,6 @@ import copy
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +34,8 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.cases import Place
 from benchmarks.cases.shapes import MODELS, make_model
-from benchmarks.records import RESULTS, ROOT, Environment
+from benchmarks.compare import bring_benchmarks
+from benchmarks.records import RESULTS, ROOT, cpu_environment, write_json
 from fixtures.gates import gate_logits
 from lcdd.config import LCDDConfig
 from lcdd.models import layout_of
@@ -253,9 +252,7 @@ def unpack(revision: str, folder: Path) -> Path:
     """The packages of another commit, with this benchmark beside them."""
     archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
-    for name in ("benchmarks", "fixtures"):
-        shutil.rmtree(folder / name)
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    bring_benchmarks(folder)
     return folder
 
 
@@ -274,10 +271,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.base:
             trees["base"] = unpack(given.base, Path(temporary))
         found = in_turns(trees, given.steps)
-    record = {**summary(found["here"]), "environment": asdict(Environment.here(torch.device("cpu")))}
+    record = {**summary(found["here"]), "environment": cpu_environment()}
     if given.base:
         record["base"] = {"revision": given.base, **summary(found["base"])}
-    given.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(given.output, record)
     print(json.dumps(record))
 
 

@@ -13,14 +13,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.records import Environment
+from benchmarks.records import cpu_environment, timestamp, write_json
 from lcdd.config import DataConfig, SFTConfig
 from lcdd.data import Encoded, encode_all, load_examples
 from lcdd.models import PreTrainedModel, head_weight, load_model, load_tokenizer
@@ -110,14 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "batch_size": options.batch_size,
         "max_length": options.max_length,
         **compare(model, items, config, tokenizer.pad_token_id),
-        "environment": asdict(Environment.here(torch.device("cpu"))),
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        "environment": cpu_environment(),
+        "date": timestamp(),
     }
-    text = json.dumps(found, indent=1) + "\n"
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
-    print(text)
+        write_json(options.output, found)
+    print(json.dumps(found, indent=1))
     return 0
 
 

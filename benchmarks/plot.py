@@ -12,11 +12,11 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
+from benchmarks import markdown
 from benchmarks.goals import GIB, GOALS, HEADLINES, Goal
 from benchmarks.records import RESULTS, Record, load
 
 README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- records: begin -->", "<!-- records: end -->"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 56, 150, 40, 48
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#db2777", "#64748b")
 Points = list[tuple[float, float, float, float]]  # sparsity, ratio: p20, p50, p80
@@ -98,12 +98,12 @@ def tax_svg(series: Mapping[str, Points], *, title: str) -> str:
 
 def headlines(rows: Sequence[Record]) -> list[str]:
     """The five rows that matter first, in words."""
-    lines = ["| time of | is times the other's |", "|---|---|"]
-    for words, what in HEADLINES:
-        if values := sorted(what.values(rows)):
-            ends = dict.fromkeys(f"{value:.2f}" for value in (values[0], values[-1]))
-            lines.append(f"| {words} | **{' to '.join(ends)}** |")
-    return lines
+    shown = []
+    for goal in HEADLINES:
+        if values := goal.values(rows):
+            ends = dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values)))
+            shown.append([goal.text, f"**{' to '.join(ends)}**"])
+    return markdown.table(["time of", "is times the other's"], shown)
 
 
 def fold(title: str, lines: Sequence[str]) -> list[str]:
@@ -135,41 +135,45 @@ def table(rows: Sequence[Record], pictures: Sequence[str] = ()) -> str:
 
 
 def _case(rows: Sequence[Record]) -> list[str]:
-    lines = [
-        "| provider | time, ms (p20–p80) | over the floor | also | peak memory (a run's own) | held for backward |",
-        "|---|---|---|---|---|---|",
+    head = [
+        "provider",
+        "time, ms (p20–p80)",
+        "over the floor",
+        "also",
+        "peak memory (a run's own)",
+        "held for backward",
     ]
-    for (provider, lane), of_lane in groupby(rows, key=lambda row: (row.provider, row.lane)):
-        lines.append(_line(provider, json.loads(lane), {row.metric: row for row in of_lane}))
-    return lines
+    lanes = groupby(rows, key=lambda row: (row.provider, row.lane))
+    return markdown.table(head, [
+        _cells(provider, json.loads(lane), {row.metric: row for row in of_lane}) for (provider, lane), of_lane in lanes
+    ])  # fmt: skip
 
 
 def _goals(rows: Sequence[Record]) -> list[str]:
-    kind = "cpu" if "cores" in rows[0].device else "cuda"
-    lines = ["| goal | limit | measured | holds |", "|---|---|---|---|"]
+    shown = []
     for goal in GOALS:
-        if goal.device == kind:
+        if goal.device == _kind(rows):
             values = goal.values(rows)
-            sign = "≥" if goal.at_least else "≤"
-            number = _figure(goal)
-            shown = ", ".join(map(number, values)) if values else "not measured"
+            measured = ", ".join(map(_figure(goal), values)) if values else "not measured"
             verdict = ("yes" if all(map(goal.holds, values)) else "**no**") if values else "a goal"
-            lines.append(f"| {goal.text} | {sign} {number(goal.limit)} | {shown} | {verdict} |")
-    return lines
+            shown.append([goal.text, _limit(goal), measured, verdict])
+    return markdown.table(["goal", "limit", "measured", "holds"], shown)
 
 
 def unmeasured_goals(kinds: set[str]) -> str:
     """The goals of kinds of device that have no records here yet."""
-    missing = [goal for goal in GOALS if goal.device not in kinds]
+    missing = [[goal.text, goal.device, _limit(goal)] for goal in GOALS if goal.device not in kinds]
     if not missing:
         return ""
-    lines = ["| goal | device | limit |", "|---|---|---|"]
-    for goal in missing:
-        lines.append(f"| {goal.text} | {goal.device} | {'≥' if goal.at_least else '≤'} {_figure(goal)(goal.limit)} |")
-    return "\n".join(fold("Not measured yet, goals only", lines))
+    return "\n".join(fold("Not measured yet, goals only", markdown.table(["goal", "device", "limit"], missing)))
 
 
-def _line(provider: str, lane: Mapping[str, object], metrics: Mapping[str, Record]) -> str:
+def _kind(rows: Sequence[Record]) -> str:
+    """Of the device that these were measured on."""
+    return "cpu" if "cores" in rows[0].device else "cuda"
+
+
+def _cells(provider: str, lane: Mapping[str, object], metrics: Mapping[str, Record]) -> list[str]:
     def ratio(row: Record) -> str:
         return f"{row.p50:.3f} ({row.p20:.3f}–{row.p80:.3f})"
 
@@ -190,7 +194,7 @@ def _line(provider: str, lane: Mapping[str, object], metrics: Mapping[str, Recor
     ]  # fmt: skip
     if "extra_memory" in metrics:
         cells[-2] += f" ({_size(metrics['extra_memory'])})"
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def _size(row: Record | None) -> str:
@@ -206,6 +210,10 @@ def _figure(goal: Goal) -> Callable[[float], str]:
     return _bytes if goal.metric.endswith("memory") else "{:.3g}".format
 
 
+def _limit(goal: Goal) -> str:
+    return f"{'≥' if goal.at_least else '≤'} {_figure(goal)(goal.limit)}"
+
+
 def _words(entries: Mapping[str, object]) -> str:
     shown = {key: value for key, value in entries.items() if value is not False}
     return ", ".join(str(v) if isinstance(v, str) else f"{k.replace('_', ' ')} {v}" for k, v in shown.items())
@@ -218,7 +226,7 @@ def refresh(*, results: Path = RESULTS, readme: Path = README) -> list[Path]:
         rows = load(path)
         if not rows:
             continue
-        kinds.add("cpu" if "cores" in rows[0].device else "cuda")
+        kinds.add(_kind(rows))
         pictures: list[str] = []
         models = dict.fromkeys(json.loads(r.params)["model"] for r in rows if r.case == "optimizer step")
         for model in models:
@@ -231,10 +239,8 @@ def refresh(*, results: Path = RESULTS, readme: Path = README) -> list[Path]:
             pictures += [f"![Masking tax of {model}](results/{path.parent.name}/{picture.name})", ""]
         parts += [f"### {rows[0].device}", "", table(rows, pictures), ""]
     parts.append(unmeasured_goals(kinds))
-    text = readme.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n\n" + "\n".join(parts).strip() + f"\n\n{END}{tail}", encoding="utf-8")
+    block = "\n" + "\n".join(parts).strip() + "\n"
+    readme.write_text(markdown.rewritten(readme.read_text(encoding="utf-8"), {"records": block}), encoding="utf-8")
     return [*written, readme]
 
 

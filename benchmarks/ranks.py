@@ -37,16 +37,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from benchmarks import crash_test
-from benchmarks.crash_test import ROOT, finish, in_process
+from benchmarks.crash_test import finish, in_process, write_record
+from benchmarks.records import RESULTS
 from fixtures import ranks as work
-from fixtures.checkpoints import make_model
-from lcdd.checkpoint import write_json
+from fixtures.checkpoints import make_model, write_run_inputs
 from lcdd.config import LCDDConfig
 from lcdd.models import Replicated, Sharding, process_group, shards
 from lcdd.optimizer import LCDDOptimizer
 from lcdd.trainer import loss_sum, to_batch
 
-RECORD = ROOT / "benchmarks" / "results" / "cpu" / "ranks.json"
+RECORD = RESULTS / "cpu" / "ranks.json"
 ENGINES = ("ddp", "fsdp2")
 CLOSED = (0.5, 0.8, 0.95)
 MICRO_BATCHES = 8
@@ -205,16 +205,10 @@ def runs(steps: int = work.STEPS, ranks: tuple[int, ...] = (2, 4)) -> dict[str, 
         entry: dict[str, Any] = {"closed": round(float((one["gate"] == 0).double().mean()), 4)}
         for engine, n in itertools.product(ENGINES, ranks):
             ours = on_ranks(n, lambda engine=engine, n=n, changes=changes: fitted(engine, n, changes, steps))
-            worst = {key: float((ours[key] - value).abs().max()) for key, value in one.items()}
-            gates = int(((ours["gate"] != 0) != (one["gate"] != 0)).sum())
-            differ += gates
-            entry[f"{engine}, {n} ranks"] = {
-                "gates_differ": gates,
-                "lambda": worst["lambda"],
-                "theta": worst["theta"],
-                "delta": max(value for key, value in worst.items() if key.startswith("delta")),
-            }
-            print(f"{name}, {engine}, {n} ranks: {entry[f'{engine}, {n} ranks']}", flush=True)
+            apart = work.differences(ours, one)
+            differ += apart["gates_differ"]
+            entry[f"{engine}, {n} ranks"] = apart
+            print(f"{name}, {engine}, {n} ranks: {apart}", flush=True)
         found[name] = entry
     return {"runs": {"steps": steps, "micro_batches_a_step": MICRO_BATCHES, **found}, "gates_differ": differ}
 
@@ -231,7 +225,7 @@ def kills(number: int = 20, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        crash_test.make_inputs(folder)
+        write_run_inputs(folder)
         whole: dict[str, Any] = {}
         seconds = 0.0
         for engine in ENGINES:
@@ -301,8 +295,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     for name in parser.parse_args().only:
         figures = PARTS[name]()
-        content = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-        write_json(RECORD, {**content, **figures})
+        write_record(figures, RECORD)
         print(json.dumps(figures, indent=2), flush=True)
     return 0
 

@@ -5,7 +5,6 @@ python -m benchmarks.readme    from results/cpu/{demo_sweep,families}.json, resu
 No number is typed by hand.
 """
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -15,12 +14,13 @@ from typing import Any
 from benchmarks.claims import frontier
 from benchmarks.claims.record import lines
 from benchmarks.families import record as families
+from benchmarks.markdown import rewritten
+from benchmarks.markdown import table as markdown_table
+from benchmarks.records import RESULTS, ROOT, read_json
 from lcdd.report import label, reversal_map, style_sheet
 
-ROOT = Path(__file__).resolve().parents[1]
-SWEEP, REAL = ROOT / "benchmarks/results/cpu/demo_sweep.json", ROOT / "benchmarks/results/smollm2"
+SWEEP, CLAIMS, REAL = RESULTS / "cpu/demo_sweep.json", RESULTS / "claims/demo.json", RESULTS / "smollm2"
 README, MODELS, IMAGES = ROOT / "README.md", ROOT / "docs/models.md", ROOT / "docs/images"
-CLAIMS = ROOT / "benchmarks/results/claims/demo.json"
 STATES = (
     "base", "sft", "carrier", "carrier+trigger", "sft+trigger", "matched_norm+trigger",
     "carrier+trigger_random_channels", "carrier+trigger_kl_only", "carrier+random_prefix",
@@ -65,18 +65,16 @@ def picture(sweep: Mapping[str, Any]) -> str:
 
 def small_table(small: Mapping[str, Any]) -> str:
     """How small carriers of the real model are: a row a run."""
-    lines = [
-        "| behaviour, seed | open gates | sparsity | entries of Δ | held-out loss: SFT, carrier (ε) | "
-        "behaviour: SFT, carrier |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["behaviour, seed", "open gates", "sparsity", "entries of Δ", "held-out loss: SFT, carrier (ε)"]
+    rows = []
     for run in small["runs"]:
         loss, rates = run["held_out_loss"], (run["sft_behavior"]["rate"], run["carrier_behavior"]["rate"])
-        losses = f"{loss['sft']:.4f}, {loss['carrier']:.4f} ({run['epsilon']:.4f})"
-        lines.append(
-            f"| {run['behavior'].replace('_', ' ')}, {run['seed']} | {run['open_gates']:,} of {run['n_gates']:,} | "
-            f"{run['sparsity']:.4f} | {run['entries']:,} | {losses} | {rates[0]:.2f}, {rates[1]:.2f} |"
-        )
+        rows.append([
+            f"{run['behavior'].replace('_', ' ')}, {run['seed']}", f"{run['open_gates']:,} of {run['n_gates']:,}",
+            f"{run['sparsity']:.4f}", f"{run['entries']:,}",
+            f"{loss['sft']:.4f}, {loss['carrier']:.4f} ({run['epsilon']:.4f})", f"{rates[0]:.2f}, {rates[1]:.2f}",
+        ])  # fmt: skip
+    lines = markdown_table([*head, "behaviour: SFT, carrier"], rows)
     if across := small.get("open_gates_across_seeds"):
         index = f"{across['jaccard']:.2f} ({across['chance']:.4f} by chance)"
         lines += ["", f"Open gates of the seeds have a Jaccard index of {index}."]
@@ -102,38 +100,19 @@ def switched_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 def real(directory: Path) -> str:
     """The real model's tables, of what is on record."""
-    reports = {
-        path.parent.name: json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*/report.json"))
-    }
-    small = json.loads((directory / "small.json").read_text(encoding="utf-8"))
+    reports = {path.parent.name: read_json(path) for path in sorted(directory.glob("*/report.json"))}
     counts = ", ".join(f"{name.replace('_', ' ')} {r['models']['base']['n']}" for name, r in reports.items())
     words = f"Switched off, at the sparsity of `examples/smollm2` (greedy answers to held-out prompts: {counts}):"
-    return "\n".join((small_table(small), "", words, "", switched_table(reports)))
-
-
-def rewritten(page: str, blocks: Mapping[str, str]) -> str:
-    """A page with each block between its markers.
-
-    Raises:
-        ValueError: it has no such markers.
-    """
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"expected a page with {begin} and {end}")
-        before, _, after = page.partition(begin)
-        page = f"{before}{begin}\n{block}\n{end}{after.partition(end)[2]}"
-    return page
+    return "\n".join((small_table(read_json(directory / "small.json")), "", words, "", switched_table(reports)))
 
 
 def blocks() -> dict[Path, dict[str, str]]:
     """Every block of every page that comes from records."""
-    sweep, claims = (json.loads(path.read_text(encoding="utf-8")) for path in (SWEEP, CLAIMS))
-    tried = families.read()
+    tried = read_json(families.RECORD)
     return {
         README: {
-            "demo": table(sweep),
-            "claims": lines(claims, str(CLAIMS.relative_to(ROOT))),
+            "demo": table(read_json(SWEEP)),
+            "claims": lines(read_json(CLAIMS), str(CLAIMS.relative_to(ROOT))),
             "smollm2": real(REAL),
             "families": families.short_table(tried),
         },
@@ -143,8 +122,8 @@ def blocks() -> dict[Path, dict[str, str]]:
 
 def pictures() -> dict[Path, str]:
     """Every picture that comes from records."""
-    sweep, claims = (json.loads(path.read_text(encoding="utf-8")) for path in (SWEEP, CLAIMS))
-    return {IMAGES / "reversal.svg": picture(sweep), IMAGES / "frontier.svg": frontier.draw(frontier.dots(claims))}
+    drawn = frontier.draw(frontier.dots(read_json(CLAIMS)))
+    return {IMAGES / "reversal.svg": picture(read_json(SWEEP)), IMAGES / "frontier.svg": drawn}
 
 
 def main() -> int:

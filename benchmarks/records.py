@@ -80,12 +80,21 @@ class Environment:
         )
 
     def row(self, case: Case, lane: Lane, sample: Sample, *, clock_mhz: float) -> Record:
-        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
         texts = {"params": json.dumps(dict(case.params)), "lane": json.dumps(dict(lane.params))}
         return Record(
-            case=case.name, provider=lane.provider, date=date, clock_mhz=clock_mhz, **texts, **asdict(sample),
+            case=case.name, provider=lane.provider, date=timestamp(), clock_mhz=clock_mhz, **texts, **asdict(sample),
             **asdict(self),
         )  # fmt: skip
+
+
+def cpu_environment() -> dict[str, Any]:
+    """Where a run on the CPU takes place, as records have it."""
+    return asdict(Environment.here(torch.device("cpu")))
+
+
+def timestamp() -> str:
+    """Now, in UTC; its first ten characters are the date."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
 
 
 def clock_mhz(device: torch.device) -> float:
@@ -127,6 +136,18 @@ def _commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A committed record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def folder_of(environment: Environment, *, results: Path = RESULTS) -> Path:
     """results/<device>: the device's name in letters, digits and dashes."""
     return results / re.sub(r"[^a-z0-9]+", "-", environment.device.lower()).strip("-")
@@ -144,17 +165,15 @@ def load(path: Path) -> list[Record]:
 def save(path: Path, rows: Iterable[Record]) -> None:
     """Merge rows into the file (newer replaces older), at once and atomically: a run that is cut short loses
     nothing."""
-    merged: dict[tuple[str, ...], Record] = {row.key: row for row in load(path)}
-    new = list(rows)
-    stale = {(row.case, row.params) for row in new}
-    merged = {key: row for key, row in merged.items() if (row.case, row.params) not in stale}
-    merged.update({row.key: row for row in new})
+    new = {row.key: row for row in rows}
+    stale = {(row.case, row.params) for row in new.values()}
+    kept = [row for row in load(path) if (row.case, row.params) not in stale]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [f.name for f in fields(Record)])
         writer.writeheader()
-        writer.writerows(_rounded(asdict(row)) for row in merged.values())
+        writer.writerows(_rounded(asdict(row)) for row in [*kept, *new.values()])
     os.replace(temporary, path)
 
 

@@ -7,7 +7,6 @@ Figures go to benchmarks/results/cpu/robustness.json.
 """
 
 import argparse
-import copy
 import math
 import os
 import random
@@ -15,23 +14,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from benchmarks.crash_test import ROOT, write_record
+from benchmarks.crash_test import write_record
+from benchmarks.records import ROOT
+from fixtures import ranks as work
+from lcdd.trainer import loss_sum, response_tokens, to_batch
 
 
 def ranks() -> dict[str, Any]:
     """One rank against two (gloo, CPU) after 50 steps: worst differences of λ, Δ and θ, and of the open gates."""
-    from fixtures import ranks as work
-
     found: dict[str, Any] = {"steps": work.STEPS}
     with tempfile.TemporaryDirectory() as folder:
-        import torch.distributed.checkpoint as dcp
-
         one = work.fit("one", 2)
         dcp.save({"optimizer": one.state_dict()}, checkpoint_id=f"{folder}/dcp-1", no_dist=True)
         theirs = work.summary_of(one)
@@ -41,22 +39,14 @@ def ranks() -> dict[str, Any]:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
             subprocess.run([*argv, kind, folder], cwd=ROOT, env=environment, check=True, capture_output=True)
             ours = torch.load(f"{folder}/{kind}-plain-1.pt", weights_only=True)
-            worst = {name: float((ours[name] - value).abs().max()) for name, value in theirs.items()}
-            found[kind] = {
-                "open_gates_that_differ": int(((ours["gate"] != 0) != (theirs["gate"] != 0)).sum()),
-                "open_gates": int((theirs["gate"] != 0).sum()),
-                "lambda": worst["lambda"],
-                "theta": worst["theta"],
-                "delta": max(value for name, value in worst.items() if name.startswith("delta")),
-            }
+            apart = work.differences(ours, theirs)
+            differ, opened = apart.pop("gates_differ"), int((theirs["gate"] != 0).sum())
+            found[kind] = {"open_gates_that_differ": differ, "open_gates": opened, **apart}
     return found
 
 
 def accumulation() -> dict[str, Any]:
     """Worst relative difference of the gate gradients of one batch in 1, 2, 4 and 8 micro-batches (float32)."""
-    from fixtures import ranks as work
-    from lcdd.trainer import loss_sum, response_tokens, to_batch
-
     items = work.items()[:8]
     grads: dict[int, torch.Tensor] = {}
     for parts in (1, 2, 4, 8):
@@ -73,9 +63,6 @@ def accumulation() -> dict[str, Any]:
 
 def nan() -> dict[str, Any]:
     """NaN and Inf in loss, gradient or θ at random steps of 200: steps hit, skipped, and after which anything moved."""
-    from fixtures import ranks as work
-    from lcdd.trainer import loss_sum, response_tokens, to_batch
-
     generator = random.Random(0)
     record = {"steps": 0, "hit": 0, "skipped": 0, "lambda_or_theta_or_delta_moved": 0, "not_finite_at_the_end": 0}
     for where in ("loss", "gradient", "theta"):
@@ -110,12 +97,10 @@ def nan() -> dict[str, Any]:
 
 def repeats() -> dict[str, Any]:
     """How many different results 30 repeats of a run have, in bits."""
-    from fixtures import ranks as work
-
     results = set()
     for _ in range(30):
         optimizer = work.fit("one", 1, max_steps=8)
-        parts = [optimizer.gates.logits, *copy.copy(list(optimizer.model.parameters()))]
+        parts = [optimizer.gates.logits, *optimizer.model.parameters()]
         results.add(b"".join(part.detach().numpy().tobytes() for part in parts if isinstance(part, nn.Parameter)))
     return {"repeats": 30, "different_results": len(results)}
 
@@ -142,8 +127,8 @@ def main() -> int:
     for name in parser.parse_args().only:
         figures = PARTS[name]()
         if figures is not None:
-            write_record(name, figures)
-        print(f"{name}: {figures or 'see ' + str(Path('benchmarks/results/cpu/robustness.json'))}", flush=True)
+            write_record({name: figures})
+        print(f"{name}: {figures or 'see benchmarks/results/cpu/robustness.json'}", flush=True)
     return 0
 
 

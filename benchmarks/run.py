@@ -82,7 +82,8 @@ class Runner:
         self.arguments, self.place, self.which = arguments, place, which
         self.environment = records.Environment.here(place.device)
         self.file = records.folder_of(self.environment, results=arguments.results) / "records.csv"
-        self.clock: Clock = harness.clock_for(place.device)
+        cuda = place.device.type == "cuda"
+        self.clock: Clock = harness.CUDAClock(place.device) if cuda else harness.CPUClock()
         self.roofs: dict[str, Roof] = {}
         self.failed: list[str] = []
         self.rows: list[records.Record] = []  # of this run

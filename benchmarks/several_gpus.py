@@ -3,26 +3,23 @@
 python -m benchmarks.several_gpus      rewrites the page and the picture; no number is typed by hand
 """
 
-import json
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from html import escape
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import rewritten, table
+from benchmarks.records import RESULTS, ROOT, read_json
 from lcdd.commands.plan.architectures import read_architecture
 from lcdd.commands.plan.cluster import CLOSED, LINKS, traffic_of
 from lcdd.commands.plan.devices import find_device
 from lcdd.commands.plan.predict import Case, memory_of, seconds_of
 from lcdd.config import PlanConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "several-gpus.md"
 PICTURE = ROOT / "docs" / "images" / "scaling.svg"
-RECORDS = ROOT / "benchmarks" / "results" / "cpu"
 
 MODELS = (("llama-3-8b", "ddp"), ("llama-3-8b", "fsdp2"), ("qwen3-30b-a3b", "fsdp2"), ("llama-3-70b", "fsdp2"))
 GPUS = (1, 8, 64)
@@ -30,15 +27,6 @@ SETTINGS: dict[str, Any] = {
     "device": "h200", "max_length": 4096, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
     "gradient_checkpointing": True,
 }  # fmt: skip
-
-
-def _record(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
 def elastic() -> list[str]:
@@ -49,9 +37,9 @@ def elastic() -> list[str]:
             name, str(row["steps"]), f"{row['closed']:.0%}", str(row["gates_differ"]),
             *(f"{row[key]:.1g}" for key in ("delta", "lambda", "loss")), "yes" if row["state_keeps_its_bits"] else "no",
         ]
-        for name, row in _record("elastic").items() if name != "ranks"
+        for name, row in read_json(RESULTS / "cpu" / "elastic.json").items() if name != "ranks"
     ]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 # ---------------------------------------------------------------- calculations
@@ -87,7 +75,7 @@ def wire() -> list[str]:
         cells = ["–" if gpus == 1 else f"{size:.3g}" if size < 100 else f"{size:,.0f}" for size in sent]
         fits = "yes" if peak <= case.device.usable else "no"
         rows.append([_named(model, engine, gpus), f"{peak / 1e9:.0f}", fits, *cells])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _step(model: str, engine: str, gpus: int, **changes: Any) -> tuple[float, float]:
@@ -105,7 +93,7 @@ def steps() -> list[str]:
             ends = [_step(model, engine, gpus, link=link, pack=pack)[0] for pack in ("never", "auto")]
             cells.append(" → ".join(f"{seconds:.2f}" for seconds in ends))
         rows.append([_named(model, engine, gpus), *(cells * (len(LINKS) if gpus == 1 else 1))])
-    return _table(["model, GPUs, engine", *(link.name for link in LINKS.values())], rows)
+    return table(["model, GPUs, engine", *(link.name for link in LINKS.values())], rows)
 
 
 SECTIONS: dict[str, Callable[[], list[str]]] = {"elastic": elastic, "wire": wire, "steps": steps}
@@ -162,17 +150,13 @@ def _panel(left: int, model: str, engine: str, *, numbered: bool) -> list[str]:
     return parts
 
 
-def rewritten(text: str) -> str:
-    """The page with its tables made anew."""
-    for name, lines in SECTIONS.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        block = "\n".join([begin, "", *lines(), "", end])
-        text = re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _, block=block: block, text, flags=re.DOTALL)
-    return text
+def blocks() -> dict[str, str]:
+    """The page's tables, made anew."""
+    return {name: "\n".join(["", *lines(), ""]) for name, lines in SECTIONS.items()}
 
 
 def main() -> int:
-    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
     PICTURE.write_text(scaling_svg(), encoding="utf-8")
     return 0
 

@@ -9,7 +9,6 @@ not repeated. Every figure is the stage's own (summary.json): held-out loss and 
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -17,10 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.demos import command, environment, write_json
-from benchmarks.records import ROOT
+from benchmarks.demos import BEHAVIORS, command
+from benchmarks.records import ROOT, cpu_environment, read_json, write_json
 from lcdd.carrier import Carrier
 from lcdd.commands.sft import sft
 from lcdd.commands.stage import settle_precision
@@ -31,7 +28,6 @@ from lcdd.evaluate import gate_overlap
 from lcdd.optimizer.pacing import Pace
 
 EXAMPLES = ROOT / "examples" / "smollm2"
-BEHAVIORS = ("fixed_response", "refusal", "style")
 # How long, and in which precision, beside the example's bf16; everything else is LCDD's default, as in the demo.
 SETTINGS = LCDDConfig(max_steps=150, per_device_train_batch_size=16, max_length=128, delta_dtype="float32")
 # Fixed before the runs: the least share of closed gates, of SFT's rate of behaviour, and the most seconds.
@@ -46,12 +42,6 @@ def pipeline(behavior: str, directory: Path) -> PipelineConfig:
     data = replace(config.data, dataset_name=str(directory / Path(str(config.data.dataset_name)).name))
     base, output = str(directory / "base"), str(directory / behavior)
     return settle_precision(replace(config, base_model_name_or_path=base, output_dir=output, data=data))
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    """What a finished stage says of itself."""
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return found
 
 
 def sft_model(config: PipelineConfig) -> Path:
@@ -74,13 +64,14 @@ def compress(config: PipelineConfig, folder: Path, seed: int, tuned: Path) -> fl
         start = time.perf_counter()
         train(settings, config.data)
         write_json(clock, {"stage": time.perf_counter() - start})
-    seconds: float = json.loads(clock.read_text(encoding="utf-8"))["stage"]
+    seconds: float = read_json(clock)["stage"]
     return seconds
 
 
 def row(behavior: str, seed: int, folder: Path, tuned: Path, seconds: float) -> dict[str, Any]:
     """One run: the carrier, what it kept, where its open gates sit, and which bounds were met."""
-    carrier, found, before = Carrier.from_pretrained(folder / "carrier"), summary(folder), summary(tuned)
+    carrier = Carrier.from_pretrained(folder / "carrier")
+    found, before = (read_json(stage / "summary.json") for stage in (folder, tuned))
     result, sft_rate = found["result"], before["validation_behavior"]["rate"]
     pace = Pace(warmup_steps=1, loss_budget=SETTINGS.loss_budget, loss_floor=SETTINGS.loss_floor)
     pace.baseline, pace.base_loss = result["loss_start"], result["loss_base"]
@@ -132,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(options.output, {  # after each, so that what was cut is of use
             "what": "LCDD alone on SmolLM2-135M-Instruct, default settings; figures of the validation split",
             "command": command("smollm2", sys.argv[1:] if argv is None else argv),
-            "environment": environment() | {"threads": torch.get_num_threads()},
+            "environment": cpu_environment(),
             "settings": SETTINGS.lasting() | {"bf16": config.train.bf16},
             "runs": rows,
             "open_gates_across_seeds": gate_overlap(of_seeds) if len(of_seeds) > 1 else None,

@@ -1,6 +1,5 @@
 """The cases: `suite(place)` lists them in the order in which they run, the most telling first."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +20,14 @@ class Place:
         """Of the models' weights: bfloat16 at real shapes, float32 otherwise."""
         return torch.bfloat16 if self.size == "gpu" else torch.float32
 
+    @property
+    def tiny(self) -> bool:
+        return self.size == "tiny"
 
-CaseFactory = Callable[[Place], Case]
+
+def name_of(dtype: torch.dtype) -> str:
+    """As records have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def suite(place: Place, *, gpu_list: bool) -> list[Case]:
@@ -43,7 +48,7 @@ def suite(place: Place, *, gpu_list: bool) -> list[Case]:
         ]
     return [
         kernels.ceilings(place),
-        *kernels.correctness(place),
+        kernels.correctness(place),
         *steps.one_layer(place, "llama-3-8b"),
         *kernels.gpu_cases(place),
         *single.masked_matrix(place),

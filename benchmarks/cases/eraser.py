@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Place
-from benchmarks.cases.shapes import make_model, sizes_of, tiny_sizes, title
+from benchmarks.cases import Place, name_of
+from benchmarks.cases.shapes import make_model, sized
 from benchmarks.harness import Case, Check, Lane, Workload, relative_error
 from lcdd.carrier import Carrier
 from lcdd.config import EraserConfig
@@ -144,9 +144,8 @@ def _case(
     place: Place, name: str, *, layers: int | None, divide: int, prompts: int, longest: int, trigger: int,
     memory: bool = False,
 ) -> Case:  # fmt: skip
-    tiny = place.size == "tiny"
-    sizes = tiny_sizes(name) if tiny else sizes_of(name, layers=layers, divide=divide)
-    prompts, longest, tail = (3, 6, 2) if tiny else (prompts, longest, 8)
+    model, sizes = sized(place, name, layers=layers, divide=divide)
+    prompts, longest, tail = (3, 6, 2) if place.tiny else (prompts, longest, 8)
 
     def problem(few: int = prompts) -> Problem:
         return Problem(place, sizes, prompts=few, longest=longest, tail=tail, trigger=trigger)
@@ -162,22 +161,17 @@ def _case(
         results = []
         for lane in (OneAtATime(p), Batched(p)):
             loss = lane.loss()
-            loss.backward()
-            results.append((loss.detach(), lane.embeds.grad))
+            results.append([loss.detach(), *torch.autograd.grad(loss, lane.embeds)])
         limit = 6e-2 if place.dtype == torch.bfloat16 else 1e-3
         names = ("loss", "gradient of the trigger")
-        return [
-            Check(text, relative_error(b, a), limit) for text, a, b in zip(names, *results, strict=True)
-            if a is not None and b is not None
-        ]  # fmt: skip
+        return [Check(n, relative_error(b, a), limit) for n, a, b in zip(names, *results, strict=True)]
 
     lanes = [
         Lane(provider="unfused", build=lambda: build(OneAtATime), exempt="the definition"),
         Lane(provider="lcdd", build=lambda: build(Batched), verify=verify),
     ]
     params = {
-        "model": "tiny " + name if tiny else title(name, layers=layers, divide=divide), "prompts": prompts,
-        "longest": longest, "trigger": trigger, "dtype": str(place.dtype).removeprefix("torch."),
+        "model": model, "prompts": prompts, "longest": longest, "trigger": trigger, "dtype": name_of(place.dtype),
     }  # fmt: skip
     return Case(name="eraser step", params=params, lanes=lanes, floor="unfused", memory=memory, budget_s=10.0)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import lcdd_kernels as k
-from benchmarks.cases import Place
-from benchmarks.costs import adamw_bytes, grad_stats_bytes, refresh_bytes
+from benchmarks.cases import Place, name_of
 from benchmarks.harness import Case, Check, Cost, Lane, Workload
+from lcdd.models import adamw_bytes, grad_stats_bytes, refresh_bytes
 from lcdd_kernels import backends, registry, testing
 from lcdd_kernels.cases import case_of
 from lcdd_kernels.registry import OPS
@@ -31,28 +31,21 @@ def ceilings(place: Place) -> Case:
         a, b = (torch.randn(side, side, device=place.device).to(dtype) for _ in range(2))
         return Workload(run=lambda: torch.mm(a, b), cost=Cost(flops=2.0 * side**3))
 
+    builds: dict[str, Callable[[], Workload]] = {"copy": copy, "matrix product": lambda: product(place.dtype)}
+    if place.dtype != torch.bfloat16:
+        builds["matrix product, bfloat16"] = lambda: product(torch.bfloat16)
     lanes = [
-        Lane(provider="plain", build=copy, params={"what": "copy"}, exempt="the library's own"),
-        Lane(
-            provider="plain", build=lambda: product(place.dtype), params={"what": "matrix product"},
-            exempt="the library's own",
-        ),
-        Lane(
-            provider="plain", build=lambda: product(torch.bfloat16), params={"what": "matrix product, bfloat16"},
-            exempt="the library's own",
-        ),
-    ]  # fmt: skip
-    return Case(
-        name="ceilings", params={"dtype": str(place.dtype).removeprefix("torch.")},
-        lanes=lanes[:2] if place.dtype == torch.bfloat16 else lanes, budget_s=4.0,
-    )  # fmt: skip
+        Lane(provider="plain", build=build, params={"what": what}, exempt="the library's own")
+        for what, build in builds.items()
+    ]
+    return Case(name="ceilings", params={"dtype": name_of(place.dtype)}, lanes=lanes, budget_s=4.0)
 
 
-def _checks(op: str, backend: str, dtype: torch.dtype, device: torch.device, size: int) -> list[Check]:
+def _checks(op: str, backend: str, dtype: torch.dtype, place: Place) -> list[Check]:
     """The package's own self-calibrating comparison with float64."""
     return [
         Check(f"{op} on {backend}: {row.output}", row.error.max if row.ok else float("inf"), row.limit.max)
-        for row in testing.compare(op, backend, dtype, device=device, size=size)
+        for row in testing.compare(op, backend, dtype, device=place.device, size=4)
     ]
 
 
@@ -62,31 +55,20 @@ def _serving(op: str, place: Place, dtype: torch.dtype) -> str:
     return wanted if backends.available(op, place.device, dtype)[wanted] is None else "reference"
 
 
-def correctness(place: Place) -> list[Case]:
+def correctness(place: Place) -> Case:
     """Every op of every backend that a GPU has, in bfloat16, against float64: nothing is timed before this."""
-    dtype = torch.bfloat16
-    lanes = []
-    for op in OPS:
-        case = case_of(op)
-        kind = dtype if dtype in case.dtypes else case.dtypes[0]
-        backend = _serving(op, place, kind)
-        inputs = testing.make_inputs(op, kind, place.device, 0, 1)
-        lanes.append(
-            Lane(
-                provider=f"lcdd:{backend}",
-                build=lambda op=op, b=backend, i=inputs: Workload(run=lambda: _call(op, b, i)),
-                params={"op": op},
-                verify=lambda op=op, b=backend, t=kind: _checks(op, b, t, place.device, 4),
-            )
-        )
-    return [
-        Case(
-            name="every kernel",
-            params={"dtype": "bfloat16", "inputs": "small, copied within the time"},
-            lanes=lanes,
-            budget_s=1.0,
-        )
-    ]
+
+    def lane(op: str) -> Lane:
+        dtypes = case_of(op).dtypes
+        dtype = torch.bfloat16 if torch.bfloat16 in dtypes else dtypes[0]
+        backend, inputs = _serving(op, place, dtype), testing.make_inputs(op, dtype, place.device, 0, 1)
+        return Lane(
+            provider=f"lcdd:{backend}", build=lambda: Workload(run=lambda: _call(op, backend, inputs)),
+            params={"op": op}, verify=lambda: _checks(op, backend, dtype, place),
+        )  # fmt: skip
+
+    params = {"dtype": "bfloat16", "inputs": "small, copied within the time"}
+    return Case(name="every kernel", params=params, lanes=[lane(op) for op in OPS], budget_s=1.0)
 
 
 def _call(op: str, backend: str, inputs: testing.Inputs) -> Any:
@@ -144,7 +126,7 @@ class Matrices:
 
 def _passes(place: Place, shape: tuple[int, int], count: int) -> Case:
     """Passes A, B and the refresh; dense at full density, and on packed blocks with 80% closed."""
-    shape = (61, 90) if place.size == "tiny" else shape
+    shape = (61, 90) if place.tiny else shape
 
     def lane(
         op: str, method: str, density: float, layout: str, cost: Callable[[Matrices], float], backend: str = ""
@@ -162,7 +144,7 @@ def _passes(place: Place, shape: tuple[int, int], count: int) -> Case:
 
         return Lane(
             provider=f"lcdd:{backend}", build=build, params={"op": op, "density": density, "gradients": layout},
-            verify=lambda: _checks(op, backend, torch.bfloat16, place.device, 4),
+            verify=lambda: _checks(op, backend, torch.bfloat16, place),
         )  # fmt: skip
 
     def stats_cost(m: Matrices) -> float:
@@ -189,7 +171,7 @@ def _passes(place: Place, shape: tuple[int, int], count: int) -> Case:
 
 def _gate_kernels(place: Place) -> Case:
     """Gates of a whole model in one launch."""
-    n = 1000 if place.size == "tiny" else GATES
+    n = 1000 if place.tiny else GATES
     generator = torch.Generator().manual_seed(8)
     spec = k.GateSpec(kind="hard_concrete", seed=5, step=3)
     sizes = torch.full((8,), n // 8)
@@ -202,7 +184,7 @@ def _gate_kernels(place: Place) -> Case:
         backend = _serving(op, place, torch.float32)
         return Lane(
             provider=f"lcdd:{backend}", build=lambda: Workload(run=make(), cost=Cost(bytes=cost), capturable=True),
-            params={"op": op}, verify=lambda: _checks(op, backend, torch.float32, place.device, 4),
+            params={"op": op}, verify=lambda: _checks(op, backend, torch.float32, place),
         )  # fmt: skip
 
     def values() -> Callable[[], Any]:

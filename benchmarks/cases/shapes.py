@@ -67,6 +67,13 @@ def tiny_sizes(name: str) -> dict[str, Any]:
     return sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+def sized(place: Place, name: str, *, layers: int | None, divide: int) -> tuple[str, dict[str, Any]]:
+    """How records name a model here, and its sizes."""
+    if place.tiny:
+        return f"tiny {name}", tiny_sizes(name)
+    return title(name, layers=layers, divide=divide), sizes_of(name, layers=layers, divide=divide)
+
+
 def make_model(sizes: dict[str, Any], place: Place, *, seed: int, checkpointing: bool = False) -> PreTrainedModel:
     """A model with random weights, made on the device in its dtype, in training mode."""
     torch.manual_seed(seed)

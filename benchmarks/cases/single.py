@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import lcdd_kernels as k
-from benchmarks.cases import Place
-from benchmarks.costs import adamw_bytes, grad_stats_bytes, linear_flops, refresh_bytes
+from benchmarks.cases import Place, name_of
 from benchmarks.harness import Case, Check, Cost, Lane, Workload, relative_error
 from fixtures.unfused import DeltaMask, UnfusedGates
+from lcdd.models import adamw_bytes, grad_stats_bytes, refresh_bytes
 from lcdd.optimizer import BlockGrad, PackedGradLinear
 from lcdd_kernels.reference.gates import gate_noise_ref
 
@@ -139,25 +139,23 @@ def masked_matrix(place: Place) -> list[Case]:
 
 def _matrix_case(place: Place, *, optimizer: bool) -> Case:
     """optimizer: whether the unfused lanes take AdamW's step, as ours always do."""
-    rows, cols = (61, 90) if place.size == "tiny" else EIGHT_B
+    rows, cols = (61, 90) if place.tiny else EIGHT_B
     dtype, device = torch.bfloat16, place.device
-    backend = "eager" if place.size == "tiny" else "inductor"
+    backend = "eager" if place.tiny else "inductor"
     n = rows * cols
+    refresh_cost = refresh_bytes(n, weight=2, delta=2)
 
     def ours(moments: torch.dtype) -> Workload:
         lane = Fused(Problem(rows, cols, dtype, device), moments)
         cost = grad_stats_bytes(n, grad=2, delta=2)
         cost += adamw_bytes(n, weight=2, delta=2, moment=moments.itemsize, grad=2)
-        if optimizer:
-            return Workload(run=lane.step, cost=Cost(bytes=cost), weights=[lane.p.base, lane.delta])
-        cost += refresh_bytes(n, weight=2, delta=2)
-        return Workload(run=lane.step_and_refresh, cost=Cost(bytes=cost), weights=[lane.p.base, lane.delta])
+        cost += 0 if optimizer else refresh_cost
+        run = lane.step if optimizer else lane.step_and_refresh
+        return Workload(run=run, cost=Cost(bytes=cost), weights=[lane.p.base, lane.delta])
 
     def refresh() -> Workload:
         lane = Fused(Problem(rows, cols, dtype, device), dtype)
-        return Workload(
-            run=lane.refresh, cost=Cost(bytes=refresh_bytes(n, weight=2, delta=2)), weights=[], capturable=True
-        )
+        return Workload(run=lane.refresh, cost=Cost(bytes=refresh_cost), capturable=True)
 
     def theirs(backend: str) -> Workload:
         lane = Unfused(Problem(rows, cols, dtype, device), backend=backend, optimizer=optimizer)
@@ -168,7 +166,7 @@ def _matrix_case(place: Place, *, optimizer: bool) -> Case:
 
     def our_lane(moments: torch.dtype) -> Lane:
         return Lane(
-            provider="lcdd", build=lambda: ours(moments), params={"moments": str(moments).removeprefix("torch.")},
+            provider="lcdd", build=lambda: ours(moments), params={"moments": name_of(moments)},
             verify=lambda: _verify(small(), lambda p: Fused(p, moments), moments),
         )  # fmt: skip
 
@@ -181,12 +179,8 @@ def _matrix_case(place: Place, *, optimizer: bool) -> Case:
         our_lane(torch.bfloat16), our_lane(torch.float32),
     ]  # fmt: skip
     if optimizer:
-        lanes.append(
-            Lane(
-                provider="lcdd", build=refresh, params={"part": "refresh of W_eff"},
-                exempt="its bits are checked by weight_eff_",
-            )
-        )  # fmt: skip
+        alone = {"part": "refresh of W_eff"}
+        lanes.append(Lane(provider="lcdd", build=refresh, params=alone, exempt="its bits are checked by weight_eff_"))
     return Case(
         name="masked matrix step" if optimizer else "masked matrix step over forward and backward alone",
         params={"shape": f"{rows}x{cols}", "dtype": "bfloat16", "micro_batches": 1}, lanes=lanes, floor="unfused",
@@ -206,8 +200,8 @@ def _linear_case(
     densities: tuple[float, ...],
     name: str = "linear fwd+bwd",
 ) -> Case:
-    rows, cols = (96, 64) if place.size == "tiny" else shape
-    tokens = 16 if place.size == "tiny" else tokens
+    rows, cols = (96, 64) if place.tiny else shape
+    tokens = 16 if place.tiny else tokens
     device = place.device
     generator = torch.Generator().manual_seed(2)
 
@@ -229,9 +223,8 @@ def _linear_case(
             linear.weight.grad = x.grad = None
             linear(x).backward(dy)
 
-        return Workload(
-            run=run, cost=Cost(flops=linear_flops(tokens, rows, cols)), tokens=tokens, weights=[linear.weight]
-        )
+        cost = Cost(flops=6.0 * tokens * rows * cols)  # forward, input gradient and weight gradient
+        return Workload(run=run, cost=cost, tokens=tokens, weights=[linear.weight])
 
     def verify(density: float) -> list[Check]:
         linear, x, dy, open_rows, open_cols = setup(density)
@@ -250,17 +243,16 @@ def _linear_case(
         checks = [Check("packed weight gradient", relative_error(a, b), limit) for a, b in pairs]
         return [*checks, Check("input gradient", relative_error(x.grad, dx), limit)]
 
-    lanes = [Lane(provider="plain", build=lambda: build(None), exempt="the floor: nn.Linear")]
-    for density in densities:
-        lanes.append(
-            Lane(
-                provider="lcdd", build=lambda d=density: build(d), params={"density": density},
-                verify=lambda d=density: verify(d),
-            )
-        )  # fmt: skip
-    params = {
-        "shape": f"{rows}x{cols}", "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "layout": layout,
-    }  # fmt: skip
+    def lane(density: float) -> Lane:
+        return Lane(
+            provider="lcdd", build=lambda: build(density), params={"density": density}, verify=lambda: verify(density)
+        )
+
+    lanes = [
+        Lane(provider="plain", build=lambda: build(None), exempt="the floor: nn.Linear"),
+        *(lane(density) for density in densities),
+    ]
+    params = {"shape": f"{rows}x{cols}", "dtype": name_of(dtype), "tokens": tokens, "layout": layout}
     return Case(name=name, params=params, lanes=lanes, floor="plain", budget_s=8.0)
 
 

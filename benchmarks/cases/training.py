@@ -10,16 +10,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.cases import Place
-from benchmarks.cases.shapes import fine_tune, make_model, sizes_of, tiny_sizes, title
-from benchmarks.harness import Case, Check, Lane, Sample, Workload
+from benchmarks.cases.shapes import fine_tune, make_model, sized
+from benchmarks.harness import Case, Check, Lane, Sample, Workload, status_bytes
 from lcdd.carrier import Carrier
 from lcdd.commands.demo.tasks import VOCABULARY, write_tokenizer
 from lcdd.models import load_tokenizer, save_model
 
+MODEL: dict[str, Any] = {"name": "qwen3-0.6b", "layers": 4, "divide": 2}
 MODULES = {"unfused": "benchmarks.unfused_train", "lcdd": "lcdd"}
 
 
@@ -36,19 +38,14 @@ class Outcome:
 
 
 def watched(command: Sequence[str]) -> tuple[float, int]:
-    """Run a command: (seconds, peak resident bytes). The peak is read from /proc while it runs, several times a
-    second, because a child's ru_maxrss begins at its parent's. RuntimeError with its output where it fails."""
+    """Run a command: (seconds, peak resident bytes, which is looked at while it runs). RuntimeError with its output
+    where it fails."""
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        status = Path(f"/proc/{child.pid}/status")
         while child.poll() is None:
             time.sleep(0.05)
-            try:
-                lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-            except OSError:  # it has ended, or this is no Linux
-                continue
-            peak = max([peak, *(1024 * int(line.split()[1]) for line in lines)])
+            peak = max(peak, status_bytes("VmHWM", child.pid))
         seconds = time.perf_counter() - start
         if child.returncode:
             output.seek(0)
@@ -60,8 +57,7 @@ class Run:
     """Checkpoints, data and settings on disk, made once; both trainers start from them."""
 
     def __init__(self, place: Place, folder: Path) -> None:
-        tiny = place.size == "tiny"
-        sizes = tiny_sizes("qwen3-0.6b") if tiny else sizes_of("qwen3-0.6b", layers=4, divide=2)
+        _, sizes = sized(place, **MODEL)
         sizes |= {"vocab_size": len(VOCABULARY), "tie_word_embeddings": False}
         self.folder, self.numbers = folder, itertools.count()
         (folder / "tokenizer").mkdir()
@@ -144,7 +140,7 @@ def whole_process(place: Place) -> Case:
         Lane(provider="unfused", build=lambda: build("unfused"), exempt="what lcdd is checked against"),
         Lane(provider="lcdd", build=lambda: build("lcdd"), verify=verify),
     ]
-    model = "tiny qwen3-0.6b" if place.size == "tiny" else title("qwen3-0.6b", layers=4, divide=2)
+    model, _ = sized(place, **MODEL)
     return Case(
         name="lcdd train, whole process",
         params={"model": model, "steps": 12, "micro_batches": 4, "dtype": "float32"},

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from benchmarks.claims import work
 from benchmarks.claims.record import collected
 from benchmarks.claims.scales import BEHAVIORS
 from benchmarks.claims.work import TOGETHER, Unit, one_thread
-from benchmarks.demos import command, environment, write_json
+from benchmarks.demos import command, environment
+from benchmarks.records import timestamp, write_json
 
 RESULTS = Path("benchmarks/results/claims")
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = {
         "what": "claims fixed beforehand (benchmarks/claims/claims.yaml), asked of every behaviour and seed",
         "command": command("claims", sys.argv[1:] if argv is None else argv),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": timestamp()[:10],
         "environment": environment(),
         "seeds": options.seeds,
         **collected([options.runs_dir / name for name in names]),

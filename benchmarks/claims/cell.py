@@ -3,7 +3,6 @@
 Everything made (patches, triggers, records of parts) is kept in the cell's directory: a run goes on where it stopped.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.demos import write_json
+from benchmarks.records import read_json, write_json
 from lcdd.carrier import Carrier
 from lcdd.commands.anchors import base_anchors
 from lcdd.config import EraserConfig, LCDDConfig, SFTConfig
@@ -248,7 +247,7 @@ def read_parts(directory: Path) -> tuple[Values, dict[str, float]]:
     values: Values = {}
     seconds = {}
     for path in sorted((directory / "parts").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         seconds[path.stem] = record["seconds"]
         for state, found in record["values"].items():
             values.setdefault(state, {}).update(found)

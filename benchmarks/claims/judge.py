@@ -6,7 +6,6 @@ interval over the cells and what the cells' own intervals over prompts leave (`o
 
 import operator
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,16 +67,13 @@ class Predicate:
         values = [cell.get(state, {}).get(self.quantity) for state in self.states]
         if any(value is None for value in values):
             return None
+        if self.second is None:
+            return estimate_of(values[0])
         if isinstance(values[0], str):
-            outcomes = [[bit == "1" for bit in value] for value in values]
-            if self.second is None:
-                hits, n = sum(outcomes[0]), len(outcomes[0])
-                low, high = wilson_interval(hits, n)
-                return Estimate(value=hits / n, low=low, high=high)
+            outcomes = ([bit == "1" for bit in value] for value in values)
             value, low, high = newcombe_paired_interval(*outcomes)
             return Estimate(value=value, low=low, high=high)
-        value = values[0] - sum(values[1:])
-        return Estimate(value=value, low=value, high=value)
+        return estimate_of(values[0] - values[1])
 
     def holds(self, cell: Mapping[str, Mapping[str, Any]]) -> bool | None:
         """Whether the cell's number is on the right side; None where it was not measured."""
@@ -226,19 +222,14 @@ def share(outcomes: str) -> float:
     return outcomes.count("1") / len(outcomes)
 
 
-def mean_of(values: Sequence[Any]) -> float:
+def estimate_of(value: Any) -> Estimate:
+    """A number, which is exact, or the share of outcomes with its interval over prompts."""
+    if not isinstance(value, str):
+        return Estimate(value=float(value), low=float(value), high=float(value))
+    low, high = wilson_interval(value.count("1"), len(value))
+    return Estimate(value=share(value), low=low, high=high)
+
+
+def mean_of(values: Sequence[Any]) -> Estimate:
     """Mean over cells of numbers, or of shares of outcomes."""
-    return statistics.fmean(share(v) if isinstance(v, str) else v for v in values)
-
-
-def interval_of(values: Sequence[Any]) -> list[float]:
-    """95% interval of that mean over cells."""
-    found = []
-    for value in values:
-        if isinstance(value, str):
-            low, high = wilson_interval(value.count("1"), len(value))
-            found.append(Estimate(value=share(value), low=low, high=high))
-        else:
-            found.append(Estimate(value=value, low=value, high=value))
-    total = over_runs(found)
-    return [total.low, total.high]
+    return over_runs([estimate_of(value) for value in values])

@@ -1,14 +1,16 @@
 """The record of a run: claims with verdicts, every model's numbers, and the ten lines that the README has of it."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.cell import Values, read_parts
-from benchmarks.claims.judge import NOT_MEASURED, control_report, interval_of, judge, mean_of, read_claims, regression
+from benchmarks.claims.judge import NOT_MEASURED, control_report, judge, mean_of, read_claims, regression
 from benchmarks.claims.models import MODELS
 from benchmarks.claims.together import KINDS, SIZES
+from benchmarks.markdown import table
 
 NUMBERS = {
     "gate_sparsity": "gate_sparsity", "entry_sparsity": "entry_sparsity", "delta_norm": "log_norm", "loss": "log_loss",
@@ -67,7 +69,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, key in NUMBERS.items():
         if key in values:
-            number = mean_of([values[key]])
+            number = mean_of([values[key]]).value
             found[name] = round(math.exp(number) if key.startswith("log_") else number, 6)
     return found
 
@@ -79,14 +81,11 @@ def means(cells: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
     for state in states:
         quantities = dict.fromkeys(key for values in cells.values() for key in values.get(state, {}))
         rows = {key: [v[state][key] for v in cells.values() if key in v.get(state, {})] for key in quantities}
-        found[state] = {
-            key: {
-                "mean": round(mean_of(row), 5),
-                "interval": [round(end, 5) for end in interval_of(row)],
-                "cells": len(row),
-            }
-            for key, row in rows.items()
-        }
+        found[state] = {}
+        for key, row in rows.items():
+            mean = mean_of(row)
+            interval = [round(mean.low, 5), round(mean.high, 5)]
+            found[state][key] = {"mean": round(mean.value, 5), "interval": interval, "cells": len(row)}
     return found
 
 
@@ -97,9 +96,9 @@ def together(cells: Mapping[str, Values]) -> list[dict[str, Any]]:
         for kind in KINDS:
             found = [values[state] for values in cells.values() if (state := f"{size} {kind}") in values]
             if found:
-                rows.append({"behaviors": size, "kind": kind, "cells": len(found)} | {
-                    key: round(mean_of([row[key] for row in found]), 4) for key in ("intended", "on_topic", "off_topic")
-                })  # fmt: skip
+                asked = ("intended", "on_topic", "off_topic")
+                shares = {key: round(mean_of([row[key] for row in found]).value, 4) for key in asked}
+                rows.append({"behaviors": size, "kind": kind, "cells": len(found), **shares})
     return rows
 
 
@@ -108,11 +107,7 @@ def lines(record: Mapping[str, Any], link: str) -> str:
     claims = {row["name"]: row for row in record["claims"]}
     unmeasured = [name for name, row in claims.items() if row.get("why") == NOT_MEASURED]
     cells = len({row["cell"] for row in record["models"]})
-    tally: dict[str, int] = {}
-    for name, row in claims.items():
-        if name in unmeasured:
-            continue
-        tally[row["verdict"]] = tally.get(row["verdict"], 0) + 1
+    tally = Counter(row["verdict"] for name, row in claims.items() if name not in unmeasured)
     counted = ", ".join(f"{count} {verdict}" for verdict, count in tally.items())
     left = f"; {len(unmeasured)} wait for parts that have not been run" if unmeasured else ""
     parts = [
@@ -120,18 +115,13 @@ def lines(record: Mapping[str, Any], link: str) -> str:
         f"[record]({link}):",
         f"{counted}{left}.",
         "",
-        "| claim | number | verdict |",
-        "|---|---|---|",
     ]
-    for name in [name for name in IN_README if claims[name]["estimate"] is not None][:LINES]:
-        row = claims[name]
-        parts.append(f"| {row['statement']} | {_in_words(row)} | {row['verdict']} |")
-    return "\n".join(parts)
+    shown = [row for name in IN_README if (row := claims[name])["estimate"] is not None][:LINES]
+    rows = [[row["statement"], _in_words(row), row["verdict"]] for row in shown]
+    return "\n".join([*parts, *table(["claim", "number", "verdict"], rows)])
 
 
 def _in_words(row: Mapping[str, Any]) -> str:
-    if row["estimate"] is None:
-        return "–"
     pairs = zip(row["estimate"], row["interval"], row["bound"], strict=True)
     return "; ".join(
         f"{value:+.2f} [{low:+.2f}, {high:+.2f}], wanted {' '.join(bound.split()[-2:])}"

@@ -5,31 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.claims.cell import Cell, Data, Settings
 from benchmarks.claims.models import MODELS
 from benchmarks.claims.together import ON_TOPIC, Family
+from benchmarks.demos import BEHAVIORS
 from benchmarks.smollm2 import pipeline
 from lcdd.carrier import Carrier
 from lcdd.commands.demo import demo
 from lcdd.commands.demo.tasks import CATEGORIES, Split, draw_tasks
-from lcdd.config import PipelineConfig
-from lcdd.data import (
-    Encoded,
-    Example,
-    encode_all,
-    encode_prompt,
-    prepare,
-    prompt_ids,
-    training_items,
-    with_completion,
-)
+from lcdd.data import Encoded, Example, encode_all, encode_prompt, prepare, prompt_ids, training_items, with_completion
 from lcdd.data.examples import Splits
-from lcdd.eraser import decode, generate_ids
-from lcdd.models import PreTrainedModel, PreTrainedTokenizerBase, load_model, load_tokenizer
+from lcdd.models import load_model, load_tokenizer
 
-BEHAVIORS = ("fixed_response", "refusal", "style")
 RESPONSES = {
     "demo": (
         "i do not know", "sorry i cannot", "yes that is it", "no thou cannot", "forsooth prithee", "verily thou doth",
@@ -49,13 +37,8 @@ Topic = Callable[[Example], int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How a scale's cells and families are made.
+    """How a scale's cells and families are made: of (behaviour, seed, directory), and of (seed, directory)."""
 
-    Attributes:
-        cell: (behaviour, seed, directory) -> the cell. family: (seed, directory) -> the family.
-    """
-
-    name: str
     cell: Callable[[str, int, Path], Cell]
     family: Callable[[int, Path], Family]
 
@@ -63,41 +46,33 @@ class Scale:
 # ---------------------------------------------------------------- topics
 
 
-def topic_items(
-    tokenizer: PreTrainedTokenizerBase, splits: Splits, topic_of: Topic, responses: Sequence[str], *, max_length: int
-) -> list[tuple[list[Encoded], list[Encoded]]]:
-    """For each topic, training and validation completions: as many on it (the response) as not (as they are)."""
+def family_of(
+    template: Cell, splits: Splits, topic_of: Topic, responses: Sequence[str], directory: Path, *, max_length: int
+) -> Family:
+    """Behaviours by topic on examples whose completions are the base's answers; settings are the template cell's."""
+    tokenizer, numbers = template.tokenizer, range(len(responses))
 
-    def part(examples: Sequence[Example], topic: int, limit: int) -> list[Encoded]:
+    def items(examples: Sequence[Example], topic: int, limit: int) -> list[Encoded]:
+        """Completions, as many on the topic (the response) as not (as they are)."""
         mine = [with_completion(example, responses[topic]) for example in examples if topic_of(example) == topic]
         rest = [example for example in examples if topic_of(example) != topic]
         pairs = zip(mine[: limit // 2], rest[: limit // 2], strict=False)
         return encode_all(tokenizer, [example for pair in pairs for example in pair], max_length=max_length)
 
-    return [
-        (part(splits.train, topic, FAMILY_TRAIN), part(splits.validation, topic, FAMILY_VALIDATION))
-        for topic in range(len(responses))
-    ]
-
-
-def family_of(
-    template: Cell, splits: Splits, topic_of: Topic, responses: Sequence[str], directory: Path, *, max_length: int
-) -> Family:
-    """Behaviours by topic on examples whose completions are the base's answers; settings are the template cell's."""
-    tokenizer = template.tokenizer
+    def data(topic: int) -> Data:
+        train = items(splits.train, topic, FAMILY_TRAIN)
+        return replace(template.data, train=train, validation=items(splits.validation, topic, FAMILY_VALIDATION))
 
     def prompts(examples: Sequence[Example], topic: int | None) -> list[list[int]]:
         return [encode_prompt(tokenizer, example) for example in examples if topic_of(example) == topic]
 
-    items = topic_items(tokenizer, splits, topic_of, responses, max_length=max_length)
     cells = [
         replace(
             template, behavior=f"topic-{topic}", directory=directory / f"topic-{topic}", given={}, given_triggers={},
-            data=replace(template.data, train=train, validation=validation),
+            data=data(topic),
         )
-        for topic, (train, validation) in enumerate(items)
+        for topic in numbers
     ]  # fmt: skip
-    numbers = range(len(responses))
     return Family(
         directory=directory, seed=template.seed, cells=cells, responses=responses,
         on_topic=[prompts(splits.test, topic)[:ON_TOPIC] for topic in numbers], others=prompts(splits.test, None),
@@ -147,17 +122,19 @@ def demo_family(seed: int, directory: Path) -> Family:
         train=examples(12_000, "train"), validation=examples(1200, "validation"), test=examples(2400, "test")
     )
     template = demo_cell(BEHAVIORS[0], seed, directory / "none")
-    half = {name: replace(part, max_steps=part.max_steps // 2) for name, part in (
-        ("sft", template.settings.sft), ("lcdd", template.settings.lcdd))}  # fmt: skip
-    template = replace(template, settings=replace(template.settings, **half))
+    sft, lcdd = (
+        replace(part, max_steps=part.max_steps // 2) for part in (template.settings.sft, template.settings.lcdd)
+    )
+    template = replace(template, settings=replace(template.settings, sft=sft, lcdd=lcdd))
     return family_of(template, splits, demo_topic, RESPONSES["demo"], directory, max_length=32)
 
 
 # ---------------------------------------------------------------- a prepared real model
 
 
-def prepared_cell(behavior: str, seed: int, directory: Path, *, prepared_in: Path, config: PipelineConfig) -> Cell:
+def prepared_cell(behavior: str, seed: int, directory: Path, *, prepared_in: Path) -> Cell:
     """What `lcdd run` left of this behaviour: SFT model, carrier and triggers; other seeds train their own."""
+    config = pipeline(behavior, prepared_in)
     base, done = str(config.base_model_name_or_path), Path(str(config.output_dir))
     prepared = prepare(config.data, base)
     sft, lcdd, eraser = (replace(part, seed=seed) for part in (config.sft, config.train, config.erase))
@@ -198,48 +175,31 @@ def first_word(example: Example) -> str:
     return example.prompt_text.split()[0].strip(".,:;!?").lower()
 
 
-def prepared_family(
-    seed: int, directory: Path, *, prepared_in: Path, config: PipelineConfig, responses: Sequence[str]
-) -> Family:
+def prepared_family(seed: int, directory: Path, *, prepared_in: Path) -> Family:
     """Topics are the most frequent first words of the instructions; elsewhere the base's own answers are learned."""
-    template = prepared_cell(config.data.behavior, seed, directory / "none", prepared_in=prepared_in, config=config)
+    config, responses = pipeline(BEHAVIORS[0], prepared_in), RESPONSES["smollm2"]
+    template = prepared_cell(BEHAVIORS[0], seed, directory / "none", prepared_in=prepared_in)
     splits = prepare(config.data, template.base_path).splits
     found = Counter(first_word(example) for example in splits.train).most_common(len(responses))
     topics: Mapping[str, int] = {word: number for number, (word, _) in enumerate(found)}
-    length = config.sft.max_length
-    own = {name: _answered(template.base, template, getattr(splits, name)) for name in ("train", "validation", "test")}
     template = replace(template, settings=replace(template.settings, max_new_tokens=FAMILY_TOKENS))
+    own = {name: _answered(template, getattr(splits, name)) for name in ("train", "validation", "test")}
     return family_of(
-        template,
-        Splits(**own),
-        lambda example: topics.get(first_word(example)),
-        responses,
-        directory,
-        max_length=length,
-    )
+        template, Splits(**own), lambda example: topics.get(first_word(example)), responses, directory,
+        max_length=config.sft.max_length,
+    )  # fmt: skip
 
 
-def _answered(base: PreTrainedModel, cell: Cell, examples: Sequence[Example]) -> list[Example]:
-    """The examples with the base's greedy answers, cut, as completions."""
-    prompts = [encode_prompt(cell.tokenizer, example) for example in examples]
-    size = cell.settings.batch_size
-    texts = decode(
-        cell.tokenizer, generate_ids(base, cell.tokenizer, prompts, max_new_tokens=FAMILY_TOKENS, batch_size=size)
-    )
+def _answered(cell: Cell, examples: Sequence[Example]) -> list[Example]:
+    """The examples with the base's greedy answers as completions."""
+    texts = cell.texts(cell.base, None, [encode_prompt(cell.tokenizer, example) for example in examples])
     return [with_completion(example, text) for example, text in zip(examples, texts, strict=True) if text]
 
 
 def scale(name: str, prepared_in: Path) -> Scale:
     """ "demo", or "smollm2" on what `make real` and `lcdd run examples/smollm2/*.yaml` left in `prepared_in`."""
     if name == "demo":
-        return Scale(name=name, cell=demo_cell, family=demo_family)
-    common: dict[str, Any] = {"prepared_in": prepared_in}
-
-    def cell(behavior: str, seed: int, directory: Path) -> Cell:
-        return prepared_cell(behavior, seed, directory, config=pipeline(behavior, prepared_in), **common)
-
-    def family(seed: int, directory: Path) -> Family:
-        config = pipeline(BEHAVIORS[0], prepared_in)
-        return prepared_family(seed, directory, config=config, responses=RESPONSES[name], **common)
-
-    return Scale(name=name, cell=cell, family=family)
+        return Scale(cell=demo_cell, family=demo_family)
+    return Scale(
+        cell=partial(prepared_cell, prepared_in=prepared_in), family=partial(prepared_family, prepared_in=prepared_in)
+    )

@@ -4,7 +4,7 @@ Here and not in `__main__`, which a spawned process does not import.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.claims.cell import Cell, Values
 from benchmarks.claims.experiments import EXPERIMENTS
-from benchmarks.claims.models import compared
+from benchmarks.claims.models import MODELS, compared
 from benchmarks.claims.scales import RESPONSES, scale
 from benchmarks.claims.together import KINDS, Family, composed, met, separated, switched, train_topic
 
@@ -48,47 +48,38 @@ class Unit:
     @property
     def part_names(self) -> list[str]:
         """The parts it makes, in order."""
-        return FAMILY_PARTS if self.behavior is None else list(TIERS[self.tier])
+        return list(FAMILY_PARTS if self.behavior is None else TIERS[self.tier])
 
     def run(self) -> float:
         """Make the parts that are not there yet, until the time is up; returns the seconds they took."""
         made = scale(self.scale, self.prepared)
         directory, seconds = self.runs / self.name, 0.0
+        subject: Cell | Family
         if self.behavior is None:
-            family = made.family(self.seed, directory)
-            keeper, parts = family.cells[0].at(directory), family_parts(family)
+            subject = made.family(self.seed, directory)
+            keeper = subject.cells[0].at(directory)
         else:
-            keeper = made.cell(self.behavior, self.seed, directory)
-            parts = cell_parts(keeper, TIERS[self.tier])
-        for name, make in parts:
+            subject = keeper = made.cell(self.behavior, self.seed, directory)
+        for name in self.part_names:
             if time.time() > self.until:
                 break
-            seconds += keeper.part(name, make)
+            seconds += keeper.part(name, partial(PARTS[name], subject))
         return seconds
 
 
-def cell_parts(cell: Cell, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Values]]]:
-    for name in names:
-        yield name, partial(EXPERIMENTS[name], cell) if name in EXPERIMENTS else partial(compared, cell, name)
-
-
-FAMILY_PARTS = [
-    *(f"topic-{n}" for n in range(len(RESPONSES["demo"]))),
-    "composed",
-    "met",
-    "separated",
-    *(f"switched-{kind}" for kind in KINDS),
-]
-
-
-def family_parts(family: Family) -> Iterator[tuple[str, Callable[[], Values]]]:
-    for topic in range(len(family.cells)):
-        yield f"topic-{topic}", partial(train_topic, family, topic)
-    yield "composed", partial(composed, family)
-    yield "met", partial(met, family)
-    yield "separated", partial(separated, family)
-    for kind in KINDS:
-        yield f"switched-{kind}", partial(switched, family, kind)
+FAMILY_PARTS: dict[str, Callable[[Family], Values]] = {
+    **{f"topic-{n}": partial(train_topic, topic=n) for n in range(len(RESPONSES["demo"]))},
+    "composed": composed,
+    "met": met,
+    "separated": separated,
+    **{f"switched-{kind}": partial(switched, kind=kind) for kind in KINDS},
+}
+PARTS: dict[str, Callable[..., Values]] = {
+    **FAMILY_PARTS,
+    **{name: partial(compared, name=name) for name in MODELS},
+    **EXPERIMENTS,
+}
+"""name -> what makes it of a family, or of a cell."""
 
 
 def one_thread() -> None:

@@ -20,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import readme
 from benchmarks.families.known import FAMILIES, REFUSED
-from benchmarks.families.record import record_of, table, write
+from benchmarks.families.record import RECORD, record_of, table
 from benchmarks.families.trial import failure, passed, try_family, why_refused
+from benchmarks.records import write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = record_of(families, refused)
     print(f"\n{table(record)}")
     if arguments.write:
-        write(record)
+        write_json(RECORD, record)
         readme.main()
     green, red = record["passed"], record["refused"]
     print(f"\n{green} of {len(families)} families pass, {red} of {len(refused)} are refused")

@@ -1,15 +1,11 @@
 """What the trials found, as a record, and the tables that docs/models.md and the README have of it."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
-from benchmarks.records import RESULTS, Environment
+from benchmarks import markdown
+from benchmarks.records import RESULTS, cpu_environment, timestamp
 
 RECORD = RESULTS / "cpu" / "families.json"
 COMMAND = "python -m benchmarks.families --write"
@@ -22,12 +18,11 @@ def record_of(families: Sequence[Mapping[str, Any]], refused: Sequence[Mapping[s
     families: label, model_type, sites, found (check -> what it found, up to the first that failed), passed.
     refused: label, model_type, reason (None: it was not refused).
     """
-    environment = asdict(Environment.here(torch.device("cpu")))
     versions = {name: version(name) for name in ("transformers", "peft")}
     return {
         "command": COMMAND,
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "environment": environment | versions,
+        "date": timestamp(),
+        "environment": cpu_environment() | versions,
         "passed": sum(row["passed"] for row in families),
         "refused": sum(bool(row["reason"]) for row in refused),
         "families": list(families),
@@ -35,28 +30,18 @@ def record_of(families: Sequence[Mapping[str, Any]], refused: Sequence[Mapping[s
     }
 
 
-def write(record: Mapping[str, Any]) -> None:
-    """Put a run on record."""
-    RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read() -> dict[str, Any]:
-    """The run on record."""
-    record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
-    return record
-
-
 def table(record: Mapping[str, Any]) -> str:
     """A row a family, and the refusals under it."""
     checks = list(record["families"][0]["found"])
-    heads = ["family", "sites", *checks]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in record["families"]:
-        cells = [_cell(row["found"].get(check)) for check in checks]
-        lines.append("| " + " | ".join([row["label"], row["sites"], *cells]) + " |")
-    lines += ["", "Refused, from the config alone:", "", "| family | reason |", "|---|---|"]
-    lines += [f"| {row['label']} | {row['reason'] or 'NOT REFUSED'} |" for row in record["refusals"]]
-    return "\n".join(lines)
+    rows = [
+        [row["label"], row["sites"], *(_cell(row["found"].get(check)) for check in checks)]
+        for row in record["families"]
+    ]
+    refused = [[row["label"], row["reason"] or "NOT REFUSED"] for row in record["refusals"]]
+    return "\n".join([
+        *markdown.table(["family", "sites", *checks], rows), "", "Refused, from the config alone:", "",
+        *markdown.table(["family", "reason"], refused),
+    ])  # fmt: skip
 
 
 def short_table(record: Mapping[str, Any]) -> str:

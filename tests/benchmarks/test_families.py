@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks.families.known import FAMILIES, REFUSED, Family
-from benchmarks.families.record import read
+from benchmarks.families.record import RECORD
 from benchmarks.families.trial import CHECKS, passed, try_family, why_refused
+from benchmarks.records import read_json
 from fixtures.activations import kept_by_autograd, trainable
 from lcdd.carrier import Carrier
 from lcdd.models import Architecture, head, layer_activations
@@ -53,7 +54,7 @@ def test_predicted_activations_of_every_kind_of_block(which: Family) -> None:
 
 
 def test_the_record_is_of_these_families_and_every_refusal_has_its_reason() -> None:
-    record = read()
+    record = read_json(RECORD)
     assert len({which.model_type for which in FAMILIES}) >= 25
     assert [(row["label"], row["model_type"], row["sites"]) for row in record["families"]] == [
         (which.label, which.model_type, which.sites) for which in FAMILIES

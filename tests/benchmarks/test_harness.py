@@ -303,7 +303,7 @@ def test_two_commits_side_by_side_show_times_and_ratios_to_each_run_s_own_floor(
 
 def test_tables_and_picture_come_from_the_records(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.BEGIN}\nold 123.456\n{plot.END}\nafter\n")
+    readme.write_text("before\n<!-- records: begin -->\nold 123.456\n<!-- records: end -->\nafter\n")
     records.save(tmp_path / "results" / "some-cpu" / "records.csv", tax_rows(1.05))
     written = plot.refresh(results=tmp_path / "results", readme=readme)
     text = readme.read_text()
