@@ -16,7 +16,6 @@ Finished runs are not repeated. Judged by `BOUND`, fixed before the runs, on spa
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,9 +26,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.claims.cell import Cell
-from benchmarks.claims.judge import interval_of
+from benchmarks.claims.judge import mean_of
 from benchmarks.claims.scales import demo_cell
-from benchmarks.demos import BEHAVIORS, command, environment, write_json
+from benchmarks.demos import BEHAVIORS, command, environment
+from benchmarks.records import write_json
 from lcdd.carrier import Carrier
 from lcdd.optimizer.pacing import WORTH_BETA, PacedClosing
 
@@ -116,11 +116,10 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     report = {}
     for estimate, cells in of.items():
         ahead = [sparsity - of[OURS][cell] for cell, sparsity in cells.items()]
-        low, high = interval_of(ahead)
+        found = mean_of(ahead)
         report[estimate] = {
-            "sparsity": round(statistics.fmean(cells.values()), 4),
-            "ahead": round(statistics.fmean(ahead), 4), "interval": [round(low, 4), round(high, 4)],
-            "better": statistics.fmean(ahead) >= BOUND and low > 0,
+            "sparsity": round(mean_of(list(cells.values())).value, 4), "ahead": round(found.value, 4),
+            "interval": [round(found.low, 4), round(found.high, 4)], "better": found.value >= BOUND and found.low > 0,
         }  # fmt: skip
     return report
 

@@ -130,7 +130,7 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path.cwd(), capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "lcdd", "lcdd_kernels")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
