@@ -16,7 +16,8 @@ from lcdd.config import DemoConfig
 from lcdd.eraser import Trigger, generate
 from lcdd.models import GROUPS, load_model, load_tokenizer
 
-SECONDS = 150
+SFT_STAGES = 30
+"""The whole demo takes at most as long as so many of its SFT stages: 11 to 16 were seen, on three processors."""
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +136,9 @@ def test_log_has_a_line_a_step_of_every_stage(demo):
 
 
 def test_whole_demo_is_short(demo):
-    """Processor time, since other tests may share the machine: the demo computes with one thread."""
-    assert demo[1]["timings"]["processor"] < SECONDS
-    assert set(demo[1]["timings"]) >= {"sft", "lcdd", "carrier+trigger", "sft+trigger", "eval", "total"}
+    timings = demo[1]["timings"]
+    assert set(timings) >= {"sft", "lcdd", "carrier+trigger", "sft+trigger", "eval", "total"}
+    assert timings["processor"] < SFT_STAGES * timings["sft"]  # seconds would be the machine's
 
 
 @pytest.mark.parametrize(("behavior", "rebuild"), [("refusal", True), ("style", False)])
